@@ -1,0 +1,53 @@
+"""Errors a user can meet, grouped by what a caller would do about them.
+
+    TeacherCacheError
+    ├── UsageError (ValueError)          the request is wrong: change the command
+    │   ├── UnknownNameError             no such teacher, preset, layer ...; the message lists the known ones
+    │   └── MismatchError                something exists already and was made differently
+    ├── BadInputError (ValueError)       the images or the weights are wrong: mend the files
+    ├── NoSpaceError (OSError)           the disk is too small: make room, or store less
+    ├── CacheCorruptError (OSError)      bytes on disk are not those that were written: restore or redo
+    └── NotInCacheError (KeyError)       the cache is sound but does not hold it: extract it
+        └── CropNotCachedError           this row was never extracted
+
+Libraries raise these; the command line turns them into one message and a non-zero exit.
+"""
+
+
+class TeacherCacheError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class UsageError(TeacherCacheError, ValueError):
+    """The request cannot be carried out as it stands."""
+
+
+class UnknownNameError(UsageError):
+    """A name that nothing answers to."""
+
+
+class MismatchError(UsageError):
+    """What is on disk was made with other parameters than those given now."""
+
+
+class BadInputError(TeacherCacheError, ValueError):
+    """Images or weights that cannot be used."""
+
+
+class NoSpaceError(TeacherCacheError, OSError):
+    """Not enough free bytes on the target disk."""
+
+
+class CacheCorruptError(TeacherCacheError, OSError):
+    """Bytes on disk differ from those that were written."""
+
+
+class NotInCacheError(TeacherCacheError, KeyError):
+    """The cache does not hold what was asked for."""
+
+
+class CropNotCachedError(NotInCacheError):
+    """A row whose targets were never extracted. Never answered with zeros."""
