@@ -14,7 +14,7 @@ from .errors import CacheCorruptError
 FORMAT_VERSION = 1
 
 
-def _from_json(cls, value: dict):
+def from_json(cls, value: dict):
     """Build the dataclass `cls` from a parsed JSON object; unknown or missing keys are corruption."""
     names = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(value, dict) or set(value) != names:
@@ -87,4 +87,106 @@ class TeacherSpec:
 
     @classmethod
     def from_json(cls, value: dict) -> TeacherSpec:
-        return _from_json(cls, value)
+        return from_json(cls, value)
+
+
+DTYPES = ("float16", "int8")
+CODECS = ("auto", "zstd", "lz4", "none")
+ARRAY_NAME = "tokens/{:02d}"
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store keeps and how: everything needed to find and interpret a row."""
+
+    n_rows: int
+    shard_rows: int
+    """Rows a shard; a shard is the unit of work, of commit and of resume."""
+    layers: tuple[int, ...]
+    """Stored block numbers, ascending, from 1."""
+    dtype: str
+    """`float16`: whitened values as they are. `int8`: see quantize.py."""
+    group: int
+    """Channels that share a scale (int8); 0 for float16."""
+    attention: bool
+    """Whether CLS -> patch attention of the last block is kept."""
+    codecs: tuple[tuple[str, str], ...]
+    """(array, `zstd` | `lz4` | `none`) for every row array, in the order of their bytes in a commit record."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "codecs", tuple(tuple(pair) for pair in self.codecs))
+        for name in ("n_rows", "shard_rows"):
+            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) < 2**40:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
+            raise ValueError(f"layers must be ascending block numbers from 1, not {self.layers!r}")
+        if not isinstance(self.group, int) or (self.group < 1) != (self.dtype == "float16"):
+            raise ValueError(f"group must be positive for int8 and 0 for float16, not {self.group!r}")
+        if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS[1:]):
+            raise ValueError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
+
+    @property
+    def array_names(self) -> list[str]:
+        """The row arrays: tokens of each layer, then scale (int8), then attention."""
+        tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
+        return tokens + ["scale"] * (self.dtype == "int8") + ["attention"] * self.attention
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        return range(shard * self.shard_rows, min(self.n_rows, (shard + 1) * self.shard_rows))
+
+    def n_groups(self, teacher: TeacherSpec) -> int:
+        """G, scales a token and layer."""
+        return -(-teacher.dim // self.group) if self.group else 0
+
+    def row_shape(self, array: str, teacher: TeacherSpec) -> tuple[int, ...]:
+        """Shape of one row of `array`: tokens [C+N, D], scale [L, C+N, G], attention [N]."""
+        if array == "attention":
+            return (teacher.n_patches,)
+        if array == "scale":
+            return (len(self.layers), teacher.n_tokens, self.n_groups(teacher))
+        return (teacher.n_tokens, teacher.dim)
+
+    def row_dtype(self, array: str) -> str:
+        """numpy name of the array's little-endian dtype."""
+        return {"attention": "float32", "scale": "float16"}.get(array, self.dtype)
+
+    def row_bytes(self, array: str, teacher: TeacherSpec) -> int:
+        """Bytes of one uncompressed row."""
+        itemsize = {"float32": 4, "float16": 2, "int8": 1}[self.row_dtype(array)]
+        return math.prod(self.row_shape(array, teacher)) * itemsize
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict) -> StoreSpec:
+        return from_json(cls, value)
+
+
+@dataclass(frozen=True)
+class LayerFidelity:
+    """What storing did to one layer, measured on the tokens the quantiser was fitted on.
+
+    Error of a token: ||stored - true|| / ||true||, both standardised by channel (centre and spread of quantize.py), where no
+    outlier channel can flatter the figure.
+    """
+
+    layer: int
+    median: float
+    p99: float
+    worst: float
+    n_tokens: int
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict) -> LayerFidelity:
+        return from_json(cls, value)

@@ -1,0 +1,129 @@
+"""Train the small ViT that ships as the teacher `demo`, measure it once, and write its weights and its card.
+
+Supervised, on the digits of train/ only. CLS and the mean of the patch tokens each have a linear head and the same loss, so
+that the patches too learn what digit they are part of: they are what students are taught. Crops as hard as those of the
+demo's own plan. val/ is used once, at the end.
+
+    OMP_NUM_THREADS=1 python -m pipelines.demo.train_teacher DIGITS OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from teacher_cache.crops import CropPlan, cut, draw
+from teacher_cache.durable import write_whole
+from teacher_cache.images import scan
+from teacher_cache.teachers import TEACHERS
+from teacher_cache.teachers.base import Teacher
+from teacher_cache.teachers.demo import BUILT_IN, load
+from teacher_cache.teachers.timm_vit import build_vit
+
+SEED = 0
+EPOCHS = 30
+BATCH_SIZE = 128
+LEARNING_RATE = 1e-3
+WARMUP_EPOCHS = 3
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.1
+AUGMENT = v2.Compose([
+    v2.RandomAffine(degrees=15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10, interpolation=v2.InterpolationMode.BILINEAR),
+    v2.RandomResizedCrop(32, scale=(0.4, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+])  # fmt: skip
+
+
+def read_folder(folder: Path) -> tuple[list[Image.Image], Tensor]:
+    """The RGB images of one split and their labels, int64 [n_images], in the sorted order of the folder."""
+    images, _ = scan(folder)
+    return [Image.open(folder / name).convert("RGB") for name in images.names], torch.from_numpy(images.labels)
+
+
+def center_crops(images: list[Image.Image], size: int) -> Tensor:
+    """uint8 [n_images, size, size, 3]: the evaluation crop of every image."""
+    plan = CropPlan.center(size)
+    crops = [cut(plan, image, draw(plan, "", 0, image.height, image.width)) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))
+
+
+def train(images: list[Image.Image], labels: Tensor, epochs: int) -> tuple[nn.Module, nn.Linear, float]:
+    """The trained tower, the classifier on its CLS token, and the seconds it took."""
+    torch.manual_seed(SEED)
+    entry = TEACHERS["demo"]
+    model, on_cls, on_patches = build_vit(entry), nn.Linear(entry.dim, 10), nn.Linear(entry.dim, 10)
+    mean, std = torch.tensor(entry.mean).view(3, 1, 1), torch.tensor(entry.std).view(3, 1, 1)
+    parameters = [*model.parameters(), *on_cls.parameters(), *on_patches.parameters()]
+    decayed = [parameter for parameter in parameters if parameter.ndim == 2]
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    n_steps = len(images) // BATCH_SIZE
+    tensors = [v2.functional.pil_to_tensor(image) for image in images]  # each uint8 [3, 28, 28]
+
+    started = time.monotonic()
+    for epoch in range(epochs):
+        total = 0.0
+        order = torch.randperm(len(images))
+        for step in range(n_steps):
+            done = epoch + step / n_steps
+            warmup = min(1.0, (done + 1 / n_steps) / WARMUP_EPOCHS)
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * done / epochs))
+
+            rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+            crops = torch.stack([AUGMENT(tensors[row]) for row in rows])  # uint8 [B, 3, 32, 32]
+            tokens = model.forward_features((crops.float() / 255 - mean) / std)  # [B, 1+N, D]
+            target = labels[rows]
+            loss = F.cross_entropy(on_cls(tokens[:, 0]), target, label_smoothing=LABEL_SMOOTHING)
+            loss = loss + F.cross_entropy(on_patches(tokens[:, 1:].mean(1)), target, label_smoothing=LABEL_SMOOTHING)
+
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            total += loss.item()
+        print(f"epoch {epoch + 1:3d}/{epochs}  loss {total / n_steps:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+    return model, on_cls, time.monotonic() - started
+
+
+def features(teacher: Teacher, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """CLS and mean patch token behind the final norm, float32 [n_images, D] each."""
+    gamma, beta = torch.from_numpy(teacher.head["gamma"]), torch.from_numpy(teacher.head["beta"])
+    parts = [teacher(batch, [teacher.spec.depth]).tokens[:, 0] * gamma + beta for batch in crops.split(250)]
+    tokens = torch.cat(parts)  # [n_images, 1+N, D]
+    return tokens[:, 0], tokens[:, 1:].mean(1)
+
+
+def knn_accuracy(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> float:
+    """DINO's weighted nearest neighbours: cosine, k = 20, votes weighted by exp(similarity / 0.07)."""
+    similarity = F.normalize(val_x, dim=1) @ F.normalize(train_x, dim=1).T
+    nearest, index = similarity.topk(20, dim=1)
+    votes = torch.zeros(len(val_x), 10).scatter_add_(1, train_y[index], (nearest / 0.07).exp())
+    return (votes.argmax(1) == val_y).float().mean().item()
+
+
+def measure(teacher: Teacher, classifier: nn.Linear, digits: Path) -> dict[str, float]:
+    """Accuracies on val/, of center crops: of the classifier, and of nearest neighbours in train/ on three features."""
+    (train_images, train_y), (val_images, val_y) = (read_folder(digits / split) for split in ("train", "val"))
+    train_u8, val_u8 = (center_crops(images, teacher.spec.image_size) for images in (train_images, val_images))
+    train_cls, train_mean = features(teacher, train_u8)
+    val_cls, val_mean = features(teacher, val_u8)
+    with torch.no_grad():
+        predicted = classifier(val_cls).argmax(1)
+    pixels = [u8[..., 0].flatten(1).float() for u8 in (train_u8, val_u8)]
+    return {
+        "val_accuracy": (predicted == val_y).float().mean().item(),
+        "knn_cls": knn_accuracy(train_cls, train_y, val_cls, val_y),
+        "knn_mean_patch": knn_accuracy(train_mean, train_y, val_mean, val_y),
+        "knn_raw_pixels": knn_accuracy(pixels[0], train_y, pixels[1], val_y),
+    }

@@ -1,0 +1,103 @@
+"""What a student is given: images and, where a method has a teacher, that teacher's targets for the same crops.
+
+Objectives and maskers see these classes and nothing else, so any source that can fill them will do: a cache, a teacher
+run on the spot, or a test. Shapes throughout the package:
+
+# B batch, N patches (row by row), C 1 with CLS else 0, D width, L layers, E projected width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .errors import RunError
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The teacher's own way out of its last block: final_norm = gamma * z + beta, then z @ projection."""
+
+    gamma: Tensor  # float32 [D]
+    beta: Tensor  # float32 [D]
+    projection: Tensor | None  # float32 [D, E]; None where the teacher has no projection
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's view of a batch, whitened: LayerNorm without gain and bias, token by token."""
+
+    tokens: Tensor  # float [B, L, C+N, D], in the order of `layers`
+    layers: tuple[int, ...]  # counted from the end: -1 is the teacher's last block; ascending
+    has_cls: bool  # C = 1: row 0 of the token axis is CLS
+    attention: Tensor | None  # float32 [B, N], CLS to patches, last block, mean over heads; 0..1
+    head: TeacherHead
+
+    def layer(self, which: int) -> Tensor:
+        """All tokens of one block, [B, C+N, D]; `which` counts from the end, -1 is the last block.
+
+        Raises RunError if that block was not read.
+        """
+        if which not in self.layers:
+            raise RunError(f"The batch holds the teacher's layers {self.layers}, not {which}: the data source must "
+                           f"read every layer that the student's `needs` names.")
+        return self.tokens[:, self.layers.index(which)]
+
+    def patches(self, which: int) -> Tensor:
+        """The patch tokens of one block, [B, N, D]: `layer` without CLS."""
+        return self.layer(which)[:, int(self.has_cls):]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops, ready for the student."""
+
+    images: Tensor  # float [B, 3, H, W], normalised for the student
+    rows: Tensor  # int64 [B], row of the crop in its view
+    labels: Tensor | None  # int64 [B]
+    targets: Targets | None  # None for methods without a teacher
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a student wants of its teacher; nothing else is read at all. Empty for a method without a teacher."""
+
+    layers: tuple[int, ...] = ()  # counted from the end, ascending
+    attention: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        """What two parts want together."""
+        return Needs(tuple(sorted({*self.layers, *other.layers})), self.attention or other.attention)
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """All a student must know of its teacher to build its heads."""
+
+    name: str
+    grid: tuple[int, int]  # (rows, columns) of patches
+    dim: int
+    depth: int
+    has_cls: bool
+    has_attention: bool
+    projection_dim: int | None
+
+
+class BatchSource(Protocol):
+    """Where batches come from. The k-th step always gets the same rows, whoever asks and wherever it starts."""
+
+    steps_per_epoch: int
+    identity: dict
+    """JSON values that say which data this is (a cache's id, its views, the order's seed); a run only resumes on
+    the same."""
+
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The batches of steps [first_step, last_step), counted from 0 over the whole run, in order.
+
+        Each step is `TrainConfig.accumulate` batches of batch_size / accumulate crops, already on the device
+        of the training. If the iterator has a `close()`, it is called when training ends, however it ends.
+        """
+        ...

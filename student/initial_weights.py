@@ -1,0 +1,17 @@
+"""The initialisation all MAE-family modules share (MAE models_mae.py:65-93)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear in `module`, gain 1 and bias 0 for every LayerNorm."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,45 @@
+"""AdamW as the MAE family uses it: which parameters decay, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model`; its learning rate is 0 until the trainer sets it.
+
+    Exempt from weight decay: biases, norms and all else with one axis, and what a module names in
+    `no_weight_decay()` (timm's custom): CLS and mask tokens, MaskAlign's mixing weights.
+    """
+    exempt = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+
+    on_cuda = any(parameter.is_cuda for parameter in decayed)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=on_cuda)
+
+
+def learning_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int, config: OptimConfig) -> float:
+    """The learning rate of a step, counted from 0: linear from 0 over the warm-up, then half a cosine to `min_lr`.
+
+    As MaskAlign util/lr_sched.py, per step: the very first step has rate 0 if there is a warm-up.
+    """
+    epoch = step / steps_per_epoch
+    peak = config.peak_lr(batch_size)
+    if epoch < config.warmup_epochs:
+        return peak * epoch / config.warmup_epochs
+    progress = (epoch - config.warmup_epochs) / (epochs - config.warmup_epochs)  # 0..1
+    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

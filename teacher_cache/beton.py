@@ -1,0 +1,192 @@
+"""crops.beton: the baked crops of a view with their labels, in FFCV's file format, written in row order.
+
+FFCV's own writer is not used: on equal data it gives files that differ from run to run, cannot resume, encodes JPEGs a second
+time and hangs when a worker fails (docs/design/0002). Any FFCV loader can read what is written here; `CropReader` and the
+student's loader decode it with FFCV's own C decoder, so that teacher and student see the same pixels bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .durable import ASIDE, read_npy, sync_folder
+from .crops import CROP_DTYPE, CROP_FORMATS
+from .errors import CacheCorruptError, NotInCacheError
+
+MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
+
+# FFCV 1.0.2 file format, version 2 (ffcv/types.py), little-endian
+_HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
+                    ("alloc_table_ptr", "<u8")], align=True)  # fmt: skip
+_FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+_RGB_IMAGE, _INT = 2, 1  # type ids
+_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
+_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_JPEG, _RAW = 0, 1  # modes
+
+
+def _field(type_id: int, name: str) -> np.ndarray:
+    record = np.zeros(1, _FIELD)
+    record["type_id"] = type_id
+    record["name"][0, : len(name)] = np.frombuffer(name.encode(), "u1")
+    return record
+
+
+def _page_bytes(largest: int) -> int:
+    """FFCV's page: no crop crosses one, so that its process cache can read page by page. Room for 16 of the largest."""
+    wanted = 1 << (16 * largest - 1).bit_length()
+    return max(MIN_PAGE, min(MAX_PAGE, wanted), 1 << (largest - 1).bit_length())
+
+
+def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, crop_format: str, data: Iterable[bytes]):
+    """Write `crops.beton` from the encoded crops in row order: aside, fsynced, renamed.
+
+    crops: CROP_DTYPE [n_rows], for the sizes in bytes. labels: int64 [n_rows]. data: one bytes object a row.
+    The same input gives the same bytes.
+    """
+    n_rows, sizes = len(crops), crops["bytes"].astype("uint64")
+    head_bytes = _HEADER.itemsize + 2 * _FIELD.itemsize + n_rows * _SAMPLE.itemsize
+    pointers = np.empty(n_rows, "uint64")
+    page = _page_bytes(int(sizes.max()))
+    end = -(-head_bytes // page) * page
+    for row, n_bytes in enumerate(sizes.tolist()):
+        if end % page + n_bytes > page:
+            end += page - end % page
+        pointers[row] = end
+        end += n_bytes
+    table_start = -(-end // 8) * 8
+
+    header = np.zeros(1, _HEADER)
+    header["version"], header["num_fields"], header["page_size"] = 2, 2, page
+    header["num_samples"], header["alloc_table_ptr"] = n_rows, table_start
+    samples = np.zeros(n_rows, _SAMPLE)
+    samples["image"]["mode"] = _RAW if CROP_FORMATS[crop_format] is None else _JPEG
+    samples["image"]["width"] = samples["image"]["height"] = size
+    samples["image"]["data_ptr"] = pointers
+    samples["label"] = labels
+    allocations = np.zeros(n_rows, _ALLOCATION)
+    allocations["sample_id"], allocations["ptr"], allocations["size"] = np.arange(n_rows), pointers, sizes
+
+    aside = path.with_name(path.name + ASIDE)
+    with open(aside, "wb", buffering=1 << 20) as file:
+        for part in (header, _field(_RGB_IMAGE, "image"), _field(_INT, "label"), samples):
+            file.write(part.tobytes())
+        n_written = 0
+        for row, encoded in enumerate(data):
+            if len(encoded) != sizes[row]:
+                raise CacheCorruptError(f"{path}: row {row} has {len(encoded)} bytes, its record says {sizes[row]}.")
+            file.write(bytes(int(pointers[row]) - file.tell()))
+            file.write(encoded)
+            n_written += 1
+        if n_written != n_rows:
+            raise CacheCorruptError(f"{path}: {n_written} crops given for {n_rows} records.")
+        file.write(bytes(table_start - file.tell()))
+        file.write(allocations.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+class CropReader:
+    """The crops of one view: decoded rows on request, each checked against its CRC-32C before it is decoded.
+
+    Raises CacheCorruptError when opened on a file whose tables do not fit together.
+    """
+
+    def __init__(self, view_dir: Path):
+        self.path = Path(view_dir) / "crops.beton"
+        self.crops = read_npy(Path(view_dir) / "crops.npy", CROP_DTYPE)
+        n_rows = len(self.crops)
+        try:
+            self._file = open(self.path, "rb")
+            n_bytes = os.fstat(self._file.fileno()).st_size
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CacheCorruptError(f"{self.path}: cannot be read ({error}).") from error
+        self.bytes = np.frombuffer(self._map, "u1")
+        """The whole file, mapped. Its address is what compiled code reads from."""
+        try:
+            header = np.frombuffer(self._map, _HEADER, 1)[0]
+            if (header["version"], header["num_fields"], header["num_samples"]) != (2, 2, n_rows):
+                raise ValueError("header")
+            samples = np.frombuffer(self._map, _SAMPLE, n_rows, _HEADER.itemsize + 2 * _FIELD.itemsize)
+            allocations = np.frombuffer(self._map, _ALLOCATION, n_rows, int(header["alloc_table_ptr"]))
+            image = samples["image"]
+            if not (
+                np.array_equal(allocations["sample_id"], np.arange(n_rows))
+                and np.array_equal(allocations["ptr"], image["data_ptr"])
+                and np.array_equal(allocations["size"], self.crops["bytes"])
+                and (image["data_ptr"] < n_bytes).all()
+                and (allocations["size"] <= n_bytes - image["data_ptr"]).all()
+                and len(np.unique(image["mode"])) <= 1
+                and (image["mode"] <= _RAW).all()
+                and (image["height"] == image["width"]).all()
+                and len(np.unique(image["height"])) <= 1
+            ):
+                raise ValueError("tables")
+        except (ValueError, IndexError) as error:
+            raise CacheCorruptError(
+                f"{self.path}: header or tables do not fit crops.npy ({error}). Make the view again: delete {view_dir} and run "
+                "teacher-cache crop."
+            ) from error
+        self.size = int(image["height"][0])
+        """Side of a crop, pixels."""
+        self.labels = np.array(samples["label"])
+        """int64 [n_rows], -1 where there are none."""
+        # contiguous tables for compiled code: where each encoded crop lies, how long it is, its CRC-32C
+        self.pointers, self.sizes = allocations["ptr"].copy(), allocations["size"].copy()
+        self.crcs = self.crops["crc32c"].copy()
+        self.is_jpeg = bool(image["mode"][0] == _JPEG)
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def read(self, rows, out: np.ndarray | None = None) -> np.ndarray:
+        """Decode `rows` into `out` (uint8 [len(rows), size, size, 3], RGB), in that order, on all of numba's threads.
+
+        Raises NotInCacheError for rows outside the view, CacheCorruptError naming the row for damaged bytes.
+        """
+        from .compiled import check_crops, decode_rows
+
+        rows = np.ascontiguousarray(rows, "int64")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise NotInCacheError(f"{self.path}: rows {rows.min()} to {rows.max()} asked for, it has 0 to {len(self) - 1}.")
+        if out is None:
+            out = np.empty((len(rows), self.size, self.size, 3), "uint8")
+        errors = np.zeros(len(rows), "int64")
+        decode_rows(rows, out, self.bytes, self.pointers, self.sizes, self.crcs, self.is_jpeg, errors)
+        check_crops(errors, rows, self.path)
+        return out
+
+
+def tables_sha256(path: Path) -> str:
+    """SHA-256 of everything in a .beton that is not crop data: header, fields, sample table, allocation table, padding."""
+
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        header = np.fromfile(file, _HEADER, 1)
+        if len(header) != 1:
+            raise CacheCorruptError(f"{path}: shorter than its header.")
+        n_rows, table_start = int(header["num_samples"][0]), int(header["alloc_table_ptr"][0])
+        file.seek(table_start)
+        table = file.read()
+        if len(table) != n_rows * _ALLOCATION.itemsize or n_rows == 0:
+            raise CacheCorruptError(f"{path}: its allocation table is not where the header says.")
+        allocations = np.frombuffer(table, _ALLOCATION)
+        ends = np.append(np.uint64(0), allocations["ptr"] + allocations["size"])
+        starts = np.append(allocations["ptr"], np.uint64(table_start))
+        for begin, end in zip(ends.tolist(), starts.tolist(), strict=True):  # what lies between the crops
+            if begin != end:
+                file.seek(begin)
+                digest.update(file.read(max(0, end - begin)))
+        digest.update(table)
+    return digest.hexdigest()

@@ -1,0 +1,196 @@
+"""The inner loops: CRC-32C, decoding of crops and copying of rows, compiled by numba, parallel, without the GIL.
+
+Nothing here checks shapes or bounds of its arguments beyond what each docstring says; the readers do. Errors are reported as
+codes in an array, because an exception cannot leave compiled code that FFCV runs in its worker thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # two live loaders abort under numba's own "workqueue" layer
+
+import numba  # noqa: E402
+import numpy as np  # noqa: E402
+from ffcv.libffcv import ctypes_imdecode  # noqa: E402
+from llvmlite import ir  # noqa: E402
+from numba import njit, prange, types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+from .errors import CacheCorruptError, CropNotCachedError  # noqa: E402
+
+OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING = 0, 1, 2, 3, 4
+"""Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
+
+
+def _table(polynomial: int = 0x82F63B78) -> np.ndarray:
+    """The 256 CRC-32C values of single bytes (reflected Castagnoli polynomial)."""
+    values = np.arange(256, dtype="uint32")
+    for _ in range(8):
+        values = np.where(values & 1, (values >> 1) ^ np.uint32(polynomial), values >> 1).astype("uint32")
+    return values
+
+
+_TABLE = _table()
+_HARDWARE = {"x86_64": "llvm.x86.sse42.crc32.64.64", "AMD64": "llvm.x86.sse42.crc32.64.64"}.get(platform.machine())
+
+
+@intrinsic
+def _crc32c_word(typingctx, crc, word):
+    """CRC-32C of 8 bytes in one instruction (SSE 4.2)."""
+
+    def codegen(context, builder, signature, arguments):
+        i64 = ir.IntType(64)
+        function = builder.module.declare_intrinsic(_HARDWARE, fnty=ir.FunctionType(i64, [i64, i64]))
+        return builder.call(function, arguments)
+
+    return types.uint64(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def _load_u64(typingctx, address):
+    """The little-endian 64-bit word at any address, aligned or not."""
+
+    def codegen(context, builder, signature, arguments):
+        i64 = ir.IntType(64)
+        word = builder.load(builder.inttoptr(arguments[0], i64.as_pointer()))
+        word.align = 1
+        return word
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def _load_u8(typingctx, address):
+    def codegen(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
+
+    return types.uint8(types.uint64), codegen
+
+
+if _HARDWARE:
+
+    @njit(nogil=True, cache=True)
+    def crc32c_at(address, n_bytes):
+        """CRC-32C of `n_bytes` at `address`."""
+        crc = np.uint64(0xFFFFFFFF)
+        n_words = n_bytes // np.uint64(8)
+        for i in range(n_words):
+            crc = _crc32c_word(crc, _load_u64(address + np.uint64(8) * np.uint64(i)))
+        for i in range(n_words * np.uint64(8), n_bytes):
+            byte = np.uint64(_load_u8(address + np.uint64(i)))
+            crc = np.uint64(_TABLE[(crc ^ byte) & np.uint64(255)]) ^ (crc >> np.uint64(8))
+        return np.uint32(crc ^ np.uint64(0xFFFFFFFF))
+
+else:
+
+    @njit(nogil=True, cache=True)
+    def crc32c_at(address, n_bytes):
+        """CRC-32C of `n_bytes` at `address`, a byte at a time (this processor has no instruction that we use)."""
+        crc = np.uint64(0xFFFFFFFF)
+        for i in range(n_bytes):
+            byte = np.uint64(_load_u8(address + np.uint64(i)))
+            crc = np.uint64(_TABLE[(crc ^ byte) & np.uint64(255)]) ^ (crc >> np.uint64(8))
+        return np.uint32(crc ^ np.uint64(0xFFFFFFFF))
+
+
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memcpy.restype = ctypes.c_void_p
+
+
+@njit(nogil=True)
+def decode_one(source, n_bytes, crc, is_jpeg, out):
+    """Check and decode the encoded crop at address `source` into `out` (uint8 [size, size, 3]); returns a code."""
+    if crc32c_at(source, n_bytes) != crc:
+        return BAD_CRC
+    height, width = out.shape[0], out.shape[1]
+    if is_jpeg:
+        # FFCV's decoder: libjpeg-turbo, fast DCT; the trailing arguments are offset, scale 1/1, no crop, no flip
+        code = ctypes_imdecode(source, n_bytes, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, False, False)
+        return OK if code == 0 else BAD_JPEG
+    if n_bytes != np.uint64(height * width * 3):
+        return BAD_SIZE
+    _memcpy(out.ctypes.data, source, n_bytes)
+    return OK
+
+
+@njit(nogil=True, parallel=True)
+def decode_rows(rows, out, file, pointers, sizes, crcs, is_jpeg, errors):
+    """Decode crops `rows` of a mapped .beton (`file`: uint8) into `out`; `errors` int64 [len(rows)] receives codes."""
+    base = np.uint64(file.ctypes.data)
+    for i in prange(len(rows)):
+        row = rows[i]
+        errors[i] = decode_one(base + pointers[row], sizes[row], crcs[row], is_jpeg, out[i])
+
+
+@njit(nogil=True)
+def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
+    """Copy one uncompressed inner chunk out of a mapped zarr shard to address `out`; returns a code.
+
+    shard: address of the shard, whose last 16 * n_slots + 4 bytes are its index (offset and length of each inner chunk,
+    then a CRC-32C of the index). A chunk is `row_bytes` of data and their CRC-32C.
+    """
+    entry = shard + shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(n_slots - slot)
+    offset, n_bytes = _load_u64(entry), _load_u64(entry + np.uint64(8))
+    if offset == np.uint64(0xFFFFFFFFFFFFFFFF):
+        return MISSING
+    if n_bytes != row_bytes + np.uint64(4) or offset > shard_bytes or n_bytes > shard_bytes - offset:
+        return BAD_SIZE
+    source = shard + offset
+    _memcpy(out, source, row_bytes)
+    if check:
+        tail = source + row_bytes
+        stored = np.uint64(0)
+        for i in range(4):
+            stored |= np.uint64(_load_u8(tail + np.uint64(i))) << np.uint64(8 * i)
+        # of the copy: what was handed out is what was checked, and it is in the processor's cache
+        if np.uint64(crc32c_at(np.uint64(out), row_bytes)) != stored:
+            return BAD_CRC
+    return OK
+
+
+@njit(nogil=True, parallel=True)
+def copy_rows(rows, out, out_stride, shards, shard_sizes, shard_rows, row_bytes, checked, check, errors):
+    """Copy `rows` of one array into `out` (address), `out_stride` bytes apart.
+
+    shards: uint64 addresses of the mapped shards, 0 where a shard is not there. checked: uint8 [n_rows], rows whose
+    CRC-32C has been found right by this process. check: 0 never, 1 first time, 2 always. errors: int64 [len(rows)].
+    """
+    for i in prange(len(rows)):
+        row = rows[i]
+        shard = row // shard_rows
+        if shards[shard] == 0:
+            errors[i] = MISSING
+            continue
+        verify = check == 2 or (check == 1 and checked[row] == 0)
+        errors[i] = copy_one(shards[shard], shard_sizes[shard], row % shard_rows, shard_rows, row_bytes, verify,
+                             np.uint64(out) + np.uint64(i) * np.uint64(out_stride))  # fmt: skip
+        if verify and errors[i] == OK:
+            checked[row] = 1
+
+
+def check_crops(errors: np.ndarray, rows: np.ndarray, path) -> None:
+    """Raise CacheCorruptError for the first crop that failed, if any did."""
+    for i in np.flatnonzero(errors)[:1]:
+        reason = {BAD_CRC: "its CRC-32C does not fit", BAD_JPEG: "the JPEG decoder refuses it", BAD_SIZE: "its size is wrong"}
+        raise CacheCorruptError(
+            f"{path}: the crop of row {rows[i]} is damaged ({reason[int(errors[i])]}); {np.count_nonzero(errors)} of the "
+            f"{len(rows)} rows read. Run teacher-cache verify on this cache."
+        )
+
+
+def check_rows(errors: np.ndarray, rows: np.ndarray, path) -> None:
+    """Raise for the first row of an array that failed, if any did: CropNotCachedError or CacheCorruptError."""
+    for i in np.flatnonzero(errors)[:1]:
+        if errors[i] == MISSING:
+            raise CropNotCachedError(f"{path}: row {rows[i]} was never extracted. Run teacher-cache extract to finish the store.")
+        reason = "its CRC-32C does not fit" if errors[i] == BAD_CRC else "the shard's index is wrong"
+        raise CacheCorruptError(f"{path}: row {rows[i]} is damaged ({reason}). Run teacher-cache verify on this cache.")
+
+
+def use_threads(n_threads: int) -> None:
+    """Let the parallel loops of this thread use `n_threads` (at most what the machine has)."""
+    numba.set_num_threads(max(1, min(n_threads, numba.config.NUMBA_NUM_THREADS)))

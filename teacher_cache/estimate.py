@@ -1,0 +1,48 @@
+"""Bytes before they are written, and whether the disk has them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .errors import NoSpaceError
+from .spec import StoreSpec, TeacherSpec
+
+
+def human(n_bytes: float) -> str:
+    """1234567 -> `1.23 MB` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n_bytes) < 999.5 or unit == "TB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def shard_bytes(spec: StoreSpec, teacher: TeacherSpec, shard: int) -> int:
+    """Bytes of all files of a shard if no codec saves anything: rows, CRC-32C of each, index."""
+    n_rows = len(spec.rows_of(shard))
+    return sum(n_rows * (spec.row_bytes(array, teacher) + 4) + 16 * spec.shard_rows + 4 for array in spec.array_names)
+
+
+def store_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
+    """Bytes of a finished store if no codec saves anything."""
+    last = spec.n_shards - 1
+    return shard_bytes(spec, teacher, 0) * last + shard_bytes(spec, teacher, last)
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, or will."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise NoSpaceError if `needed` bytes do not fit."""
+    free = free_bytes(path)
+    if needed > free:
+        raise NoSpaceError(
+            f"{human(needed)} are needed on the disk of {path}, {human(free)} are free: {human(needed - free)} short. "
+            "Make room, or store less: fewer --views, --layers last, --dtype int8."
+        )

@@ -1,0 +1,301 @@
+"""Extraction: the crops of each view, the frozen teacher, a store. Run once; interrupted, run again.
+
+A shard is the unit of work: decode its crops, run the teacher, quantise, append, commit. Batches restart at each shard, so the
+same inputs give the same bytes, interrupted or not. The quantiser is fitted once, on view 0, before any shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import writer
+from .beton import CropReader
+from .cache import Cache, View
+from .claims import claimed
+from .commits import count_commits, fold, is_complete
+from .errors import BadInputError, MismatchError, NoSpaceError, UsageError
+from .progress import progress
+from .quantize import GROUP, ChannelStatistics, dequantise, quantise, token_errors
+from .spec import ARRAY_NAME, CODECS, DTYPES, LayerFidelity, StoreSpec, TeacherSpec
+from .store import Manifest, create_store, read_head, read_manifest, read_small_array, read_statistics
+
+FIT_ROWS = 2048
+"""Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
+FIT_TOKENS = 32
+"""Tokens drawn from each of these rows."""
+TRIAL_ROWS = 16
+"""Whole rows on which codecs are tried."""
+CODEC_GAIN = 0.15
+"""`auto` compresses an array if that saves this share of its bytes."""
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+"""Relative L2 difference of the probe's output that another machine may show."""
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """What of the teacher to keep, and how."""
+
+    layers: str = "last5"
+    """`last5` (or last1, last12 ...), `last`, or block numbers from 1: `8,10,12`."""
+    dtype: str = "int8"
+    codec: str = "auto"
+    shard_rows: int = 2048
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES or self.codec not in CODECS:
+            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}.")
+        if self.shard_rows < 1 or self.batch_size < 1:
+            raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
+
+    def layers_of(self, teacher: TeacherSpec) -> tuple[int, ...]:
+        """Block numbers, ascending. Raises UsageError for blocks the teacher does not have."""
+        text = self.layers.strip()
+        if text == "last" or text.startswith("last") and text[4:].isdecimal() and int(text[4:]) > 0:
+            n = int(text[4:] or 1)
+            return tuple(range(max(1, teacher.depth - n + 1), teacher.depth + 1))
+        try:
+            layers = tuple(sorted({int(number) for number in text.split(",")}))
+        except ValueError:
+            layers = ()
+        if not layers or layers[0] < 1 or layers[-1] > teacher.depth:
+            raise UsageError(
+                f"--layers {self.layers}: {teacher.name} has blocks 1 to {teacher.depth}. Give numbers such as "
+                f"{teacher.depth - 1},{teacher.depth}, or last, or last5."
+            )
+        return layers
+
+    def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
+        """The store this plan asks for; `codecs` as decided on a trial, by default none."""
+        layers = self.layers_of(teacher)
+        names = [ARRAY_NAME.format(i) for i in layers] + ["scale"] * (self.dtype == "int8") + ["attention"] * teacher.has_cls
+        codecs = codecs or dict.fromkeys(names, "none")
+        return StoreSpec(
+            n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
+            group=GROUP if self.dtype == "int8" else 0, attention=teacher.has_cls,
+            codecs=tuple((name, codecs[name]) for name in names),
+        )  # fmt: skip
+
+
+def extract_view(view: View, name: str, teacher, plan: ExtractPlan) -> bool:
+    """Finish the store `name` of one view; returns False if there was nothing to do.
+
+    teacher: a teachers.base.Teacher. View 0 has to be begun before any other, because they share its quantiser.
+    Raises MismatchError if a store of that name was made with anything else than what is given now.
+    """
+    store = view.store_path(name)
+    if (store / "store.json").exists():
+        _require_same(store, view, teacher, plan)
+        if is_complete(store):
+            return False
+        _require_same_probe(store, teacher)
+    with claimed(view.path / f"{store.name}.claim", f"The store {store}"):
+        crops = CropReader(view.path)
+        if not (store / "store.json").exists():
+            _begin(view, name, teacher, plan, crops)
+        manifest = read_manifest(store)
+        n_done = count_commits(store, manifest.store)
+        done_rows = min(len(crops), n_done * manifest.store.shard_rows)
+        missing = writer.missing_shards(store, manifest.store)
+        with progress(f"view {view.number}: {name}", len(crops), "crops", done_rows) as advance:
+            for shard in missing:
+                _extract_shard(store, manifest, crops, teacher, shard, plan.batch_size, advance)
+        fold(store, manifest.store)
+    return True
+
+
+def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
+    """Raise MismatchError naming every way in which the store on disk is not the one asked for."""
+    found = read_manifest(store)
+    asked = plan.store_spec(teacher.spec, view.cache.n_images)
+    if plan.codec == "auto":
+        asked = replace(asked, codecs=found.store.codecs) if asked.array_names == found.store.array_names else asked
+    else:
+        asked = replace(asked, codecs=tuple((name, plan.codec) for name in asked.array_names))
+    mine = {**replace(teacher.spec, weights=found.teacher.weights).to_json(), **asked.to_json()}
+    mine |= {"precision": teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
+    theirs = {**found.teacher.to_json(), **found.store.to_json()}
+    theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
+    differences = [f"{key}: {theirs[key]} in the store, {mine[key]} given" for key in mine if mine[key] != theirs[key]]
+    if differences:
+        raise MismatchError(
+            f"{store} was made with other parameters:\n  " + "\n  ".join(differences) +
+            f"\nGive the same ones, another --name, or delete {store}."
+        )  # fmt: skip
+
+
+def _require_same_probe(store: Path, teacher) -> None:
+    """Raise MismatchError if the teacher does not answer to the probe image as it did when the store was begun."""
+    manifest = read_manifest(store)
+    before, now = read_small_array(store, "probe"), probe_output(teacher, manifest.store.layers)
+    difference = float(np.linalg.norm(now - before) / np.linalg.norm(before))
+    if not difference <= PROBE_TOLERANCE[manifest.precision]:
+        raise MismatchError(
+            f"{store}: {teacher.spec.name} answers to the probe image {difference:.2g} (relative L2) differently from when the "
+            f"store was begun; up to {PROBE_TOLERANCE[manifest.precision]} is rounding. Software then: {manifest.software}. "
+            f"Continue on a machine with that software, or delete {store}."
+        )
+
+
+def probe_image(size: int) -> np.ndarray:
+    """A fixed picture without meaning: uint8 [size, size, 3], smooth gradients and stripes, the same everywhere."""
+    y, x = np.mgrid[:size, :size]
+    channels = [(x * 255) // size, (y * 255) // size, ((x * 7 + y * 3) % 64) * 4]
+    return np.stack(channels, -1).astype("uint8")
+
+
+def probe_output(teacher, layers: tuple[int, ...]) -> np.ndarray:
+    """float32 [L, D]: mean whitened token of each layer on the probe image at the teacher's own size."""
+    image = torch.from_numpy(probe_image(teacher.spec.image_size))[None].to(teacher.device)
+    return teacher(image, layers).tokens[0].mean(1).cpu().numpy()
+
+
+def _batches(crops: CropReader, rows: range, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row numbers, uint8 crops) in order; the next batch is decoded while the caller works on this one."""
+    chunks = [np.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
+        pending = ahead.submit(crops.read, chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            images = pending.result()
+            if following is not None:
+                pending = ahead.submit(crops.read, following)
+            yield chunk, images
+
+
+def _run(teacher, images: np.ndarray, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite or BadInputError naming the row."""
+    output = teacher(torch.from_numpy(images).to(teacher.device), layers)
+    finite = output.tokens.isfinite().flatten(1).all(1)
+    if output.attention is not None:
+        finite &= output.attention.isfinite().all(1)
+    if not finite.all():
+        bad = rows[(~finite).cpu().numpy()]
+        raise BadInputError(
+            f"{teacher.spec.name} gives non-finite values for row {bad[0]} ({len(bad)} of {len(rows)} rows of its batch). "
+            "Check the weights; with --precision bf16 try fp32."
+        )
+    attention = None if output.attention is None else output.attention.cpu().numpy()
+    return output.tokens.cpu().numpy(), attention
+
+
+def _stored(tokens: np.ndarray, spec: StoreSpec, statistics: dict[int, ChannelStatistics]) -> dict[str, np.ndarray]:
+    """Row arrays of a batch of tokens [B, L, C+N, D]."""
+    if spec.dtype == "float16":
+        return {ARRAY_NAME.format(layer): tokens[:, i].astype("float16") for i, layer in enumerate(spec.layers)}
+    arrays, scales = {}, []
+    for i, layer in enumerate(spec.layers):
+        arrays[ARRAY_NAME.format(layer)], scale = quantise(tokens[:, i], statistics[layer], spec.group)
+        scales.append(scale)
+    return {**arrays, "scale": np.stack(scales, 1)}  # scale [B, L, C+N, G]
+
+
+def _extract_shard(store: Path, manifest: Manifest, crops: CropReader, teacher, shard: int, batch_size: int, advance) -> None:
+    spec, statistics = manifest.store, read_statistics(store, manifest.store)
+    try:
+        with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
+            for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
+                tokens, attention = _run(teacher, images, rows, spec.layers)
+                arrays = _stored(tokens, spec, statistics)
+                if spec.attention:
+                    arrays["attention"] = attention
+                out.append(arrays)
+                advance(len(rows))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"The disk of {store} is full. {count_commits(store, spec)} of {spec.n_shards} shards are finished and kept; "
+                "make room and run the same command again."
+            ) from error
+        raise
+
+
+def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
+    """Create the store: on view 0 with a freshly fitted quantiser, elsewhere with view 0's."""
+    store, first = view.store_path(name), view.cache.view(0).store_path(name)
+    spec = plan.store_spec(teacher.spec, len(crops))
+    if view.number == 0:
+        statistics, fidelity, codecs = _fit(teacher, crops, spec, plan)
+        spec = plan.store_spec(teacher.spec, len(crops), codecs)
+        head, probe = teacher.head, probe_output(teacher, spec.layers)
+    else:
+        _require_same(first, view.cache.view(0), teacher, plan)
+        original = read_manifest(first)
+        spec, fidelity = original.store, original.fidelity
+        statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
+        probe = read_small_array(first, "probe")
+    manifest = Manifest(
+        teacher=teacher.spec, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
+        precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
+        software=software(),
+    )  # fmt: skip
+    create_store(store, manifest, statistics, head, probe)
+
+
+def software() -> dict[str, str]:
+    """Versions of what a teacher's output depends on."""
+    packages = ("torch", "timm", "open_clip_torch", "numpy", "zarr", "numcodecs", "ffcv")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
+    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
+
+    Rows are in random order (images.py), so the first ones are a fair sample.
+    """
+    n_rows = min(FIT_ROWS, max(TRIAL_ROWS, len(crops) // 8), len(crops))
+    generator = np.random.Generator(np.random.Philox(0))
+    samples, trial, trial_attention = [], [], []
+    with progress("fitting the quantiser", n_rows, "crops") as advance:
+        for rows, images in _batches(crops, range(n_rows), plan.batch_size):
+            tokens, attention = _run(teacher, images, rows, spec.layers)
+            n_tokens = tokens.shape[2]
+            for row, row_tokens in zip(rows, tokens, strict=True):
+                drawn = generator.permutation(n_tokens)[:FIT_TOKENS]
+                samples.append(row_tokens[:, drawn])  # [L, FIT_TOKENS, D]
+                if row < TRIAL_ROWS:
+                    trial.append(row_tokens)
+            if attention is not None:
+                trial_attention.append(attention[rows < TRIAL_ROWS])
+            advance(len(rows))
+
+    by_layer = np.concatenate(samples, axis=1)  # [L, n, D]
+    statistics, fidelity = {}, []
+    for i, layer in enumerate(spec.layers):
+        channel = ChannelStatistics.fit(by_layer[i])
+        if spec.dtype == "int8":
+            statistics[layer] = channel
+            stored = dequantise(*quantise(by_layer[i], channel, spec.group), channel, spec.group)
+        else:
+            stored = by_layer[i].astype("float16").astype("float32")
+        errors = token_errors(by_layer[i], stored, channel)
+        median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
+        fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
+
+    arrays = _stored(np.stack(trial), spec, statistics)
+    if spec.attention:
+        arrays["attention"] = np.concatenate(trial_attention)
+    return statistics, tuple(fidelity), {name: _choose_codec(name, values, plan.codec) for name, values in arrays.items()}
+
+
+def _choose_codec(array: str, rows: np.ndarray, codec: str) -> str:
+    """`auto`: zstd for tokens if it saves CODEC_GAIN of the bytes of these rows, else none. Any other choice stands.
+
+    Scales and attention are a hundredth of the bytes: compressing them would save nothing and cost the compiled read.
+    """
+    if codec != "auto":
+        return codec
+    if not array.startswith("tokens/"):
+        return "none"
+    encode = writer.encoder("zstd")
+    compressed = sum(len(encode(row.tobytes())) for row in rows)
+    return "zstd" if compressed <= (1 - CODEC_GAIN) * rows.nbytes else "none"

@@ -1,0 +1,57 @@
+"""What is in a cache, from JSON, names and sizes alone: neither torch nor zarr is imported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from .cache import Cache, View
+from .commits import count_commits, is_complete, read_commits
+from .store import Manifest, read_manifest
+
+
+def describe(cache: Cache) -> dict:
+    """Everything `teacher-cache inspect` says, as plain JSON values."""
+    identity = cache.identity
+    return {
+        "path": str(cache.path),
+        "crops_id": cache.crops_id,
+        "n_images": cache.n_images,
+        "n_skipped": cache.n_skipped,
+        "n_classes": len(identity.classes),
+        "crop_format": identity.crop_format,
+        "plan": identity.plan.to_json(),
+        "views": [_describe_view(view) for view in cache.views()],
+    }
+
+
+def _describe_view(view: View) -> dict:
+    beton = (view.path / "crops.beton").stat().st_size if (view.path / "crops.beton").exists() else 0
+    stores = [_describe_store(view, name) for name in view.store_names()]
+    return {"view": view.number, "crop_bytes": beton, "stores": stores}
+
+
+def _describe_store(view: View, name: str) -> dict:
+    path = view.store_path(name)
+    manifest = read_manifest(path)
+    spec, teacher = manifest.store, manifest.teacher
+    n_shards = count_commits(path, spec)
+    files, finished = read_commits(path, spec)
+    n_rows = sum(len(spec.rows_of(int(shard))) for shard in finished.nonzero()[0])
+    n_bytes = int(files["bytes"].sum())
+    return {
+        "name": name, "complete": is_complete(path), "rows_done": n_rows, "rows": spec.n_rows,
+        "shards_done": n_shards, "shards": spec.n_shards, "bytes": n_bytes,
+        "bytes_per_crop": bytes_per_crop(manifest, n_bytes / n_rows if n_rows else None),
+        "teacher": teacher.to_json(), "store": spec.to_json(), "precision": manifest.precision,
+        "fidelity": [asdict(layer) for layer in manifest.fidelity], "probe_sha256": manifest.probe_sha256,
+        "software": manifest.software,
+    }  # fmt: skip
+
+
+def bytes_per_crop(manifest: Manifest, on_disk: float | None) -> dict:
+    """Bytes of one crop's targets: as float16, as quantised, and as they lie on disk (None before the first shard)."""
+    spec, teacher = manifest.store, manifest.teacher
+    quantised = sum(spec.row_bytes(array, teacher) for array in spec.array_names)
+    attention = spec.row_bytes("attention", teacher) if spec.attention else 0
+    float16 = len(spec.layers) * teacher.n_tokens * teacher.dim * 2 + attention
+    return {"float16": float16, "quantised": quantised, "on_disk": None if on_disk is None else round(on_disk)}

@@ -1,0 +1,255 @@
+"""What every teacher does the same way, whichever library its blocks come from.
+
+A teacher takes uint8 crops and gives whitened block outputs and the CLS attention of its last block. Preprocessing, taps,
+whitening and attention stand here once; the files beside this one only say where a library keeps its parts.
+
+Gives up: models whose tokens are not one flat sequence in pre-norm blocks (Swin, hybrids, rotary positions).
+"""
+
+# B batch, N patches, C 1 with CLS else 0, T all tokens (CLS, registers, patches), D width, L layers, H heads
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BadInputError, UsageError
+from ..spec import TeacherSpec
+
+RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation; position table likewise"
+"""`TeacherSpec.resize` of every teacher. Code bases follow at least four different rules for the position table alone;
+this one is MaskAlign's (and Hugging Face's), and it is the same for pixels and positions."""
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says about a batch of crops; plain float32 tensors on the teacher's device, without gradient."""
+
+    tokens: Tensor
+    """float32 [B, L, C+N, D]: whitened block outputs, in the order of the layers asked for; CLS first where there is one."""
+    attention: Tensor | None
+    """float32 [B, N]: CLS to patches in the last block, mean over heads; the softmax runs over all keys, so a row sums
+    to less than 1. None where the teacher has no CLS."""
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The parameters of one self-attention, as they stand in its block."""
+
+    norm: nn.Module
+    """The LayerNorm before the attention."""
+    qkv_weight: Tensor
+    """[3 * H * head width, D]: rows of queries, then keys, then values."""
+    qkv_bias: Tensor | None
+    heads: int
+    query_norm: Callable[[Tensor], Tensor]
+    """Applied to each head's query (timm's qk-norm); the identity for most."""
+    key_norm: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a library keeps the parts that are tapped."""
+
+    model: nn.Module
+    forward: Callable[[Tensor], object]
+    """Runs all blocks on normalised images [B, 3, H, W]; what it returns is not looked at."""
+    blocks: Sequence[nn.Module]
+    """Each maps [B, T, D] to [B, T, D]."""
+    final_norm: nn.LayerNorm
+    attention_parts: Callable[[nn.Module], AttentionParts]
+    """Of one block."""
+    projection: Tensor | None = None
+    """[D, E] behind the final norm (CLIP)."""
+
+
+def whiten(tokens: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine over the last axis, per token, in float32: (x - mean) / sqrt(biased variance + eps)."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
+
+
+def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> Tensor:
+    """What the CLS token (the first) attends to among the patches, float32 [B, N], mean over heads.
+
+    block_input: [B, T, D], what enters the block. a = mean_h softmax(q_cls . k / sqrt(head width)) over all T keys; the
+    `n_prefix` columns of CLS and registers are then dropped (MILAN section 3.2, MaskAlign section 3.3). Only the CLS
+    query and the keys are computed, so this costs one projection, and it does not matter whether the block itself uses
+    a fused attention that never shows its map.
+    """
+    normed = parts.norm(block_input.float())
+    query_weight, key_weight, _ = parts.qkv_weight.float().chunk(3)
+    query_bias, key_bias, _ = (None,) * 3 if parts.qkv_bias is None else parts.qkv_bias.float().chunk(3)
+
+    query = F.linear(normed[:, :1], query_weight, query_bias)  # [B, 1, H * head width]
+    keys = F.linear(normed, key_weight, key_bias)  # [B, T, H * head width]
+    query, keys = (x.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, H, ., head width]
+    query, keys = parts.query_norm(query), parts.key_norm(keys)
+
+    logits = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, H, 1, T]
+    return logits.softmax(-1).mean(1)[:, 0, n_prefix:]
+
+
+def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
+    """A position table for another grid, by RESIZE's rule, in float32; returned unchanged when the grid is the same.
+
+    table: [..., n_prefix + rows, D] with a square grid; the first `n_prefix` rows (CLS, registers) are kept as they are.
+    """
+    prefix, patches = table.float().split([n_prefix, table.shape[-2] - n_prefix], dim=-2)
+    side = round(patches.shape[-2] ** 0.5)
+    if side * side != patches.shape[-2]:
+        raise BadInputError(f"The position table has {patches.shape[-2]} patch rows, which is no square grid.")
+    if grid == (side, side):
+        return table
+    image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
+    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid[0] * grid[1], -1)
+    return torch.cat([prefix, patches], dim=-2)
+
+
+def grid_for(name: str, image_size: int, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches of a square input, or UsageError if the patches do not fill it."""
+    if image_size < patch_size or image_size % patch_size:
+        below = max(patch_size, image_size // patch_size * patch_size)
+        raise UsageError(
+            f"Teacher {name} has patches of {patch_size} pixels, which do not fill an image of {image_size}. "
+            f"Take a multiple: --image-size {below} or {below + patch_size}."
+        )
+    return (image_size // patch_size,) * 2
+
+
+def check_precision(precision: str, device: torch.device | str) -> None:
+    """Raise UsageError for a precision that does not exist, or would be a mistake on this device."""
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"Teachers run in {' or '.join(PRECISIONS)}, not {precision!r}: "
+            "float16 overflows on the largest activations of CLIP."
+        )
+    if precision == "bf16" and torch.device(device).type == "cpu":
+        raise UsageError("bf16 on a CPU is about four times slower than fp32 there. Use fp32, or a CUDA device.")
+
+
+class Teacher:
+    """A frozen teacher: uint8 crops in, targets out.
+
+    Deliberately not an nn.Module: a student that holds one neither trains it, nor switches it to train mode, nor saves it.
+
+    spec:              what the store keeps about it
+    head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
+                       final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
+    ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
+    precision:         fp32, or bf16 by autocast (CUDA only): the residual stream and all outputs stay float32
+    """
+
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        anatomy: Anatomy,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        ignored_weights: tuple[str, ...] = (),
+    ):
+        self.spec, self.precision, self.ignored_weights = spec, precision, ignored_weights
+        self._anatomy = anatomy
+        anatomy.model.eval().requires_grad_(False)
+        head = {"gamma": anatomy.final_norm.weight, "beta": anatomy.final_norm.bias, "projection": anatomy.projection}
+        self.head: dict[str, np.ndarray] = {
+            name: tensor.detach().float().cpu().numpy().copy() for name, tensor in head.items() if tensor is not None
+        }
+        self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
+        self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
+        self.to(device)
+
+    def __repr__(self) -> str:
+        return f"Teacher({self.spec.name}, weights {self.spec.weights}, {self.precision} on {self.device})"
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move the weights; returns the teacher itself. Raises UsageError for bf16 on a CPU."""
+        self.device = torch.device(device)
+        check_precision(self.precision, self.device)
+        self._anatomy.model.to(self.device)
+        mean, std = (torch.tensor(channels, device=self.device) for channels in (self.spec.mean, self.spec.std))
+        self._mean, self._std = mean.view(3, 1, 1), std.view(3, 1, 1)
+        return self
+
+    # no_grad, not inference_mode: a live student's loss saves the targets for its backward pass, which tensors made
+    # under inference_mode refuse
+    @torch.no_grad()
+    def __call__(self, images_u8: Tensor, layers: Sequence[int]) -> TeacherOutput:
+        """Targets of a batch of square RGB crops.
+
+        images_u8: uint8 [B, side, side, 3] on the teacher's device; another side than `spec.image_size` is resized.
+        layers:    block numbers, ascending, counted from 1; `spec.depth` is the last block.
+        Raises UsageError for anything else.
+        """
+        images = self.preprocess(images_u8)  # [B, 3, H, W]
+        layers = self._check_layers(layers)
+        n_prefix = int(self.spec.has_cls) + self.spec.n_registers
+
+        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
+            self._anatomy.forward(images)
+
+        tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]
+        if self.spec.n_registers:
+            tokens = torch.cat([tokens[:, :, : int(self.spec.has_cls)], tokens[:, :, n_prefix:]], dim=2)
+        return TeacherOutput(tokens, tapped.get("attention"))
+
+    def preprocess(self, images_u8: Tensor) -> Tensor:
+        """The float32 [B, 3, H, W] that the first layer sees: levels / 255, resized by RESIZE's rule, normalised."""
+        if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[3] != 3:
+            raise UsageError(f"Crops must be uint8 [B, side, side, 3], not {images_u8.dtype} {list(images_u8.shape)}.")
+        if images_u8.shape[1] != images_u8.shape[2]:
+            raise UsageError(f"Crops must be square, not {images_u8.shape[1]} x {images_u8.shape[2]} pixels.")
+        if images_u8.device.type != self.device.type:
+            raise UsageError(f"The crops are on {images_u8.device}, the teacher on {self.device}.")
+        images = images_u8.permute(0, 3, 1, 2).float() / 255  # [B, 3, H, W]
+        size = self.spec.image_size
+        if images.shape[2] != size:
+            images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False, antialias=False)
+        return (images - self._mean) / self._std
+
+    def _check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        layers = tuple(layers)
+        in_range = all(1 <= number <= self.spec.depth for number in layers)
+        if not layers or not in_range or sorted(set(layers)) != list(layers):
+            raise UsageError(
+                f"Layers {list(layers)} of {self.spec.name}: give block numbers 1 to {self.spec.depth}, ascending, "
+                f"each once; {self.spec.depth} is the last block."
+            )
+        return layers
+
+    @contextmanager
+    def _taps(self, layers: Sequence[int]):
+        """Hooks that fill {block number: whitened output [B, T, D]} and, with CLS, {"attention": [B, N]} on a forward."""
+        tapped: dict = {}
+        blocks, parts_of, spec = self._anatomy.blocks, self._anatomy.attention_parts, self.spec
+
+        def keep_stream_float32(block, inputs):  # open_clip rounds it to bf16 under autocast, timm does not
+            return (inputs[0].float(), *inputs[1:])
+
+        def tap_output(number):
+            def hook(block, inputs, output):
+                tapped[number] = whiten(output, spec.norm_eps)
+
+            return hook
+
+        def tap_attention(block, inputs):
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                tapped["attention"] = cls_attention(inputs[0], parts_of(block), 1 + spec.n_registers)
+
+        handles = [blocks[0].register_forward_pre_hook(keep_stream_float32)]
+        handles += [blocks[number - 1].register_forward_hook(tap_output(number)) for number in layers]
+        if spec.has_cls:
+            handles.append(blocks[-1].register_forward_pre_hook(tap_attention))
+        try:
+            yield tapped
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,175 @@
+"""timm's plain VisionTransformer as a teacher: any of them as `timm:NAME`, and those of our table that are built of it.
+
+Plain means: one flat sequence of [CLS, registers,] patches, absolute positions or none, pre-norm blocks with timm's own
+attention, LayerNorm. Everything else is refused by what it is, not by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+import timm
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+
+from ..errors import BadInputError, UnknownNameError, UsageError
+from ..spec import TeacherSpec
+from . import TIMM_PREFIX, TeacherEntry
+from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .weights import KeyRules, LoadedWeights, load_weights, sha256_tensors
+
+
+def build_vit(entry: TeacherEntry) -> VisionTransformer:
+    """The untrained ViT of one line of the table."""
+    return VisionTransformer(
+        img_size=entry.image_size,
+        patch_size=entry.patch_size,
+        embed_dim=entry.dim,
+        depth=entry.depth,
+        num_heads=entry.heads,
+        num_classes=0,
+        norm_layer=lambda width, **kwargs: nn.LayerNorm(width, eps=entry.norm_eps, **kwargs),
+    )
+
+
+def attention_parts(block: Block) -> AttentionParts:
+    """Of one of timm's blocks."""
+    attention = block.attn
+    return AttentionParts(
+        block.norm1, attention.qkv.weight, attention.qkv.bias, attention.num_heads, attention.q_norm, attention.k_norm
+    )
+
+
+def final_norm(model: VisionTransformer) -> nn.Module:
+    """The norm behind the last block.
+
+    Where timm moved it behind the average pooling (`fc_norm`), that one: applied token by token it stands to the tokens as
+    CLIP's ln_post, which CLIP itself applies to CLS only.
+    """
+    return model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+
+
+def why_not_plain(model: nn.Module) -> str | None:
+    """What about this model the taps and the attention do not allow for, or None."""
+    if type(model) is not VisionTransformer:
+        return f"it is a {type(model).__name__}"
+    block = model.blocks[-1]
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patches come out of a {type(model.patch_embed).__name__}"
+    for norm in (block.norm1, final_norm(model)):
+        if not isinstance(norm, nn.LayerNorm):
+            return f"it has {type(norm).__name__} where the whitening is a LayerNorm"
+    patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    if patch[0] != patch[1] or grid[0] != grid[1]:
+        return f"its patches of {patch[0]} x {patch[1]} pixels stand in a grid of {grid[0]} x {grid[1]}"
+    return None
+
+
+def at_image_size(model: VisionTransformer, name: str, image_size: int) -> None:
+    """Change the model's input size in place, its position table by our own rule (timm's is antialiased)."""
+    grid = grid_for(name, image_size, model.patch_embed.patch_size[0])
+    if grid == model.patch_embed.grid_size:
+        return
+    model.patch_embed.set_input_size(image_size)
+    if model.pos_embed is not None:
+        n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        model.pos_embed = nn.Parameter(resize_position_table(model.pos_embed.detach(), n_prefix, grid))
+
+
+def as_teacher(
+    name: str,
+    model: VisionTransformer,
+    loaded: LoadedWeights,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: str,
+    precision: str,
+) -> Teacher:
+    """A filled plain ViT, at the image size it stands at, described and frozen."""
+    spec = TeacherSpec(
+        name=name,
+        weights=loaded.source,
+        weights_sha256=loaded.sha256,
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        grid=tuple(model.patch_embed.grid_size),
+        dim=model.embed_dim,
+        depth=len(model.blocks),
+        heads=model.blocks[-1].attn.num_heads,
+        has_cls=model.has_class_token,
+        n_registers=model.num_reg_tokens,
+        mean=tuple(mean),
+        std=tuple(std),
+        norm_eps=final_norm(model).eps,
+        projection_dim=None,
+        resize=RESIZE,
+    )
+    anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts)
+    return Teacher(spec, anatomy, device, precision, loaded.ignored)
+
+
+def load_timm(
+    name: str,
+    weights: str | os.PathLike | None,
+    image_size: int | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Teacher:
+    """The teacher `timm:NAME`; see `load_teacher`.
+
+    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names; only the
+    classifier is left out, and named in `ignored_weights`. Without `weights`, timm downloads its own; their sha256 is then
+    that of the tensors, because timm may rename them on the way from the file.
+    """
+    check_precision(precision, device)
+    model = _create(name)
+    if reason := why_not_plain(model):
+        raise UsageError(
+            f"{name} cannot be a teacher: {reason}. Only timm's plain VisionTransformer can (absolute positions, pre-norm "
+            f"blocks), such as {TIMM_PREFIX}vit_small_patch16_224 or {TIMM_PREFIX}vit_small_patch16_dinov3's older kin, "
+            f"{TIMM_PREFIX}vit_small_patch14_dinov2."
+        )
+    config = model.pretrained_cfg
+    if weights is None:
+        model = _download(name)
+        source = config.get("hf_hub_id") or config.get("url") or "timm"
+        loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
+    else:
+        classifier = config.get("classifier") or "head"
+        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",)))
+    if image_size is not None:
+        at_image_size(model, name, image_size)
+    return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)
+
+
+def _create(name: str, pretrained: bool = False) -> nn.Module:
+    wanted = name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(wanted):
+        close = difflib.get_close_matches(wanted.split(".")[0], timm.list_models("vit_*"), n=3)
+        raise UnknownNameError(
+            f"timm {timm.__version__} has no model named {wanted!r}."
+            + (f" Did you mean {', '.join(TIMM_PREFIX + other for other in close)}?" if close else "")
+            + " `timm.list_models('vit_*')` lists them."
+        )
+    try:
+        return timm.create_model(wanted, pretrained=pretrained, num_classes=0)
+    except RuntimeError as error:
+        if pretrained or "tag" not in str(error):
+            raise
+        raise UnknownNameError(f"{name}: {error}") from error
+
+
+def _download(name: str) -> VisionTransformer:
+    try:
+        return _create(name, pretrained=True)
+    except Exception as error:  # each of timm's sources has its own exceptions for no network, no file, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInputError(
+            f"The weights of {name} could not be downloaded ({reason}). Fetch the file on a machine with network "
+            f"(`timm.create_model(...).state_dict()` saved as safetensors will do) and pass --weights PATH; for a trial "
+            "without one: --weights random:0."
+        ) from error
