@@ -87,7 +87,7 @@ def load_checkpoint(
 ) -> int:
     """Put a run back to where `save_checkpoint` left it; the number of completed steps.
 
-    Raises RunError, and changes nothing, if the file is damaged or belongs to another config or other data.
+    Raises RunError, before anything is changed, if the file is damaged or belongs to another config or other data.
     """
     info, tensors = _read(path)
     require_same(f"The checkpoint {path}", "config", info.config, config.to_json())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             _write_whole(metrics, "".join(_lines_up_to(step, metrics.read_text())))
-        self._metrics = open(metrics, "a")
+        self._metrics = open(metrics, "a")  # noqa: SIM115  (open as long as the run)
         self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def write(self, report: StepReport) -> None:
@@ -93,12 +94,17 @@ class RunDirectory:
 
 
 def _lines_up_to(step: int, text: str) -> list[str]:
-    """The lines of steps 1..step; a machine that died may have left a torn last line, which is dropped."""
+    """The lines of steps up to `step`; a machine that died may have left a torn line behind them."""
     kept = []
     for line in text.splitlines(keepends=True):
-        if len(kept) == step or not line.endswith("\n"):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (json.JSONDecodeError, KeyError, TypeError):
             break
         kept.append(line)
+    if len(kept) != step:
+        warnings.warn(f"metrics.jsonl has lines for {len(kept)} of the {step} steps taken so far.", stacklevel=3)
     return kept
 
 

@@ -161,8 +161,9 @@ class CropReader:
             raise NotInCacheError(f"{self.path}: rows {rows.min()} to {rows.max()} asked for, it has 0 to {len(self) - 1}.")
         if out is None:
             out = np.empty((len(rows), self.size, self.size, 3), "uint8")
+        assert out.shape == (len(rows), self.size, self.size, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
         errors = np.zeros(len(rows), "int64")
-        decode_rows(rows, out, self.bytes, self.pointers, self.sizes, self.crcs, self.is_jpeg, errors)
+        decode_rows(rows, out, np.uint64(self.bytes.ctypes.data), self.pointers, self.sizes, self.crcs, self.is_jpeg, errors)
         check_crops(errors, rows, self.path)
         return out
 

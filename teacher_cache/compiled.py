@@ -14,12 +14,19 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # two live loaders abort 
 
 import numba  # noqa: E402
 import numpy as np  # noqa: E402
-from ffcv.libffcv import ctypes_imdecode  # noqa: E402
+import torch  # noqa: E402
 from llvmlite import ir  # noqa: E402
 from numba import njit, prange, types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
 from .errors import CacheCorruptError, CropNotCachedError  # noqa: E402
+
+_torch_threads = torch.get_num_threads()
+from ffcv.libffcv import ctypes_imdecode  # noqa: E402
+
+# importing ffcv leaves both torch and numba with one thread
+torch.set_num_threads(_torch_threads)
+numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
 OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING = 0, 1, 2, 3, 4
 """Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
@@ -70,6 +77,23 @@ def _load_u8(typingctx, address):
     return types.uint8(types.uint64), codegen
 
 
+def _pointer_to(kind):
+    """A compiled function from an address to a pointer, for numba.carray."""
+
+    @intrinsic
+    def pointer(typingctx, address):
+        def codegen(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.uint64), codegen
+
+    return pointer
+
+
+pointer_u8, pointer_u32 = _pointer_to(types.uint8), _pointer_to(types.uint32)
+pointer_u64, pointer_i64 = _pointer_to(types.uint64), _pointer_to(types.int64)
+
+
 if _HARDWARE:
 
     @njit(nogil=True, cache=True)
@@ -118,9 +142,8 @@ def decode_one(source, n_bytes, crc, is_jpeg, out):
 
 
 @njit(nogil=True, parallel=True)
-def decode_rows(rows, out, file, pointers, sizes, crcs, is_jpeg, errors):
-    """Decode crops `rows` of a mapped .beton (`file`: uint8) into `out`; `errors` int64 [len(rows)] receives codes."""
-    base = np.uint64(file.ctypes.data)
+def decode_rows(rows, out, base, pointers, sizes, crcs, is_jpeg, errors):
+    """Decode crops `rows` of a .beton mapped at address `base` into `out`; `errors` int64 [len(rows)] receives codes."""
     for i in prange(len(rows)):
         row = rows[i]
         errors[i] = decode_one(base + pointers[row], sizes[row], crcs[row], is_jpeg, out[i])

@@ -172,7 +172,7 @@ class StoreReader:
         from .compiled import check_rows, copy_rows
 
         mapped, errors = self.mapped(array), np.zeros(len(rows), "int64")
-        copy_rows(rows, out.ctypes.data, out.strides[0] if len(out) else 0, mapped.addresses, mapped.sizes, self.spec.shard_rows,
+        copy_rows(rows, np.uint64(out.ctypes.data), out.strides[0] if len(out) else 0, mapped.addresses, mapped.sizes, self.spec.shard_rows,
                   np.uint64(mapped.row_bytes), mapped.checked, CHECKS[self.check], errors)  # fmt: skip
         check_rows(errors, rows, mapped.path)
 

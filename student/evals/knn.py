@@ -61,10 +61,11 @@ class KNNEvaluator:
         """Yields ("knn/cls/20", accuracy in 0..1) and so on."""
         train_features, train_labels = extract_features(model, self.train, self.readouts, self.device)
         test_features, test_labels = extract_features(model, self.test, self.readouts, self.device)
+        train_labels, test_labels = train_labels.to(self.device), test_labels.to(self.device)
 
         possible = sorted({min(n, len(train_labels)) for n in self.n_neighbours})
         for readout in self.readouts:
+            voters, asked = train_features[readout].to(self.device), test_features[readout].to(self.device)
             for n in possible:
-                accuracy = knn_accuracy(train_features[readout], train_labels, test_features[readout], test_labels,
-                                        n, self.temperature)
+                accuracy = knn_accuracy(voters, train_labels, asked, test_labels, n, self.temperature)
                 yield f"knn/{readout}/{n}", accuracy

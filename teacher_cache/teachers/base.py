@@ -132,8 +132,11 @@ def check_precision(precision: str, device: torch.device | str) -> None:
             f"Teachers run in {' or '.join(PRECISIONS)}, not {precision!r}: "
             "float16 overflows on the largest activations of CLIP."
         )
-    if precision == "bf16" and torch.device(device).type == "cpu":
-        raise UsageError("bf16 on a CPU is about four times slower than fp32 there. Use fp32, or a CUDA device.")
+    if precision == "bf16" and torch.device(device).type != "cuda":
+        raise UsageError(
+            f"bf16 needs a CUDA device, and this is {device}: on a CPU it is about four times slower than fp32. "
+            "Use --precision fp32."
+        )
 
 
 class Teacher:
@@ -145,7 +148,8 @@ class Teacher:
     head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
                        final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
-    precision:         fp32, or bf16 by autocast (CUDA only): the residual stream and all outputs stay float32
+    precision:         fp32 (on CUDA as the process's TF32 settings have it), or bf16 by autocast (CUDA only), where the
+                       residual stream, the attention map and all outputs stay float32
     """
 
     def __init__(

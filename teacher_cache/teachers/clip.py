@@ -22,7 +22,7 @@ OPENAI_NAMES = KeyRules(
     keep="visual.",
     ignore=(
         "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",  # the text tower
-        "logit_scale", "logit_bias",  # of the contrastive loss
+        "logit_scale",  # of the contrastive loss
         "input_resolution", "context_length", "vocab_size",  # integers in OpenAI's archive
     ),
 )  # fmt: skip

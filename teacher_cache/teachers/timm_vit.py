@@ -54,10 +54,12 @@ def final_norm(model: VisionTransformer) -> nn.Module:
 def why_not_plain(model: nn.Module) -> str | None:
     """What about this model the taps and the attention do not allow for, or None."""
     if type(model) is not VisionTransformer:
-        return f"it is a {type(model).__name__}"
+        return f"its class is {type(model).__name__}"
     block = model.blocks[-1]
-    if type(block) is not Block or type(block.attn) is not Attention:
-        return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
+    if type(block) is not Block:
+        return f"its blocks are of the kind {type(block).__name__}"
+    if type(block.attn) is not Attention:
+        return f"its attention is {type(block.attn).__name__}"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come out of a {type(model.patch_embed).__name__}"
     for norm in (block.norm1, final_norm(model)):
@@ -129,8 +131,8 @@ def load_timm(
     model = _create(name)
     if reason := why_not_plain(model):
         raise UsageError(
-            f"{name} cannot be a teacher: {reason}. Only timm's plain VisionTransformer can (absolute positions, pre-norm "
-            f"blocks), such as {TIMM_PREFIX}vit_small_patch16_224 or {TIMM_PREFIX}vit_small_patch16_dinov3's older kin, "
+            f"{name} cannot be a teacher: {reason}. Only timm's plain VisionTransformer can (one sequence of patches, "
+            f"absolute positions, pre-norm blocks), such as {TIMM_PREFIX}vit_small_patch16_224 or "
             f"{TIMM_PREFIX}vit_small_patch14_dinov2."
         )
     config = model.pretrained_cfg
@@ -140,7 +142,7 @@ def load_timm(
         loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
     else:
         classifier = config.get("classifier") or "head"
-        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",)))
+        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model")))
     if image_size is not None:
         at_image_size(model, name, image_size)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -120,9 +119,7 @@ def read_file(path: Path) -> dict:
                 warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from error
-    except Exception as error:  # pickle.UnpicklingError: truncated, not torch's, or holding more than tensors
+    except Exception as error:  # each reader has its own: truncated, foreign, or holding more than tensors
         raise _unreadable(path, error) from error
     if not isinstance(found, dict):
         raise BadInputError(f"--weights {path}: holds a {type(found).__name__}, not a dictionary of tensors.")
@@ -144,6 +141,7 @@ def select(found: dict, rules: KeyRules) -> tuple[dict[str, Tensor], list[str], 
         found = found[entry] if isinstance(found.get(entry), dict) else found
     tensors, ignored, foreign = {}, [], []
     for name, value in found.items():
+        name = str(name)
         if any(name.startswith(known) if known.endswith(".") else name == known for known in rules.ignore):
             ignored.append(name)
         elif name.startswith(rules.keep):

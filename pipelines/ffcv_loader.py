@@ -1,0 +1,300 @@
+"""FFCV's compiled pipeline over a cache: crops decoded and targets copied in one pass, without the GIL.
+
+What is FFCV's: the file format, the graph that compiles operations into stages, the C decoder. What is ours, because FFCV 1.0.2
+hangs, leaks or corrupts there (docs/design/0003): the two operations, which check what they read, and the thread that runs the
+stages, which hands exceptions to the consumer and ends when the consumer leaves.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numba
+import numpy as np
+import torch
+from numba import carray
+from teacher_cache.beton import CropReader
+from teacher_cache.compiled import (
+    check_crops,
+    check_rows,
+    copy_rows,
+    decode_rows,
+    pointer_i64,
+    pointer_u8,
+    pointer_u32,
+    pointer_u64,
+    use_threads,
+)
+from teacher_cache.errors import CacheCorruptError
+from teacher_cache.reader import CHECKS, StoreReader
+
+from ffcv.loader.epoch_iterator import select_buffer  # after teacher_cache.compiled, which guards ffcv's import
+from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.graph import Graph
+from ffcv.pipeline.operation import Operation
+from ffcv.reader import Reader
+
+ALIGN = 16  # bytes; parts of a record start at multiples of this
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array within the record of a row: a record is all wanted arrays of a store, back to back."""
+
+    array: str
+    offset: int
+    """Bytes from the start of the record; a multiple of ALIGN."""
+    n_bytes: int
+
+
+def record_layout(store: StoreReader, arrays: list[str]) -> tuple[list[Part], int]:
+    """Where each array lies in a record, and the bytes of a record."""
+    parts, offset = [], 0
+    for array in arrays:
+        n_bytes = store.spec.row_bytes(array, store.teacher)
+        parts.append(Part(array, offset, n_bytes))
+        offset += -(-n_bytes // ALIGN) * ALIGN
+    return parts, offset
+
+
+class DecodeCrops(Operation):
+    """FFCV operation: crops of the view that `open` named last, decoded and checked.
+
+    Output: uint8 [B, size, size, 3]. Tables are handed to compiled code by address through `control`, so that another view
+    needs no recompilation; FFCV would freeze arrays into the machine code.
+    """
+
+    def __init__(self, size: int, max_batch: int):
+        super().__init__()
+        self.size = size
+        self.control = np.zeros(7, "uint64")  # base, pointers, sizes, crcs, n_rows, is_jpeg, errors
+        self.errors = np.zeros(max_batch, "int64")
+        self.control[6] = self.errors.ctypes.data
+
+    def open(self, crops: CropReader) -> None:
+        self.crops = crops  # keeps the tables alive
+        tables = (crops.bytes, crops.pointers, crops.sizes, crops.crcs)
+        self.control[:4] = [table.ctypes.data for table in tables]
+        self.control[4:6] = len(crops), crops.is_jpeg
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raise CacheCorruptError if a crop of the batch just decoded failed."""
+        check_crops(self.errors[: len(rows)], rows, self.crops.path)
+
+    def declare_state_and_memory(self, previous_state):
+        shape, dtype = (self.size, self.size, 3), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable:
+        address = self.control.ctypes.data
+
+        def decode(rows, out, metadata, storage_state):
+            control = carray(pointer_u64(np.uint64(address)), 7)
+            n_rows = control[4]
+            decode_rows(rows, out, control[0], carray(pointer_u64(control[1]), n_rows), carray(pointer_u64(control[2]), n_rows),
+                        carray(pointer_u32(control[3]), n_rows), control[5] == 1,
+                        carray(pointer_i64(control[6]), len(rows)))  # fmt: skip
+            return out[: len(rows)]
+
+        return decode
+
+
+class FetchTargets(Operation):
+    """FFCV operation: the records of a batch, copied from the mapped shards of the store that `open` named last.
+
+    Output: uint8 [B, record bytes] (record_layout). Each row's CRC-32C is compared as the store's `check` says.
+    """
+
+    def __init__(self, parts: list[Part], record_bytes: int, max_batch: int):
+        super().__init__()
+        self.parts, self.record_bytes = parts, record_bytes
+        self.control = np.zeros((len(parts), 8), "uint64")
+        self.errors = np.zeros((len(parts), max_batch), "int64")
+
+    def open(self, store: StoreReader) -> None:
+        self.store = store  # keeps the maps alive
+        for part, line, errors in zip(self.parts, self.control, self.errors, strict=True):
+            mapped = store.mapped(part.array)
+            line[:] = (mapped.addresses.ctypes.data, mapped.sizes.ctypes.data, len(mapped.sizes), store.spec.shard_rows,
+                       mapped.checked.ctypes.data, CHECKS[store.check], part.offset, errors.ctypes.data)  # fmt: skip
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raise CropNotCachedError or CacheCorruptError if a row of the batch just copied failed."""
+        for part, errors in zip(self.parts, self.errors, strict=True):
+            check_rows(errors[: len(rows)], rows, self.store.path / part.array)
+
+    def declare_state_and_memory(self, previous_state):
+        shape, dtype = (self.record_bytes,), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable:
+        address, n_parts, record_bytes = self.control.ctypes.data, len(self.parts), self.record_bytes
+        row_bytes = np.array([part.n_bytes for part in self.parts], "uint64")
+        n_rows = np.int64(len(self.store))
+
+        def fetch(rows, out, metadata, storage_state):
+            for i in range(n_parts):
+                line = carray(pointer_u64(np.uint64(address + 64 * i)), 8)
+                n_shards = line[2]
+                copy_rows(rows, np.uint64(out.ctypes.data) + line[6], record_bytes, carray(pointer_u64(line[0]), n_shards),
+                          carray(pointer_u64(line[1]), n_shards), np.int64(line[3]), row_bytes[i],
+                          carray(pointer_u8(line[4]), n_rows), np.int64(line[5]),
+                          carray(pointer_i64(line[7]), len(rows)))  # fmt: skip
+            return out[: len(rows)]
+
+        return fetch
+
+
+class ReadTargets:
+    """What FetchTargets does, for stores that a compiled copy cannot read (compressed, or the zarr route)."""
+
+    def __init__(self, parts: list[Part], record_bytes: int):
+        self.parts, self.record_bytes = parts, record_bytes
+
+    def open(self, store: StoreReader) -> None:
+        self.store = store
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [B, record bytes]"""
+        out = np.zeros((len(rows), self.record_bytes), "u1")
+        for part in self.parts:
+            out[:, part.offset : part.offset + part.n_bytes] = (
+                self.store.read(part.array, rows).reshape(len(rows), -1).view("u1")
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What one pass of the loader gives. The arrays lie in a ring of buffers: copy them before asking for the next."""
+
+    rows: np.ndarray  # int64 [B]
+    images: np.ndarray  # uint8 [B, size, size, 3]
+    records: np.ndarray | None  # uint8 [B, record bytes]
+
+
+class JoinedLoader:
+    """One FFCV loader for a whole run: crops of any view joined with the rows of its store. Compiled once.
+
+    batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches prepared in advance.
+    """
+
+    def __init__(self, crops: CropReader, store: StoreReader | None, arrays: list[str], batch_rows: int,
+                 workers: int, ahead: int = 3):  # fmt: skip
+        self.batch_rows, self.workers, self.ahead = batch_rows, workers, ahead
+        self.parts, self.record_bytes = record_layout(store, arrays) if arrays else ([], 0)
+        self.decode = DecodeCrops(crops.size, batch_rows)
+        self.fetch: FetchTargets | None = None
+        self.read: ReadTargets | None = None
+        specs = {"image": PipelineSpec("image", decoder=self.decode)}
+        if arrays and store.route == "direct" and all(dict(store.spec.codecs)[array] == "none" for array in arrays):
+            self.fetch = FetchTargets(self.parts, self.record_bytes, batch_rows)
+            specs["targets"] = PipelineSpec("label", decoder=self.fetch)
+        elif arrays:
+            self.read = ReadTargets(self.parts, self.record_bytes)
+        self.open(crops, store)
+
+        reader = Reader(str(crops.path))
+        self.metadata = reader.metadata
+        fields = {name: index for index, name in enumerate(reader.field_names)}
+        self.graph = Graph(specs, reader.handlers, fields, reader.metadata, None)
+        _, code = self.graph.collect_requirements()
+        self.stages, self.outputs = self.graph.codegen_all(code)
+        # one ring for the whole run: FFCV would allocate and fault in a new one every epoch
+        self.memory = self.graph.allocate_memory(batch_rows, ahead + 2)
+
+    def open(self, crops: CropReader, store: StoreReader | None) -> None:
+        """Read from another view from now on. No epoch may be running."""
+        if crops.size != self.decode.size:
+            raise CacheCorruptError(f"{crops.path}: crops of {crops.size} px, {self.decode.size} px in the views before.")
+        self.decode.open(crops)
+        for reader in (self.fetch, self.read):
+            if reader is not None:
+                reader.open(store)
+
+    def run(self, rows: np.ndarray, slot: int) -> RawBatch:
+        """Decode and copy one batch into ring buffer `slot`; raises for the first row that is damaged or missing."""
+        arguments = {"batch_indices": rows, "metadata": self.metadata, "storage_state": ()}
+        for kind, prefix in (("operation", "memory"), ("shared", "shared_memory")):
+            for node, buffers in self.memory[kind].items():
+                arguments[f"{prefix}_{node}"] = select_buffer(buffers, slot, len(rows))
+        for stage, defined in self.stages:
+            results = stage(**arguments)
+            arguments |= {f"result_{node}": result for node, result in zip(defined, results, strict=True)}
+        images, *records = (arguments[f"result_{node}"] for node in self.outputs)
+        self.decode.check(rows)
+        if self.fetch is not None:
+            self.fetch.check(rows)
+        elif self.read is not None:
+            records = [self.read(rows)]
+        return RawBatch(rows, images, records[0] if records else None)
+
+    def batches(self, rows: np.ndarray) -> Iterator[RawBatch]:
+        """The batches whose rows are the lines of `rows` (int64 [n, B]), in order, prepared in the background.
+
+        An exception in the background is raised here, with its cause. Leaving the loop early ends the thread.
+        """
+        thread = _Ahead(self, rows)
+        try:
+            yield from thread.results()
+        finally:
+            thread.stop()
+
+
+class _Ahead:
+    """The thread that keeps a few batches ready."""
+
+    _END = object()
+
+    def __init__(self, loader: JoinedLoader, rows: np.ndarray):
+        self.loader, self.rows = loader, rows
+        self.ready: queue.Queue = queue.Queue()
+        # a slot is free again when the consumer asks for the batch after the one that used it
+        self.slots = threading.Semaphore(loader.ahead + 1)
+        self.stopping = threading.Event()
+        self.used_on_device: dict[int, torch.cuda.Event] = {}
+        self.thread = threading.Thread(target=self._work, name="ffcv-ahead", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        try:
+            use_threads(self.loader.workers)  # numba's count is per thread
+            for index, rows in enumerate(self.rows):
+                self.slots.acquire()
+                if self.stopping.is_set():
+                    return
+                slot = index % (self.loader.ahead + 2)
+                if slot in self.used_on_device:
+                    self.used_on_device[slot].synchronize()  # its copy to the device may still be under way
+                self.ready.put(self.loader.run(rows, slot))
+            self.ready.put(self._END)
+        except BaseException as error:  # handed over, and raised where somebody listens
+            self.ready.put(error)
+
+    def results(self) -> Iterator[RawBatch]:
+        for index in range(len(self.rows) + 1):
+            result = self.ready.get()
+            if result is self._END:
+                return
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+            if torch.cuda.is_initialized():
+                event = torch.cuda.Event()
+                event.record()
+                self.used_on_device[index % (self.loader.ahead + 2)] = event
+            self.slots.release()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.slots.release()
+        self.thread.join()
+
+
+def default_workers() -> int:
+    """Threads of the compiled loops: all processors this process may use."""
+    return numba.config.NUMBA_NUM_THREADS

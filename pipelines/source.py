@@ -1,0 +1,229 @@
+"""Batches for a student: from a cache, or live from a teacher on the same pixels.
+
+`CachedSource` never imports a teacher. `LiveSource` runs one on the spot on the very crops and with the very preprocessing that
+extraction uses: the oracle of the tests, and the baseline of every speed claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
+from teacher_cache.beton import CropReader
+from teacher_cache.cache import Cache, View
+from teacher_cache.errors import NotInCacheError, UsageError
+from teacher_cache.reader import StoreReader
+from teacher_cache.spec import ARRAY_NAME, TeacherSpec
+from teacher_cache.store import read_manifest
+from torch import Tensor
+
+from .ffcv_loader import JoinedLoader, RawBatch, default_workers
+from .order import Order
+
+STUDENT_MEAN, STUDENT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, as in all six methods' pre-training."""
+
+# B batch, N patches, C 1 with CLS else 0, D width, L layers, G groups of channels
+
+
+def teacher_shape(spec: TeacherSpec) -> TeacherShape:
+    """What a student must know of the teacher behind a store."""
+    return TeacherShape(spec.name, spec.grid, spec.dim, spec.depth, spec.has_cls, spec.has_cls, spec.projection_dim)
+
+
+def normalise(images_u8: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], by ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(values, device=images_u8.device).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
+    return (images_u8.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def complete_views(cache: Cache, store_name: str | None, n_views: int | None) -> list[View]:
+    """The views to train on: the first `n_views`, by default all. Each must be whole, with its store.
+
+    Raises NotInCacheError that gives the numbers and the command that mends it.
+    """
+    present = cache.views()
+    wanted = n_views or len(present)
+    if not present or wanted > len(present):
+        raise NotInCacheError(
+            f"{cache.path} has {len(present)} finished views, {wanted} are asked for. Make them: "
+            f"teacher-cache crop --images DIR --views {wanted} {cache.path}"
+        )
+    views = present[:wanted]
+    for view in views if store_name else ():
+        if store_name not in view.store_names():
+            names = view.store_names()
+            raise NotInCacheError(
+                f"View {view.number} of {cache.path} has no targets of {store_name}; it has {', '.join(names) or 'none'}. "
+                f"Make them: teacher-cache extract --teacher {store_name} {cache.path}"
+                + (f", or train with --teacher {names[0]}." if names else ".")
+            )
+        reader = StoreReader(view.store_path(store_name))
+        if not reader.is_complete:
+            rows = sum(len(reader.spec.rows_of(int(shard))) for shard in np.flatnonzero(reader.finished))
+            raise NotInCacheError(
+                f"View {view.number} of {cache.path} is not complete: {rows:,} of {len(reader):,} rows of {store_name} are there. "
+                f"Finish it: teacher-cache extract --teacher {reader.teacher.name} {cache.path}"
+            )
+    return views
+
+
+def store_spec(cache: Cache, store_name: str) -> TeacherSpec:
+    """The teacher behind a store of view 0."""
+    return read_manifest(cache.finished_view(0).store_path(store_name)).teacher
+
+
+class CropSource:
+    """Crops without targets, in the order of the run; the part that cached and live sources share.
+
+    steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises NotInCacheError for a cache with fewer rows than
+    a step takes, or without the views or targets asked for.
+    """
+
+    store_name: str | None = None
+
+    def __init__(self, cache: Cache, *, batch_size: int, accumulate: int = 1, seed: int = 0, device="cpu",
+                 n_views: int | None = None, workers: int | None = None, store_name: str | None = None):  # fmt: skip
+        self.cache, self.device, self.accumulate = cache, torch.device(device), accumulate
+        self.store_name = store_name
+        self.views = complete_views(cache, store_name, n_views)
+        if cache.n_images < batch_size:
+            raise NotInCacheError(
+                f"{cache.path} has {cache.n_images:,} rows, one step takes {batch_size:,}. "
+                f"Set a smaller batch: --set batch_size={cache.n_images}, or cache more images."
+            )
+        block_rows = self._first_store().spec.shard_rows if store_name else 2048
+        self.order = Order(cache.n_images, batch_size, seed, block_rows)
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.identity = {
+            "crops_id": cache.crops_id,
+            "views": [view.crops_sha256 for view in self.views],
+            "order_seed": seed,
+            "block_rows": block_rows,
+        }
+        self._workers = workers or default_workers()
+        self._loader: JoinedLoader | None = None
+        self._labels = torch.from_numpy(cache.images().labels)
+
+    def _first_store(self) -> StoreReader:
+        return StoreReader(self.views[0].store_path(self.store_name))
+
+    def _open(self, view: View) -> tuple[CropReader, StoreReader | None]:
+        return CropReader(view.path), None
+
+    def _arrays(self) -> list[str]:
+        """The store's arrays that are read."""
+        return []
+
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets | None:
+        return None
+
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
+        for epoch, rows in self.order.steps(first_step, last_step):
+            crops, store = self._open(self.views[epoch % len(self.views)])
+            micro_rows = rows.reshape(-1, rows.shape[1] // self.accumulate)
+            if self._loader is None:
+                self._loader = JoinedLoader(crops, store, self._arrays(), micro_rows.shape[1], self._workers)
+            else:
+                self._loader.open(crops, store)
+            for raw in self._loader.batches(micro_rows):
+                yield self._batch(raw)
+
+    def _batch(self, raw: RawBatch) -> Batch:
+        # non_blocking: the loader waits for the copy before it uses the buffer again
+        images_u8 = torch.from_numpy(raw.images).to(self.device, non_blocking=True)
+        rows = torch.from_numpy(raw.rows)
+        return Batch(normalise(images_u8), rows, self._labels[rows].to(self.device), self._targets(raw, images_u8))
+
+
+class CachedSource(CropSource):
+    """Crops joined with the targets that a student `needs`, from one store of the cache."""
+
+    def __init__(self, cache: Cache, store_name: str, needs: Needs, *, route: str = "direct", check: str = "first", **options):
+        self.needs, self.route, self.check = needs, route, check
+        super().__init__(cache, store_name=store_name, **options)
+        store = self._first_store()
+        self.teacher, self.spec = store.teacher, store.spec
+        self.layers = [self.teacher.depth + 1 + offset for offset in needs.layers]  # block numbers from 1
+        missing = [layer for layer in self.layers if layer not in self.spec.layers]
+        if missing or needs.attention and not self.spec.attention:
+            what = f"layers {', '.join(map(str, missing))}" if missing else "attention"
+            wanted = ",".join(map(str, sorted({*self.layers, *self.spec.layers})))
+            raise NotInCacheError(
+                f"{store.path} lacks {what}; it holds layers {', '.join(map(str, self.spec.layers))} of {self.teacher.depth}"
+                f"{' and attention' if self.spec.attention else ', no attention'}. Make a store that has them: teacher-cache "
+                f"extract --teacher {self.teacher.name} --layers {wanted} --name {store_name}-more {cache.path}"
+            )
+        self.identity |= {
+            "store": store_name,
+            "weights_sha256": self.teacher.weights_sha256,
+            "probe_sha256": store.manifest.probe_sha256,
+            "dtype": self.spec.dtype,
+        }
+        as_tensor = {name: torch.from_numpy(np.array(values)).to(self.device) for name, values in store.head.items()}
+        self.head = TeacherHead(as_tensor["gamma"], as_tensor["beta"], as_tensor.get("projection"))
+        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.dtype == "int8" else []
+        stacked = lambda name: torch.from_numpy(np.stack([getattr(s, name) for s in statistics])).to(self.device)  # noqa: E731
+        self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
+
+    def _open(self, view: View) -> tuple[CropReader, StoreReader]:
+        return CropReader(view.path), StoreReader(view.store_path(self.store_name), self.route, self.check)
+
+    def _arrays(self) -> list[str]:
+        tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
+        return tokens + ["scale"] * (self.spec.dtype == "int8" and bool(tokens)) + ["attention"] * self.needs.attention
+
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets:
+        """One transfer of the quantised record; tokens become float on the device."""
+        record = torch.from_numpy(raw.records).to(self.device, non_blocking=True)  # uint8 [B, record bytes]
+        parts = {part.array: record[:, part.offset : part.offset + part.n_bytes] for part in self._loader.parts}
+
+        def view(array: str) -> Tensor:
+            shape = self.spec.row_shape(array, self.teacher)
+            return parts[array].view(getattr(torch, self.spec.row_dtype(array))).unflatten(1, shape)
+
+        attention = view("attention").clone() if self.needs.attention else None
+        if not self.layers:
+            tokens = record.new_empty((len(record), 0, self.teacher.n_tokens, self.teacher.dim), dtype=torch.float32)
+        elif self.spec.dtype == "float16":
+            tokens = torch.stack([view(ARRAY_NAME.format(layer)) for layer in self.layers], 1).float()
+        else:
+            scale = view("scale")  # [B, layers of the store, C+N, G]
+            tokens = torch.stack([
+                dequantise(view(ARRAY_NAME.format(layer)), scale[:, self.spec.layers.index(layer)], self._centre[i],
+                           self._spread[i], self.spec.group)
+                for i, layer in enumerate(self.layers)
+            ], 1)  # fmt: skip
+        return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head)
+
+
+def dequantise(q: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int) -> Tensor:
+    """teacher_cache.quantize.dequantise on the device: int8 [B, T, D], float16 [B, T, G] -> float32 [B, T, D]."""
+    step = scale.float().repeat_interleave(group, dim=-1)[..., : q.shape[-1]]
+    return torch.addcmul(centre, q.float() * step, spread)
+
+
+class LiveSource(CropSource):
+    """The same crops in the same order, their targets computed by `teacher` on the spot.
+
+    teacher: a teacher_cache.teachers.base.Teacher on the source's device.
+    """
+
+    def __init__(self, cache: Cache, teacher, needs: Needs, **options):
+        super().__init__(cache, **options)
+        if teacher.device.type != self.device.type:
+            raise UsageError(f"The teacher is on {teacher.device}, the student on {self.device}.")
+        self.teacher, self.needs = teacher, needs
+        self.layers = [teacher.spec.depth + 1 + offset for offset in needs.layers]
+        self.identity |= {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256}
+        as_tensor = {name: torch.from_numpy(values).to(self.device) for name, values in teacher.head.items()}
+        self.head = TeacherHead(as_tensor["gamma"], as_tensor["beta"], as_tensor.get("projection"))
+
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets:
+        output = self.teacher(images_u8, self.layers or [self.teacher.spec.depth])
+        tokens = output.tokens[:, : len(self.layers)]
+        return Targets(tokens, self.needs.layers, self.teacher.spec.has_cls, output.attention if self.needs.attention else None,
+                       self.head)  # fmt: skip

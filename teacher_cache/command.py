@@ -1,0 +1,45 @@
+"""How commands end: results on stdout, everything else on stderr, one sentence for an error, an exit code with a meaning.
+
+Exit codes: 0 done; 1 the data or the machine is at fault; 2 the command is; 130 interrupted (128 + SIGINT).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from .errors import TeacherCacheError, UsageError
+
+INTERRUPTED = 130
+
+
+def say(*lines: str) -> None:
+    """Print to stderr, so that stdout stays clean for --json."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
+@contextmanager
+def one_line_errors(resume: str, *families: type[Exception]) -> Iterator[None]:
+    """Turn this project's errors, disk errors and Ctrl-C into one message and an exit code.
+
+    resume: what to say about work that was interrupted. families: further exception classes that carry a user's message.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("", f"Interrupted. {resume}")
+        sys.exit(INTERRUPTED)
+    except (TeacherCacheError, *families) as error:
+        say(f"Error: {error}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left; say nothing more
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"Error: {where}{error.strerror or error}")
+        sys.exit(1)

@@ -1,0 +1,116 @@
+"""Maskers: partitions of the grid, drawn by the law they name."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from student_fakes import TEACHER, fake_batch
+
+from student import BackboneConfig, Batch, ConfigError, MaskConfig, Targets, TeacherShape
+from student.masking import MASKERS, build_masker, draw_noise, take
+
+BACKBONE = BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
+
+
+def attention_batch(attention: torch.Tensor) -> Batch:
+    return Batch(torch.zeros(len(attention), 3, 1, 1), torch.arange(len(attention)), None,
+                 Targets(torch.zeros(0), (), True, attention, None))
+
+
+@pytest.mark.parametrize("kind", MASKERS)
+@given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), ratio=st.floats(0, 0.93))
+@settings(max_examples=30, deadline=None)
+def test_partition(kind, seed, step, ratio):
+    """Every masker splits the patches of every image into n_keep visible and all other hidden ones, for any seed."""
+    config = MaskConfig(kind, ratio)
+    mask = build_masker(config, BACKBONE, TEACHER)(fake_batch(range(3)), draw_noise(seed, step, 3, 16))
+    assert mask.keep.shape == (3, config.n_keep(16))
+    both = torch.cat([mask.keep, mask.drop], dim=1)
+    assert torch.equal(both.sort(dim=1).values, torch.arange(16).expand(3, 16))
+
+
+@pytest.mark.parametrize("ratio, n_keep", [(0.75, 49), (0.70, 58), (0.60, 78), (0.50, 98)])
+def test_n_keep(ratio, n_keep):
+    """The number of visible patches of 196 is that of the MAE forks, truncated in float arithmetic."""
+    assert MaskConfig(ratio=ratio).n_keep(196) == n_keep
+
+
+def test_restore_undoes_the_shuffle():
+    """Visible and hidden tokens put together and taken by `restore` are the tokens in image order."""
+    batch = fake_batch(range(2))
+    mask = build_masker(MaskConfig("random", 0.7), BACKBONE, None)(batch, draw_noise(0, 0, 2, 16))
+    patches = batch.targets.patches(-1)
+    shuffled = torch.cat([take(patches, mask.keep), take(patches, mask.drop)], dim=1)
+    assert torch.equal(take(shuffled, mask.restore), patches)
+
+
+def test_random_keeps_the_smallest_noise():
+    """The random masker is MAE's: the first patches of the argsort of uniform noise."""
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3] * 4])
+    noise += torch.arange(16) * 1e-3
+    mask = build_masker(MaskConfig("random", 0.75), BACKBONE, None)(fake_batch(range(1)), noise)
+    assert mask.keep.tolist() == [[1, 5, 9, 13]]
+
+
+def test_attention_race_is_multinomial_without_replacement():
+    """The pairs that the attention race keeps of 4 patches occur as often as successive weighted draws give them."""
+    attention = [0.5, 0.25, 0.2, 0.05]
+    n_draws = 20_000
+    masker = build_masker(MaskConfig("attention", 0.5), BackboneConfig(image_size=32, dim=8, depth=1, heads=1),
+                          TeacherShape("t", (2, 2), 8, 1, True, True, None))
+    noise = draw_noise(7, 0, n_draws, 4)
+    keep = masker(attention_batch(torch.tensor([attention]).expand(n_draws, 4)), noise).keep
+
+    chi_square = 0.0
+    for first, second in permutations(range(4), 2):  # the order matters: it is the order of the draws
+        expected = n_draws * attention[first] * attention[second] / (1 - attention[first])
+        seen = int(((keep[:, 0] == first) & (keep[:, 1] == second)).sum())
+        chi_square += (seen - expected) ** 2 / expected
+    assert chi_square < 31.3  # 99.9 % quantile for 11 degrees of freedom
+
+    wrong = [0.25] * 4
+    uniform = masker(attention_batch(torch.tensor([wrong]).expand(n_draws, 4)), noise).keep
+    assert abs((uniform == 0).any(dim=1).float().mean() - 0.5) < 0.02
+
+
+def test_patches_without_attention_come_last():
+    """Patches of zero attention are kept only when all others are, and raise nothing."""
+    attention = torch.zeros(8, 16)
+    attention[:, [3, 11]] = 0.5
+    mask = build_masker(MaskConfig("attention", 0.75), BACKBONE, TEACHER)(
+        attention_batch(attention), draw_noise(0, 0, 8, 16)
+    )
+    assert torch.equal(mask.keep[:, :2].sort(dim=1).values, torch.tensor([3, 11]).expand(8, 2))
+
+
+def test_attention_top_ignores_the_noise():
+    """The deterministic masker keeps the patches of most attention, most first."""
+    attention = torch.arange(16.0)[None]
+    masker = build_masker(MaskConfig("attention-top", 0.75), BACKBONE, TEACHER)
+    assert masker(attention_batch(attention), torch.rand(1, 16)).keep.tolist() == [[15, 14, 13, 12]]
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    """The noise of a step is the same whenever it is drawn, differs between steps and seeds, and is never 0 or 1."""
+    noise = draw_noise(3, 5, 64, 196)
+    assert torch.equal(noise, draw_noise(3, 5, 64, 196))
+    assert not torch.equal(noise, draw_noise(3, 6, 64, 196))
+    assert not torch.equal(noise, draw_noise(4, 5, 64, 196))
+    assert 0 < noise.min() and noise.max() < 1 and abs(noise.mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    "teacher, words",
+    [
+        (None, "no teacher"),
+        (TeacherShape("gap", (4, 4), 12, 3, False, False, None), "gap does not have"),
+        (TeacherShape("fine", (8, 8), 12, 3, True, True, None), r"fine has \(8, 8\)"),
+    ],
+    ids=["no teacher", "no attention", "other grid"],
+)
+def test_attention_must_be_there(teacher, words):
+    """A masker that looks at attention refuses a teacher that cannot give it, and says what is there."""
+    with pytest.raises(ConfigError, match=words):
+        build_masker(MaskConfig("attention"), BACKBONE, teacher)

@@ -1,0 +1,257 @@
+"""The loop: resumes exactly, does not care how a step is cut up, and stops when the loss breaks."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from student_fakes import TEACHER, FakeSource, tiny_config
+
+from student import (
+    BackboneConfig,
+    ConfigError,
+    MaskConfig,
+    NonFiniteLossError,
+    ReconstructConfig,
+    RunError,
+    Student,
+)
+from student.checkpoint import latest_checkpoint
+from student.trainer import Trainer
+
+
+def make_trainer(out_dir, config=None, before=lambda step, index: None, **options) -> Trainer:
+    config = config or tiny_config()
+    student = Student(config, TEACHER)
+    return Trainer(config, student, FakeSource(config, student.needs, before=before), out_dir, **options)
+
+
+def metrics(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir) -> list[tuple]:
+    return [(line["step"], line["loss"], line["parts"], line["lr"]) for line in metrics(out_dir)]
+
+
+def assert_same_run(one: Trainer, two: Trainer):
+    for name, value in one.student.state_dict().items():
+        assert torch.equal(value, two.student.state_dict()[name]), name
+    assert losses(one.directory.path) == losses(two.directory.path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Trainer:
+    trainer = make_trainer(tmp_path_factory.mktemp("runs") / "undisturbed", tiny_config(accumulate=2))
+    assert trainer.fit() == 10
+    return trainer
+
+
+def stop_early(out_dir, config):
+    assert make_trainer(out_dir, config).fit(max_steps=7) == 7
+
+
+def interrupt_between_micro_batches(out_dir, config):
+    def before(step, index):
+        if (step, index) == (7, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(out_dir, config, before).fit()
+
+
+def signal_in_the_update(out_dir, config):
+    trainer = make_trainer(out_dir, config)
+    update = trainer.optimizer.step
+
+    def interrupted_update():
+        if trainer.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        update()
+
+    trainer.optimizer.step = interrupted_update
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step == 7
+
+
+def crash_behind_a_checkpoint(out_dir, config):
+    def before(step, index):
+        if (step, index) == (9, 0):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        make_trainer(out_dir, config, before, checkpoint_every=7).fit()
+    assert len(metrics(out_dir)) == 9  # two steps more than the checkpoint knows of
+
+
+@pytest.mark.parametrize(
+    "disturb", [stop_early, interrupt_between_micro_batches, signal_in_the_update, crash_behind_a_checkpoint]
+)
+def test_resumed_run_is_the_undisturbed_run(disturb, undisturbed, tmp_path):
+    """A run that was stopped in any way and started again ends with the same weights and losses, to the bit."""
+    config = tiny_config(accumulate=2)
+    disturb(tmp_path / "run", config)
+    resumed = make_trainer(tmp_path / "run", config)
+    assert resumed.step == 7
+    assert resumed.fit() == 10
+    assert_same_run(resumed, undisturbed)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_drop_path_is_at_work(undisturbed, tmp_path):
+    """The runs above do use drop path: without it the first loss is another."""
+    calm = tiny_config(accumulate=2, backbone=BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2))
+    trainer = make_trainer(tmp_path / "run", calm)
+    trainer.fit()
+    assert losses(trainer.directory.path)[0][1] != losses(undisturbed.directory.path)[0][1]
+
+
+def test_finished_run_stays_as_it_is(undisturbed):
+    """Starting a finished run again takes no step and writes nothing."""
+    path = undisturbed.directory.path
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    again = make_trainer(path, undisturbed.config)
+    assert again.fit() == 10 and again.source.n_closed == 0
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_accumulation_does_not_change_the_step(tmp_path):
+    """Four crops at once, twice two and four times one give the same losses and gradients, up to rounding."""
+    calm = BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
+    trainers = [make_trainer(tmp_path / str(n), tiny_config(backbone=calm, accumulate=n)) for n in (1, 2, 4)]
+    for trainer in trainers:
+        trainer.fit(max_steps=4)
+    for other in trainers[1:]:
+        assert [m["loss"] for m in metrics(other.directory.path)] == pytest.approx(
+            [m["loss"] for m in metrics(trainers[0].directory.path)], rel=1e-5
+        )
+        # Adam's mean of the gradients, not the weights: the key biases have no gradient but rounding, which Adam scales
+        # up to full steps.
+        for one, two in zip(trainers[0].optimizer.state.values(), other.optimizer.state.values(), strict=True):
+            torch.testing.assert_close(two["exp_avg"], one["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+def test_loss_falls(tmp_path):
+    """On four crops seen again and again the student learns."""
+    config = tiny_config(epochs=60, mask=MaskConfig("random", 0.5),
+                         objectives=(ReconstructConfig(dim=16, depth=1, heads=2),))
+    trainer = make_trainer(tmp_path / "run", config)
+    endless = trainer.source.micro_batches
+    first = next(endless(0, 1))
+    trainer.source.micro_batches = lambda first_step, last_step: iter([first] * (last_step - first_step))
+    trainer.fit()
+    seen = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert sum(seen[-10:]) / 10 < 0.8 * sum(seen[:10]) / 10
+
+
+def test_log_lines(tmp_path):
+    """Every step has one line with its rate, epoch, parts, speed and the share of its time spent waiting."""
+    reports = []
+    trainer = make_trainer(tmp_path / "run", on_step=reports.append)
+    trainer.fit(max_steps=3)
+    lines = metrics(tmp_path / "run")
+    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 0.2), (2, 0.4), (3, 0.6)]
+    peak = 0.05 * 4 / 256
+    assert [line["lr"] for line in lines][:2] == pytest.approx([0, peak * 0.4])
+    for line, report in zip(lines, reports, strict=True):
+        assert line["loss"] == pytest.approx(0.5 * line["parts"]["mimic"] + 0.5 * line["parts"]["reconstruct"])
+        assert 0 <= line["wait_share"] <= 1 and line["images_per_s"] > 0
+        assert line["loss"] == report.loss
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_non_finite_loss(tmp_path):
+    """A loss that breaks stops the run with its step and rows, before it touches a weight."""
+    config = tiny_config(accumulate=2)
+    trainer = make_trainer(tmp_path / "run", config)
+    whole = trainer.source.micro_batches
+
+    def with_a_bad_crop(first_step, last_step):
+        for batch in whole(first_step, last_step):
+            if 14 in batch.rows:  # step 4, second half
+                batch.images[0, 0, 0, 0] = float("inf")
+            yield batch
+
+    trainer.source.micro_batches = with_a_bad_crop
+    good = make_trainer(tmp_path / "good", config)
+    good.fit(max_steps=3)
+    with pytest.raises(NonFiniteLossError, match=r"step 4 .*\[14, 15\]") as caught:
+        trainer.fit()
+    assert (caught.value.step, caught.value.rows) == (4, (14, 15))
+    assert_same_run(trainer, good)
+    assert trainer.source.n_closed == 1
+
+
+def test_source_that_ends_early(tmp_path):
+    """A source that gives fewer batches than it promised is an error, not an early end."""
+    trainer = make_trainer(tmp_path / "run")
+    trainer.source.micro_batches = lambda first_step, last_step: iter([])
+    with pytest.raises(RunError, match="ended at step 1 of 10"):
+        trainer.fit()
+
+
+def test_source_with_other_batches(tmp_path):
+    """A batch of another size than the config says is refused."""
+    trainer = make_trainer(tmp_path / "run")
+    trainer.source.config = tiny_config(batch_size=2)
+    with pytest.raises(RunError, match="batch of 2 crops at step 1.*make 4"):
+        trainer.fit()
+
+
+def test_bf16_needs_cuda(tmp_path):
+    """bfloat16 is refused on a CPU rather than ignored."""
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        make_trainer(tmp_path / "run", tiny_config(precision="bf16"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["config.json", "checkpoint"])
+def test_other_config_is_refused(tmp_path, stage):
+    """A directory of a run with another config is refused naming both values, by config.json and by the checkpoint."""
+    make_trainer(tmp_path / "run").fit(max_steps=1)
+    other = tiny_config(seed=1)
+    if stage == "checkpoint":
+        description = json.loads((tmp_path / "run" / "config.json").read_text())
+        description["config"] = other.to_json()
+        (tmp_path / "run" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(RunError, match="another config: seed was 0, is now 1"):
+        make_trainer(tmp_path / "run", other)
+
+
+@pytest.mark.parametrize("stage", ["config.json", "checkpoint"])
+def test_other_data_is_refused(tmp_path, stage):
+    """A run does not go on with the data of another cache."""
+    make_trainer(tmp_path / "run").fit(max_steps=1)
+    config = tiny_config()
+    student = Student(config, TEACHER)
+    source = FakeSource(config, student.needs)
+    source.identity["cache"] = "other"
+    if stage == "checkpoint":
+        description = json.loads((tmp_path / "run" / "config.json").read_text())
+        description["identity"] = source.identity
+        (tmp_path / "run" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(RunError, match="another data: cache was 'fake', is now 'other'"):
+        Trainer(config, student, source, tmp_path / "run")
+
+
+def test_foreign_directory_is_refused(tmp_path):
+    """A directory with other files in it is left alone."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match="holds no run"):
+        make_trainer(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_checkpoints_are_kept_and_removed(tmp_path):
+    """There is a checkpoint at every epoch's end and every N steps; only the last K stay, and nothing half written."""
+    seen = []
+    trainer = make_trainer(tmp_path / "run", checkpoint_every=3, keep_checkpoints=2)
+    trainer.on_step = lambda report: seen.append(latest_checkpoint(tmp_path / "run"))
+    trainer.fit()
+    newest = [path and int(path.stem.split("-")[1]) for path in seen]
+    assert newest == [None, None, None, 3, 3, 5, 6, 6, 6, 9]  # before the checkpoint of the step itself
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["checkpoint-00000009.safetensors", "checkpoint-00000010.safetensors", "config.json",
+                     "metrics.jsonl", "tensorboard"]

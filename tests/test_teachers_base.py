@@ -1,0 +1,155 @@
+"""What all teachers share: whitening, the CLS map, position tables, checks of what goes in, the table of names."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
+from teacher_cache.teachers import TEACHERS, load_teacher
+from teacher_cache.teachers.base import RESIZE, resize_position_table, whiten
+
+
+def crops_u8(n: int, side: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_teacher("demo", "random:0")
+
+
+def test_whitening_is_per_token_with_biased_variance_and_eps():
+    """Whitened tokens equal (x - mean) / sqrt(biased variance + eps), computed in float64 by hand, to 1e-6."""
+    x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.01 + 3
+    by_hand = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert whiten(x, 1e-5).dtype == torch.float32
+    # float32 keeps 3 +- 0.01 to 2e-7, which is 2e-5 of the spread
+    assert torch.allclose(whiten(x, 1e-5).double(), by_hand, atol=5e-5)
+    assert torch.allclose(whiten(x - 3, 1e-5).double(), by_hand, atol=1e-6)
+
+
+def test_position_table_keeps_its_prefix_and_follows_the_recorded_rule():
+    """A resized table has its first rows untouched and its patch rows interpolated bicubically without antialias."""
+    table = torch.randn(1, 2 + 16, 3, generator=torch.Generator().manual_seed(0))
+    resized = resize_position_table(table, 2, (3, 3))
+    assert torch.equal(resized[:, :2], table[:, :2])
+    as_image = table[:, 2:].reshape(1, 4, 4, 3).permute(0, 3, 1, 2)
+    expected = F.interpolate(as_image, (3, 3), mode="bicubic", align_corners=False, antialias=False)
+    assert torch.equal(resized[:, 2:], expected.permute(0, 2, 3, 1).reshape(1, 9, 3))
+    antialiased = F.interpolate(as_image, (3, 3), mode="bicubic", align_corners=False, antialias=True)
+    assert not torch.allclose(expected, antialiased, atol=1e-3)
+    assert "bicubic" in RESIZE and "no antialias" in RESIZE
+    assert resize_position_table(table, 2, (4, 4)) is table
+    assert resize_position_table(table[0], 2, (3, 3)).shape == (11, 3)
+    with pytest.raises(BadInputError, match="15 patch rows"):
+        resize_position_table(table[:, 1:], 2, (3, 3))
+
+
+def test_output_has_the_shape_and_order_of_the_layers_asked_for(tiny):
+    """Asking for blocks 2, 5, 6 gives what asking for each alone gives, stacked; the map does not depend on it."""
+    images = crops_u8(3, 32)
+    together = tiny(images, [2, 5, 6])
+    assert together.tokens.shape == (3, 3, 65, 64) and together.tokens.dtype == torch.float32
+    assert together.attention.shape == (3, 64) and together.attention.dtype == torch.float32
+    for position, number in enumerate([2, 5, 6]):
+        alone = tiny(images, [number])
+        assert torch.equal(alone.tokens[:, 0], together.tokens[:, position])
+        assert torch.equal(alone.attention, together.attention)
+    assert (together.attention.sum(1) < 1).all() and (together.attention > 0).all()
+
+
+def test_targets_can_stand_in_a_loss(tiny):
+    """A student's backward pass through a loss on live targets works, and no gradient reaches the teacher."""
+    target = tiny(crops_u8(2, 32), [6]).tokens
+    assert not target.requires_grad
+    scale = torch.ones((), requires_grad=True)
+    (scale * target * target).mean().backward()
+    assert scale.grad.item() == pytest.approx(target.square().mean().item(), rel=1e-5)
+
+
+def test_crops_of_another_size_are_resized_as_recorded(tiny):
+    """A 40-pixel crop enters as its bicubic, not antialiased 32-pixel resize, normalised by mean and std."""
+    images = crops_u8(2, 40)
+    as_tensor = images.permute(0, 3, 1, 2).float() / 255
+    resized = F.interpolate(as_tensor, (32, 32), mode="bicubic", align_corners=False, antialias=False)
+    assert torch.allclose(tiny.preprocess(images), (resized - 0.5) / 0.5, atol=1e-6)
+    assert torch.equal(tiny.preprocess(crops_u8(2, 32)), (crops_u8(2, 32).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (torch.zeros(2, 32, 32, 3), "torch.float32"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"\[2, 3, 32, 32\]"),
+        (torch.zeros(32, 32, 3, dtype=torch.uint8), r"\[32, 32, 3\]"),
+        (torch.zeros(2, 32, 48, 3, dtype=torch.uint8), "32 x 48"),
+    ],
+    ids=["float", "channels first", "no batch", "not square"],
+)
+def test_what_is_no_batch_of_crops_is_refused(tiny, images, says):
+    """Anything but uint8 [B, side, side, 3] is an error that says what came."""
+    with pytest.raises(UsageError, match=says):
+        tiny(images, [6])
+
+
+@pytest.mark.parametrize("layers", [[], [0], [7], [6, 5], [5, 5], [-1]], ids=str)
+def test_layers_are_ascending_block_numbers(tiny, layers):
+    """Layers outside 1..depth, doubled, or out of order are refused with the range."""
+    with pytest.raises(UsageError, match="1 to 6, ascending"):
+        tiny(crops_u8(1, 32), layers)
+
+
+@pytest.mark.parametrize("name", ["demo", "clip-b16", "timm:test_vit"])
+def test_bf16_on_a_cpu_is_refused_with_the_reason(name):
+    """bf16 is for CUDA; on a CPU the error says that it is four times slower."""
+    with pytest.raises(UsageError, match="four times slower"):
+        load_teacher(name, "random:0", precision="bf16")
+
+
+def test_float16_does_not_exist():
+    """fp16 is refused with the reason, and the two precisions there are."""
+    with pytest.raises(UsageError, match="fp32 or bf16, not 'fp16'.*overflows"):
+        load_teacher("demo", "random:0", precision="fp16")
+
+
+@pytest.mark.parametrize("size", [30, 2, -32])
+def test_an_image_size_that_patches_do_not_fill_is_refused(size):
+    """The error names the patch size and a size that would do."""
+    with pytest.raises(UsageError, match=r"patches of 4 pixels.*--image-size (28 or 32|4 or 8)"):
+        load_teacher("demo", "random:0", image_size=size)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    """A typing error is answered with the likely name and all others."""
+    with pytest.raises(UnknownNameError, match="Did you mean clip-b16.*Known: clip-b16, demo, and timm:NAME"):
+        load_teacher("clip-b6")
+    with pytest.raises(UnknownNameError, match="Known: clip-b16"):
+        load_teacher("something else")
+
+
+def test_listing_the_teachers_does_not_import_torch():
+    """`teacher-cache teachers` is quick: the table stands without torch, timm or open_clip."""
+    script = (
+        "import sys; from teacher_cache.teachers import TEACHERS; assert len(TEACHERS) > 1;"
+        "sys.exit(', '.join({'torch', 'timm', 'open_clip'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(TEACHERS))
+def test_the_table_describes_what_is_loaded(name):
+    """A teacher's spec agrees with its line in the table, and its head has the shapes that follow from it."""
+    entry, teacher = TEACHERS[name], load_teacher(name, "random:1")
+    for field in ("name", "dim", "depth", "heads", "patch_size", "image_size", "grid", "mean", "std", "norm_eps"):
+        assert getattr(teacher.spec, field) == getattr(entry, field)
+    assert teacher.spec.projection_dim == entry.projection_dim
+    shapes = {"gamma": (entry.dim,), "beta": (entry.dim,)}
+    if entry.projection_dim:
+        shapes["projection"] = (entry.dim, entry.projection_dim)
+    assert {key: array.shape for key, array in teacher.head.items()} == shapes
+    assert all(array.dtype == np.float32 for array in teacher.head.values())

@@ -1,0 +1,171 @@
+"""What `--weights` may be: a file that fits exactly, or random:SEED; all else is an error that says what to do."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from teacher_cache.errors import BadInputError, UsageError
+from teacher_cache.teachers import TEACHERS, load_teacher
+from teacher_cache.teachers.timm_vit import build_vit
+from teacher_cache.teachers.weights import random_weights, sha256_tensors
+
+
+@pytest.fixture
+def state():
+    model = build_vit(TEACHERS["demo"])
+    random_weights(model, 0)
+    return model.state_dict()
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def a_web_page(path, state):
+    path.write_text("<!DOCTYPE html><html>404</html>")
+
+
+def an_empty_file(path, state):
+    path.write_bytes(b"")
+
+
+def a_truncated_torch_file(path, state):
+    torch.save(state, path)
+    cut_in_half(path)
+
+
+def a_truncated_safetensors_file(path, state):
+    save_file(state, path)
+    cut_in_half(path)
+
+
+def a_zip_of_something_else(path, state):
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+class Dangerous:
+    """Unpickling it would call a function."""
+
+    def __reduce__(self):
+        return (open, ("/tmp/should-never-exist-teacher-cache", "w"))
+
+
+def a_pickle_that_runs_code(path, state):
+    torch.save({**state, "args": Dangerous()}, path)
+
+
+def a_plain_pickle(path, state):
+    path.write_bytes(pickle.dumps(Dangerous()))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        a_web_page,
+        an_empty_file,
+        a_truncated_torch_file,
+        a_truncated_safetensors_file,
+        a_zip_of_something_else,
+        a_pickle_that_runs_code,
+        a_plain_pickle,
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_size(write, state, tmp_path):
+    """What is no weights file, or half of one, or would run code, is BadInputError with path, size and what would do."""
+    path = tmp_path / "weights.pt"
+    write(path, state)
+    with pytest.raises(BadInputError) as caught:
+        load_teacher("demo", path)
+    message = str(caught.value)
+    assert f"{path} ({path.stat().st_size:,} bytes)" in message and "safetensors" in message
+    assert "\n" not in message and len(message) < 700
+
+
+def test_a_torch_file_of_a_lone_tensor_is_refused(tmp_path):
+    """A tensor alone is not a dictionary of tensors, and the message says so."""
+    torch.save(torch.zeros(3), tmp_path / "weights.pt")
+    with pytest.raises(BadInputError, match="holds a Tensor, not a dictionary"):
+        load_teacher("demo", tmp_path / "weights.pt")
+
+
+def test_a_wrong_path_is_said_to_be_one(tmp_path):
+    """A path that does not exist, and a folder, are told apart; both errors say what to give."""
+    with pytest.raises(BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")):
+        load_teacher("demo", tmp_path / "no.pt")
+    with pytest.raises(BadInputError, match="is a folder"):
+        load_teacher("demo", tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"])
+def test_a_seed_is_a_whole_number(weights):
+    """`random:` with anything but a whole number is a UsageError that shows the right form."""
+    with pytest.raises(UsageError, match=re.escape(f"--weights {weights}: ") + ".*random:0"):
+        load_teacher("demo", weights)
+
+
+def test_values_that_are_no_float_tensors_or_not_finite_are_named(state, tmp_path):
+    """Integers, strings and NaN under the right names do not get in."""
+    path = tmp_path / "weights.pt"
+    torch.save({**state, "norm.bias": torch.zeros(64, dtype=torch.int64), "norm.weight": "gone"}, path)
+    with pytest.raises(BadInputError, match=r"2 not floating point \(norm.bias, norm.weight\)"):
+        load_teacher("demo", path)
+    torch.save({**state, "norm.bias": torch.full((64,), float("nan"))}, path)
+    with pytest.raises(BadInputError, match=r"1 with NaN or infinite values \(norm.bias\)"):
+        load_teacher("demo", path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_any_float_kind_are_computed_in_float32(dtype, state, tmp_path):
+    """Files in other float kinds load, rounded to what they hold, as float32."""
+    save_file({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / "weights")
+    teacher = load_teacher("demo", tmp_path / "weights")
+    for name, tensor in teacher._anatomy.model.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, state[name].to(dtype).float())
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    """The same seed gives the same tensors whatever the global state, which stays as it was; another seed others."""
+    torch.manual_seed(1)
+    first = load_teacher("demo", "random:4")
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    model = build_vit(TEACHERS["demo"])
+    torch.set_rng_state(before)
+    random_weights(model, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sha256_tensors(model.state_dict()) == first.spec.weights_sha256
+    assert load_teacher("demo", "random:5").spec.weights_sha256 != first.spec.weights_sha256
+    assert first.spec.weights == "random:4"
+
+
+def test_random_weights_are_the_same_numbers_tomorrow():
+    """The hash of demo's random:0 is fixed: a change of it makes every cache of a trial another teacher's."""
+    sha256 = load_teacher("demo", "random:0").spec.weights_sha256
+    assert sha256 == "daa3120dddc00509e482935d882a14a544446be53bbd881593afc8e3dfede37f"
+
+
+def test_the_hash_of_tensors_sees_names_shapes_and_bytes():
+    """A renamed, reshaped or changed tensor changes the hash; the order of a dictionary does not."""
+    a, b = torch.arange(6.0), torch.ones(2)
+    base = sha256_tensors({"a": a, "b": b})
+    assert base == sha256_tensors({"b": b, "a": a})
+    others = [{"a": a, "c": b}, {"a": a.view(2, 3), "b": b}, {"a": a + 1, "b": b}, {"a": a.double(), "b": b}]
+    assert len({base, *map(sha256_tensors, others)}) == 5
+
+
+@pytest.mark.parametrize("name", ["demo", "timm:test_vit"])
+def test_random_features_are_not_degenerate(name):
+    """On random weights tokens differ between places and images, and attention is not flat: trials mean something."""
+    teacher = load_teacher(name, "random:0")
+    side = teacher.spec.image_size
+    images = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    output = teacher(images, [teacher.spec.depth])
+    patches = output.tokens[:, 0, 1:]
+    assert patches.std(1).mean() > 0.3 and patches.std(0).mean() > 0.3  # whitened tokens have spread 1 in all
+    assert (output.attention.amax(1) / output.attention.mean(1)).min() > 2
