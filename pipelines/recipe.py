@@ -35,6 +35,6 @@ class Recipe:
             replace(objective, dim=32, depth=1, heads=4) if isinstance(objective, ReconstructConfig) else objective
             for objective in config.objectives
         )
-        optim = replace(config.optim, warmup_epochs=1.0)
+        optim = replace(config.optim, base_lr=1e-3, lr_per_256=False, min_lr=0.0, warmup_epochs=1.0)
         return replace(self, config=replace(config, backbone=backbone, objectives=objectives, optim=optim, epochs=2, batch_size=8,
                                             accumulate=1))  # fmt: skip

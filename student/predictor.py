@@ -31,9 +31,6 @@ class Decoder(nn.Module):
         init_linear_and_norm(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"mask_token"}
-
     def forward(self, tokens: Tensor, mask: Mask) -> Tensor:
         """Predicted tokens [B, 1+N, D], CLS first and patches row by row, from encoder tokens [B, 1+n_keep, C]."""
         return self.norm(self.blocks(self.place(tokens, mask)))

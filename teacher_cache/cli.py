@@ -112,12 +112,13 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
     """
     with one_line_errors(KEPT):
         from .cache import Cache
+        from .device import pick_device
         from .estimate import store_bytes
         from .extract import ExtractPlan, extract_view
         from .teachers import load_teacher
 
         plan = ExtractPlan(layers, dtype, codec, shard_rows, batch_size)
-        device, precision = _device(device, precision)
+        device, precision = pick_device(device, precision)
         store_name = _store_name(name or teacher)
         loaded = load_teacher(teacher, weights, image_size, device, precision)
         job, crop_bytes = _plan_crops(cache, default_size=loaded.spec.image_size, **crop_options)
@@ -200,23 +201,6 @@ def _store_name(name: str) -> str:
     if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
         raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
     return cleaned
-
-
-def _device(device: str, precision: str) -> tuple[str, str]:
-    """Resolve `auto`, or UsageError for a device that is not there."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch sees no GPU here. Give --device cpu, or install torch for your GPU.")
-    return device, ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
 
 
 @main.command()

@@ -1,10 +1,13 @@
 """Configurations: values that check themselves."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from student_fakes import tiny_config
 
+import student
 from student import (
     AlignConfig,
     BackboneConfig,
@@ -128,3 +131,18 @@ def test_peak_learning_rate():
     """MR-MAE's 1.5e-4 for 256 crops is 6e-4 at batch 1024; CAE v2's 1.5e-3 is absolute."""
     assert OptimConfig(1.5e-4).peak_lr(1024) == pytest.approx(6e-4)
     assert OptimConfig(1.5e-3, lr_per_256=False).peak_lr(2048) == 1.5e-3
+
+
+def test_config_needs_no_torch():
+    """Reading and changing a config imports neither torch nor timm, so a command line can do it at once."""
+    code = ("import sys, student; student.with_overrides(student.TrainConfig(), {'epochs': '30'}); "
+            "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    """Every public name can be imported, and any other is an AttributeError."""
+    for name in student.__all__:
+        assert getattr(student, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Teacher'"):
+        student.Teacher  # noqa: B018

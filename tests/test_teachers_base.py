@@ -14,7 +14,9 @@ from teacher_cache.teachers.base import RESIZE, resize_position_table, whiten
 
 
 def crops_u8(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,9 @@ def test_crops_of_another_size_are_resized_as_recorded(tiny):
     as_tensor = images.permute(0, 3, 1, 2).float() / 255
     resized = F.interpolate(as_tensor, (32, 32), mode="bicubic", align_corners=False, antialias=False)
     assert torch.allclose(tiny.preprocess(images), (resized - 0.5) / 0.5, atol=1e-6)
-    assert torch.equal(tiny.preprocess(crops_u8(2, 32)), (crops_u8(2, 32).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+    assert torch.equal(
+        tiny.preprocess(crops_u8(2, 32)), (crops_u8(2, 32).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,18 @@ def test_listing_the_teachers_does_not_import_torch():
 def test_the_table_describes_what_is_loaded(name):
     """A teacher's spec agrees with its line in the table, and its head has the shapes that follow from it."""
     entry, teacher = TEACHERS[name], load_teacher(name, "random:1")
-    for field in ("name", "dim", "depth", "heads", "patch_size", "image_size", "grid", "mean", "std", "norm_eps"):
+    for field in (
+        "name",
+        "dim",
+        "depth",
+        "heads",
+        "patch_size",
+        "image_size",
+        "grid",
+        "mean",
+        "std",
+        "norm_eps",
+    ):
         assert getattr(teacher.spec, field) == getattr(entry, field)
     assert teacher.spec.projection_dim == entry.projection_dim
     shapes = {"gamma": (entry.dim,), "beta": (entry.dim,)}

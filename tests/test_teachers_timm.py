@@ -32,11 +32,15 @@ def model_and_teacher(**variant):
     model = VisionTransformer(**BASE | variant)
     random_weights(model, 0)
     channels = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    return model, as_teacher("timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32")
+    return model, as_teacher(
+        "timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32"
+    )
 
 
 def crops_u8(n: int, side: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
 
 
 def timm_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
@@ -142,7 +146,9 @@ def test_a_timm_name_with_a_weights_file_equals_timm_filled_from_it(tmp_path):
         outputs.append(teacher(images, [6]).tokens)
     with torch.no_grad():
         normalised = teacher.preprocess(images)
-        last = model.forward_intermediates(normalised, indices=1, output_fmt="NLC", intermediates_only=True)[0]
+        last = model.forward_intermediates(normalised, indices=1, output_fmt="NLC", intermediates_only=True)[
+            0
+        ]
         expected = whiten(last, 1e-6)
     assert torch.allclose(outputs[0][:, 0, 1:], expected, atol=2e-5)
     assert torch.equal(outputs[0], outputs[1])
@@ -155,7 +161,11 @@ def test_a_weights_file_for_another_size_lists_what_differs(tmp_path):
     save_file(state, tmp_path / "vit.safetensors")
     with pytest.raises(BadInputError) as caught:
         load_teacher("timm:test_vit", tmp_path / "vit.safetensors")
-    for part in ("2 missing (cls_token, norm.bias)", "1 unexpected (surprise)", "(1, 37, 64) instead of (1, 101, 64)"):
+    for part in (
+        "2 missing (cls_token, norm.bias)",
+        "1 unexpected (surprise)",
+        "(1, 37, 64) instead of (1, 101, 64)",
+    ):
         assert part in str(caught.value)
 
 

@@ -2,6 +2,9 @@
 
 import pickle
 import re
+import tempfile
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,17 +46,18 @@ def a_truncated_safetensors_file(path, state):
 
 
 def a_zip_of_something_else(path, state):
-    import zipfile
-
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
 
 
+MARK = Path(tempfile.gettempdir()) / "teacher-cache-a-weights-file-ran-code"
+
+
 class Dangerous:
-    """Unpickling it would call a function."""
+    """Unpickling it would create MARK."""
 
     def __reduce__(self):
-        return (open, ("/tmp/should-never-exist-teacher-cache", "w"))
+        return (open, (str(MARK), "w"))
 
 
 def a_pickle_that_runs_code(path, state):
@@ -61,30 +65,33 @@ def a_pickle_that_runs_code(path, state):
 
 
 def a_plain_pickle(path, state):
-    path.write_bytes(pickle.dumps(Dangerous()))
+    path.write_bytes(pickle.dumps(Dangerous(), protocol=2))
 
 
 @pytest.mark.parametrize(
-    "write",
+    ("write", "says"),
     [
-        a_web_page,
-        an_empty_file,
-        a_truncated_torch_file,
-        a_truncated_safetensors_file,
-        a_zip_of_something_else,
-        a_pickle_that_runs_code,
-        a_plain_pickle,
+        (a_web_page, "begins with b'<!DOCTYPE ht'"),
+        (an_empty_file, "begins with b''"),
+        (a_truncated_torch_file, "cut short"),
+        (a_truncated_safetensors_file, "cut short"),
+        (a_zip_of_something_else, "of another kind"),
+        (a_pickle_that_runs_code, "would run code"),
+        (a_plain_pickle, "would run code"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_size(write, state, tmp_path):
+def test_a_file_that_cannot_be_read_is_named_with_its_size(write, says, state, tmp_path):
     """What is no weights file, or half of one, or would run code, is BadInputError with path, size and what would do."""
     path = tmp_path / "weights.pt"
     write(path, state)
     with pytest.raises(BadInputError) as caught:
         load_teacher("demo", path)
     message = str(caught.value)
-    assert f"{path} ({path.stat().st_size:,} bytes)" in message and "safetensors" in message
-    assert "\n" not in message and len(message) < 700
+    assert (
+        f"{path} ({path.stat().st_size:,} bytes)" in message and says in message and "safetensors" in message
+    )
+    assert "\n" not in message and "weights_only" not in message
+    assert not MARK.exists()
 
 
 def test_a_torch_file_of_a_lone_tensor_is_refused(tmp_path):
@@ -96,13 +103,17 @@ def test_a_torch_file_of_a_lone_tensor_is_refused(tmp_path):
 
 def test_a_wrong_path_is_said_to_be_one(tmp_path):
     """A path that does not exist, and a folder, are told apart; both errors say what to give."""
-    with pytest.raises(BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")):
+    with pytest.raises(
+        BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")
+    ):
         load_teacher("demo", tmp_path / "no.pt")
     with pytest.raises(BadInputError, match="is a folder"):
         load_teacher("demo", tmp_path)
 
 
-@pytest.mark.parametrize("weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"])
+@pytest.mark.parametrize(
+    "weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"]
+)
 def test_a_seed_is_a_whole_number(weights):
     """`random:` with anything but a whole number is a UsageError that shows the right form."""
     with pytest.raises(UsageError, match=re.escape(f"--weights {weights}: ") + ".*random:0"):
@@ -164,8 +175,10 @@ def test_random_features_are_not_degenerate(name):
     """On random weights tokens differ between places and images, and attention is not flat: trials mean something."""
     teacher = load_teacher(name, "random:0")
     side = teacher.spec.image_size
-    images = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     output = teacher(images, [teacher.spec.depth])
     patches = output.tokens[:, 0, 1:]
     assert patches.std(1).mean() > 0.3 and patches.std(0).mean() > 0.3  # whitened tokens have spread 1 in all
-    assert (output.attention.amax(1) / output.attention.mean(1)).min() > 2
+    assert (output.attention.std(1) / output.attention.mean(1)).min() > 0.15

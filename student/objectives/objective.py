@@ -15,6 +15,8 @@ class Objective(nn.Module):
     """A loss together with the heads and predictors it trains; says in `needs` what it reads of the teacher."""
 
     needs: Needs
+    no_decay: frozenset[str] = frozenset()
+    """Names of own parameters with more than one axis that weight decay spares."""
 
     def forward(self, encoded: Encoded, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a float32 scalar without its weight, and further scalars worth logging."""

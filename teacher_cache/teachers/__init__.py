@@ -84,7 +84,8 @@ def load_teacher(
     name:       one of TEACHERS, or `timm:NAME`
     weights:    path of a weights file, or `random:SEED` for a trial without one; None where they are built in, or for
                 timm to download
-    image_size: side of the teacher's input, pixels; None is its own. Position tables are resized (`TeacherSpec.resize`)
+    image_size: side of the teacher's input, pixels; None is its own. Position tables are resized
+    (`TeacherSpec.resize`)
     precision:  `fp32` or, on CUDA, `bf16`
     Raises UnknownNameError, UsageError, or BadInputError for weights that cannot be used.
     """

@@ -1,8 +1,9 @@
 """CLIP's image towers, built from open_clip's blocks, filled from OpenAI's or open_clip's weights file.
 
-The text tower in the file is left out by name. OpenAI's weights are made for QuickGELU, x * sigmoid(1.702 x); a state dict
-does not say so, and open_clip's plain `ViT-B-16` runs them with the exact GELU after a warning. Here it is part of the tower.
-For the same reason weights of another origin (LAION's, with GELU) are another teacher, although they fit this one's shapes.
+The text tower in the file is left out by name. OpenAI's weights are made for QuickGELU, x * sigmoid(1.702 x);
+a state dict does not say so, and open_clip's plain `ViT-B-16` runs them with the exact GELU after a warning.
+Here it is part of the tower. For the same reason weights of another origin (LAION's, with GELU) are another
+teacher, although they fit this one's shapes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ def attention_parts(block: nn.Module) -> AttentionParts:
     attention = block.attn
     same = nn.Identity()
     return AttentionParts(
-        block.ln_1, attention.in_proj_weight, attention.in_proj_bias, attention.num_heads, query_norm=same, key_norm=same
+        block.ln_1,
+        attention.in_proj_weight,
+        attention.in_proj_bias,
+        attention.num_heads,
+        query_norm=same,
+        key_norm=same,
     )
 
 

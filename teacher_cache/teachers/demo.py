@@ -1,6 +1,7 @@
 """The teacher that comes with the package: a small ViT for digits, loaded as every other teacher is.
 
-How it was trained, on what and how well it does: `demo_teacher.md` beside its weights, and `pipelines/demo/train_teacher.py`.
+How it was trained, on what and how well it does: `demo_teacher.md` beside its weights, and
+`pipelines/demo/train_teacher.py`.
 """
 
 from __future__ import annotations

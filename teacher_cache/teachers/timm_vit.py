@@ -1,7 +1,7 @@
 """timm's plain VisionTransformer as a teacher: any of them as `timm:NAME`, and those of our table that are built of it.
 
-Plain means: one flat sequence of [CLS, registers,] patches, absolute positions or none, pre-norm blocks with timm's own
-attention, LayerNorm. Everything else is refused by what it is, not by its name.
+Plain means: one flat sequence of [CLS, registers,] patches, absolute positions or none, pre-norm blocks with
+timm's own attention, LayerNorm. Everything else is refused by what it is, not by its name.
 """
 
 from __future__ import annotations
@@ -38,15 +38,20 @@ def attention_parts(block: Block) -> AttentionParts:
     """Of one of timm's blocks."""
     attention = block.attn
     return AttentionParts(
-        block.norm1, attention.qkv.weight, attention.qkv.bias, attention.num_heads, attention.q_norm, attention.k_norm
+        block.norm1,
+        attention.qkv.weight,
+        attention.qkv.bias,
+        attention.num_heads,
+        attention.q_norm,
+        attention.k_norm,
     )
 
 
 def final_norm(model: VisionTransformer) -> nn.Module:
     """The norm behind the last block.
 
-    Where timm moved it behind the average pooling (`fc_norm`), that one: applied token by token it stands to the tokens as
-    CLIP's ln_post, which CLIP itself applies to CLS only.
+    Where timm moved it behind the average pooling (`fc_norm`), that one: applied token by token it stands to
+    the tokens as CLIP's ln_post, which CLIP itself applies to CLS only.
     """
     return model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
 
@@ -123,9 +128,9 @@ def load_timm(
 ) -> Teacher:
     """The teacher `timm:NAME`; see `load_teacher`.
 
-    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names; only the
-    classifier is left out, and named in `ignored_weights`. Without `weights`, timm downloads its own; their sha256 is then
-    that of the tensors, because timm may rename them on the way from the file.
+    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names;
+    only the classifier is left out, and named in `ignored_weights`. Without `weights`, timm downloads its
+    own; their sha256 is then that of the tensors, because timm may rename them on the way from the file.
     """
     check_precision(precision, device)
     model = _create(name)
@@ -142,7 +147,9 @@ def load_timm(
         loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
     else:
         classifier = config.get("classifier") or "head"
-        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model")))
+        loaded = load_weights(
+            model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model"))
+        )
     if image_size is not None:
         at_image_size(model, name, image_size)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)
@@ -168,7 +175,9 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
 def _download(name: str) -> VisionTransformer:
     try:
         return _create(name, pretrained=True)
-    except Exception as error:  # each of timm's sources has its own exceptions for no network, no file, no access
+    except (
+        Exception
+    ) as error:  # each of timm's sources has its own exceptions for no network, no file, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInputError(
             f"The weights of {name} could not be downloaded ({reason}). Fetch the file on a machine with network "

@@ -1,19 +1,21 @@
 """From `--weights` to a filled model: files in the layouts that teachers are published in, or seeded random numbers.
 
-Loading is strict. A name in the file is the tower's, or is known to belong to something else, or is an error; a name of the
-model that the file lacks is an error. Nothing is unpickled: torch.load runs with weights_only, TorchScript archives have
-their own reader, and safetensors hold no code.
+Loading is strict. A name in the file is the tower's, or is known to belong to something else, or is an error;
+a name of the model that the file lacks is an error. Nothing is unpickled: torch.load runs with weights_only,
+TorchScript archives have their own reader, and safetensors hold no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 
 import torch
 from safetensors.torch import load_file
@@ -49,8 +51,8 @@ class LoadedWeights:
 def load_weights(model: nn.Module, weights: str | os.PathLike, rules: KeyRules) -> LoadedWeights:
     """Fill all parameters of `model` from a file or, for `random:SEED`, with seeded numbers.
 
-    Raises UsageError for a malformed seed, BadInputError for a file that is missing, damaged, no weights file, or whose
-    names and shapes are not exactly the model's.
+    Raises UsageError for a malformed seed, BadInputError for a file that is missing, damaged, no weights
+    file, or whose names and shapes are not exactly the model's.
     """
     if str(weights).startswith("random:"):
         random_weights(model, parse_seed(str(weights)))
@@ -66,16 +68,18 @@ def parse_seed(weights: str) -> int:
     """SEED of `random:SEED`."""
     seed = weights.removeprefix("random:")
     if not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
-        raise UsageError(f"--weights {weights}: the seed must be a whole number from 0, as in --weights random:0.")
+        raise UsageError(
+            f"--weights {weights}: the seed must be a whole number from 0, as in --weights random:0."
+        )
     return int(seed)
 
 
 def random_weights(model: nn.Module, seed: int) -> None:
     """Fill `model` with numbers that depend on its parameters' names and shapes and on `seed` alone.
 
-    Not an initialisation to train from: weights are drawn wide enough (1 / sqrt(inputs)) that attention is not flat and
-    tokens differ, norms get a scale near 1 and a shift that is not zero, so that a test which drops either fails.
-    The global random state is neither read nor changed.
+    Not an initialisation to train from: weights are drawn wide enough (1 / sqrt(inputs)) that attention is
+    not flat and tokens differ, norms get a scale near 1 and a shift that is not zero, so that a test which
+    drops either fails. The global random state is neither read nor changed.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -103,11 +107,14 @@ def sha256_tensors(tensors: dict[str, Tensor]) -> str:
 def read_file(path: Path) -> dict:
     """The names and tensors of a weights file on the CPU: safetensors, a torch state dict, or a TorchScript archive.
 
-    The kind is found from the bytes, not from the file's ending. A torch file may be a dictionary of dictionaries.
+    The kind is found from the bytes, not from the file's ending. A torch file may be a dictionary of
+    dictionaries.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise BadInputError(f"--weights {path}: {what}. Give the path of a weights file, or random:SEED for a trial.")
+        raise BadInputError(
+            f"--weights {path}: {what}. Give the path of a weights file, or random:SEED for a trial."
+        )
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
@@ -127,11 +134,26 @@ def read_file(path: Path) -> dict:
 
 
 def _unreadable(path: Path, error: Exception) -> BadInputError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # torch's own text is not passed on whole: it advises to switch weights_only off
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if isinstance(error, UnpicklingError) and start[:1] in (b"P", b"\x80"):
+        reason = (
+            "it holds Python objects beside its tensors, and reading those would run code. Open it where you trust it, and "
+            "save its state dict as safetensors"
+        )
+    elif start[:2] == b"PK" or start[8:9] == b"{":
+        first = re.split(r"[.\n]", str(error))[0]
+        reason = (
+            f"it is damaged, cut short, or of another kind ({first}). Compare its size with the published one"
+        )
+    else:
+        reason = (
+            f"it begins with {start!r}, as no weights file does. Perhaps a web page was saved in its place"
+        )
     return BadInputError(
-        f"--weights {path} ({path.stat().st_size:,} bytes) cannot be read as safetensors, as a torch state dict or as a "
-        f"TorchScript archive: {reason} Is the download complete? A torch file that holds Python objects beside its "
-        "tensors is not executed; save its state dict as safetensors first."
+        f"--weights {path} ({path.stat().st_size:,} bytes) cannot be used: {reason}. Weights are read from safetensors, torch "
+        "state dicts and TorchScript archives."
     )
 
 
@@ -154,7 +176,8 @@ def select(found: dict, rules: KeyRules) -> tuple[dict[str, Tensor], list[str], 
 def fill(model: nn.Module, tensors: dict, path: Path, prefix: str = "", foreign: Iterable[str] = ()) -> None:
     """Copy `tensors` into the model's parameters as float32; names, shapes and kind must be exactly the model's.
 
-    prefix, foreign: for the message only: how names begin in the file, and further names that nothing asked for.
+    prefix, foreign: for the message only: how names begin in the file, and further names that nothing asked
+    for.
     """
     own = model.state_dict()
     shared = sorted(own.keys() & tensors.keys())
@@ -164,7 +187,11 @@ def fill(model: nn.Module, tensors: dict, path: Path, prefix: str = "", foreign:
         _listed("unexpected", [prefix + name for name in tensors.keys() - own.keys()] + list(foreign)),
         _listed(
             "of another shape",
-            [f"{prefix}{n}: {shapes[n]} instead of {tuple(own[n].shape)}" for n in shared if shapes[n] != own[n].shape],
+            [
+                f"{prefix}{n}: {shapes[n]} instead of {tuple(own[n].shape)}"
+                for n in shared
+                if shapes[n] != own[n].shape
+            ],
         ),
         _listed("not floating point", [prefix + name for name in shared if not _is_float(tensors[name])]),
     ]

@@ -1,0 +1,22 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+READY := .venv/.ready
+
+$(READY): setup.cfg pyproject.toml constraints.txt scripts/setup.sh
+	@bash scripts/setup.sh
+
+demo: $(READY) ## the whole project in a few minutes: crops, teacher, cache, students, what they learned
+	@.venv/bin/python -m pipelines.demo
+
+test: $(READY) ## the test suite
+	@.venv/bin/python -m pytest
+
+check: $(READY) ## style
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+clean: ## remove everything that make made
+	rm -rf .venv demo-out *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10

@@ -1,0 +1,76 @@
+"""Labelled images for evaluation: a folder, cut in the middle, or the crops of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from teacher_cache.beton import CropReader
+from teacher_cache.cache import Cache
+from teacher_cache.crops import CropPlan, cut, draw, load_image
+from teacher_cache.errors import BadInputError, MismatchError
+from teacher_cache.images import scan
+from torch import Tensor
+
+from .source import normalise
+
+
+class LabelledImages:
+    """Iterates (images float32 [B, 3, size, size], labels int64 [B]), normalised for the student; can be iterated again.
+
+    path: a cache (view 0 is read) or a folder of class folders (short side resized, middle cut).
+    Raises BadInputError without labels, or if a cache's crops have another size.
+    """
+
+    def __init__(self, path: Path, size: int, batch_size: int = 256):
+        self.path, self.size, self.batch_size = Path(path), size, batch_size
+        if (self.path / "cache.json").exists():
+            self._crops = CropReader(Cache(self.path).finished_view(0).path)
+            self.classes, self.labels = Cache(self.path).identity.classes, self._crops.labels
+            if self._crops.size != size:
+                raise BadInputError(f"The crops of {path} are {self._crops.size} px, the student takes {size} px. "
+                                    "Give the image folder instead, or a cache of that size.")  # fmt: skip
+        else:
+            self._crops = None
+            self.images, _ = scan(self.path)
+            self.classes, self.labels = self.images.classes, self.images.labels
+        if not self.classes:
+            raise BadInputError(f"{path} has no classes, and evaluation needs labels. Give a folder of class folders.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self) -> Iterator[np.ndarray]:
+        """uint8 [B, size, size, 3], in the order of `labels`."""
+        for start in range(0, len(self), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(self)))
+            yield self._crops.read(rows) if self._crops is not None else self._cut(rows)
+
+    def _cut(self, rows: range) -> np.ndarray:
+        plan = CropPlan.center(self.size)
+
+        def one(row: int) -> np.ndarray:
+            name = self.images.names[row]
+            image = load_image((self.path / name).read_bytes(), name)
+            return np.asarray(cut(plan, image, draw(plan, name, 0, image.height, image.width)))
+
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(one, rows)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start, pixels in zip(range(0, len(self), self.batch_size), self.pixels(), strict=True):
+            labels = self.labels[start : start + len(pixels)]
+            yield normalise(torch.from_numpy(pixels)), torch.from_numpy(np.array(labels))
+
+
+def require_same_classes(train: LabelledImages, val: LabelledImages) -> None:
+    """Raise MismatchError unless label i means the same class in both."""
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise MismatchError(
+            f"{train.path} has {len(train.classes)} classes, {val.path} {len(val.classes)}"
+            + (f"; only one of them has {', '.join(odd[:5])}." if odd else ", in another order.")
+        )

@@ -1,0 +1,22 @@
+"""Which device and precision a command means by `auto`."""
+
+from __future__ import annotations
+
+from .errors import UsageError
+
+
+def pick_device(device: str, precision: str) -> tuple[str, str]:
+    """Resolve `auto`, or UsageError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no GPU here. Give --device cpu, or install torch for your GPU.")
+    return device, ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision

@@ -1,0 +1,47 @@
+"""What several test files share: a small image folder and a small cache, made once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import FakeTeacher, write_images
+from teacher_cache.cache import Cache
+from teacher_cache.crops import CropPlan
+from teacher_cache.cropping import make_crops, plan_job
+from teacher_cache.extract import ExtractPlan, extract_view
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+
+PLAN = CropPlan(size=32, scale=(0.3, 1.0))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """24 images in 3 classes."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def teacher() -> FakeTeacher:
+    return FakeTeacher()
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory, image_folder, teacher) -> Cache:
+    """24 rows, 2 views; stores `fake` (int8), `fake16` (float16) and `fake-zstd` (int8, compressed). Read only: see `cache`."""
+    cache = make_crops(plan_job(tmp_path_factory.mktemp("cache") / "c", image_folder, PLAN, "jpeg95", 2))
+    for number in (0, 1):
+        extract_view(cache.view(number), "fake", teacher, ExtractPlan(shard_rows=8, batch_size=5))
+        extract_view(cache.view(number), "fake16", teacher, ExtractPlan(dtype="float16", shard_rows=8, batch_size=5))
+        extract_view(cache.view(number), "fake-zstd", teacher, ExtractPlan(codec="zstd", shard_rows=8, batch_size=5))
+    return cache
+
+
+@pytest.fixture
+def cache(shared_cache, tmp_path) -> Cache:
+    """A copy of `shared_cache` that a test may damage."""
+    return Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
