@@ -94,14 +94,13 @@ class CropSource:
                 f"{cache.path} has {cache.n_images:,} rows, one step takes {batch_size:,}. "
                 f"Set a smaller batch: --set batch_size={cache.n_images}, or cache more images."
             )
-        block_rows = self._first_store().spec.shard_rows if store_name else 2048
-        self.order = Order(cache.n_images, batch_size, seed, block_rows)
+        # the same order for every store and for none, so that methods can be compared on equal batches
+        self.order = Order(cache.n_images, batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.identity = {
             "crops_id": cache.crops_id,
             "views": [view.crops_sha256 for view in self.views],
-            "order_seed": seed,
-            "block_rows": block_rows,
+            "order": {"seed": seed, "block_rows": self.order.block_rows, "window_blocks": self.order.window_blocks},
         }
         self._workers = workers or default_workers()
         self._loader: JoinedLoader | None = None

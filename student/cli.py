@@ -12,7 +12,7 @@ import click
 from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 
-from student.errors import StudentError
+from student.errors import ConfigError, StudentError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
@@ -73,7 +73,7 @@ def train(cache, preset, out, overrides, teacher, views, tiny, max_steps, device
     Ctrl-C saves the last step; the same command goes on from there, with the very same batches. Exit codes: 0 done, 1 the data or
     the run is at fault, 2 the command is, 130 interrupted.
     """
-    with one_line_errors("The last step is saved; the same command goes on from there.", StudentError):
+    with one_line_errors("The last step is saved; the same command goes on from there.", (ConfigError,), (StudentError,)):
         if list_presets:
             _list_presets()
             return
@@ -190,7 +190,7 @@ def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool)
     Example:
       student-eval knn runs/a --train imagenet/train --val imagenet/val
     """
-    with one_line_errors("", StudentError):
+    with one_line_errors("", (ConfigError,), (StudentError,)):
         from pipelines.labelled import LabelledImages, require_same_classes
         from teacher_cache.device import pick_device
 

@@ -115,7 +115,7 @@ class CropReader:
         """The whole file, mapped. Its address is what compiled code reads from."""
         try:
             header = np.frombuffer(self._map, _HEADER, 1)[0]
-            if (header["version"], header["num_fields"], header["num_samples"]) != (2, 2, n_rows):
+            if (header["version"], header["num_fields"], header["num_samples"]) != (2, 2, n_rows) or n_rows == 0:
                 raise ValueError("header")
             samples = np.frombuffer(self._map, _SAMPLE, n_rows, _HEADER.itemsize + 2 * _FIELD.itemsize)
             allocations = np.frombuffer(self._map, _ALLOCATION, n_rows, int(header["alloc_table_ptr"]))
@@ -132,7 +132,7 @@ class CropReader:
                 and len(np.unique(image["height"])) <= 1
             ):
                 raise ValueError("tables")
-        except (ValueError, IndexError) as error:
+        except (ValueError, OverflowError) as error:
             raise CacheCorruptError(
                 f"{self.path}: header or tables do not fit crops.npy ({error}). Make the view again: delete {view_dir} and run "
                 "teacher-cache crop."
@@ -169,25 +169,27 @@ class CropReader:
 
 
 def tables_sha256(path: Path) -> str:
-    """SHA-256 of everything in a .beton that is not crop data: header, fields, sample table, allocation table, padding."""
+    """SHA-256 of everything in a .beton that is not crop data: header, fields, sample table, allocation table, padding.
 
-
+    Raises CacheCorruptError for a file whose tables cannot be followed.
+    """
+    damaged = CacheCorruptError(f"{path}: its header or allocation table is damaged.")
+    n_bytes = path.stat().st_size
+    if n_bytes < _HEADER.itemsize:
+        raise damaged
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = np.fromfile(file, _HEADER, 1)
-        if len(header) != 1:
-            raise CacheCorruptError(f"{path}: shorter than its header.")
-        n_rows, table_start = int(header["num_samples"][0]), int(header["alloc_table_ptr"][0])
-        file.seek(table_start)
-        table = file.read()
-        if len(table) != n_rows * _ALLOCATION.itemsize or n_rows == 0:
-            raise CacheCorruptError(f"{path}: its allocation table is not where the header says.")
-        allocations = np.frombuffer(table, _ALLOCATION)
-        ends = np.append(np.uint64(0), allocations["ptr"] + allocations["size"])
-        starts = np.append(allocations["ptr"], np.uint64(table_start))
-        for begin, end in zip(ends.tolist(), starts.tolist(), strict=True):  # what lies between the crops
-            if begin != end:
-                file.seek(begin)
-                digest.update(file.read(max(0, end - begin)))
-        digest.update(table)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]
+        table_start = int(header["alloc_table_ptr"])
+        if n_bytes - table_start != int(header["num_samples"]) * _ALLOCATION.itemsize:
+            raise damaged
+        allocations = np.frombuffer(data[table_start:], _ALLOCATION)
+        starts, sizes = allocations["ptr"].tolist(), allocations["size"].tolist()
+        position = 0
+        for start, size in zip([*starts, table_start], [*sizes, 0], strict=True):  # hash what lies between the crops
+            if not position <= start <= table_start:
+                raise damaged
+            digest.update(data[position:start])
+            position = start + size
+        digest.update(data[table_start:])
     return digest.hexdigest()

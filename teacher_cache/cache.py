@@ -45,12 +45,17 @@ class CropsIdentity:
         """64 hex digits that name these crops; every store carries them."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
-    def differences(self, other: CropsIdentity) -> list[str]:
-        """What differs, one readable line each: `crop plan seed: 0 in the cache, 1 given`."""
-        mine, theirs = self.to_json(), other.to_json()
-        mine |= {f"crop plan {key}": value for key, value in mine.pop("plan").items()}
-        theirs |= {f"crop plan {key}": value for key, value in theirs.pop("plan").items()}
-        return [f"{key}: {mine[key]} in the cache, {theirs[key]} given" for key in mine if mine[key] != theirs[key]]
+
+def differences(before: dict, now: dict, where: str) -> list[str]:
+    """What differs between two `CropsIdentity.to_json()`, a readable line each: `crop plan seed: 0 in the cache, 1 given`."""
+    before, now = (
+        {**value, **{f"crop plan {key}": of_plan for key, of_plan in value["plan"].items()}, "plan": None} for value in (before, now)
+    )
+    return [f"{key}: {before[key]} {where}, {now.get(key)} given" for key in before if before[key] != now.get(key)]
+
+
+def view_path(cache_dir: Path, number: int) -> Path:
+    return cache_dir / f"view-{number:03d}"
 
 
 class View:
@@ -58,7 +63,7 @@ class View:
 
     def __init__(self, cache: Cache, number: int):
         self.cache, self.number = cache, number
-        self.path = cache.path / f"view-{number:03d}"
+        self.path = view_path(cache.path, number)
 
     @property
     def is_cropped(self) -> bool:
@@ -151,10 +156,10 @@ class Cache:
 
     def require_same(self, identity: CropsIdentity) -> None:
         """Raise MismatchError naming every difference if the crops asked for are not the crops that are here."""
-        differences = self.identity.differences(identity)
-        if differences:
+        differing = differences(self.identity.to_json(), identity.to_json(), "in the cache")
+        if differing:
             raise MismatchError(
-                f"{self.path} holds other crops than those asked for:\n  " + "\n  ".join(differences) +
+                f"{self.path} holds other crops than those asked for:\n  " + "\n  ".join(differing) +
                 "\nGive the parameters it was made with, or another folder."
             )  # fmt: skip
 

@@ -1,7 +1,12 @@
-"""One writer at a time: a claim is a small file that names the host and process that hold it."""
+"""One writer at a time: a claim is a locked file that names the host and process that hold it.
+
+The lock belongs to the kernel, so a claim ends with its process, however that ends. The text in the file is for people, and for
+file systems whose locks do not reach other hosts.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -12,54 +17,52 @@ from pathlib import Path
 from .errors import MismatchError
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @contextmanager
 def claimed(path: Path, what: str) -> Iterator[None]:
     """Hold the claim `path` while the block runs.
 
-    A claim whose process on this host is gone (killed, power cut) is taken over. One held by a living process, or by a
+    A claim whose process on this host is gone (killed, power cut) is taken over. One held by a living process, or left by a
     process of another host, which cannot be asked, raises MismatchError naming the holder.
     """
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-    for _ in range(3):  # a stale claim may be removed and taken by a rival in between
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            break
-        except FileExistsError:
-            _remove_stale(path, what)
-    else:
-        raise MismatchError(f"{what}: another process took {path} at the same moment. Run the command again.")
+    descriptor = _lock(path, what)
     try:
-        os.write(descriptor, mine.encode())
-        os.close(descriptor)
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, mine, 0)
         yield
     finally:
         path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _remove_stale(path: Path, what: str) -> None:
-    """Remove the claim if its process is surely gone, else raise MismatchError."""
+def _lock(path: Path, what: str) -> int:
+    """A descriptor of `path`, locked; MismatchError if somebody else has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            holder = _holder(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = f"process {holder['pid']} on host {holder['host']}" if holder else "a process that has just started"
+                raise MismatchError(f"{what} is being written by {who}. Wait for it, or stop it and try again.") from None
+            if holder and holder["host"] != socket.gethostname():
+                raise MismatchError(
+                    f"{what} is being written by process {holder['pid']} on host {holder['host']}. Wait for it; if it is gone, "
+                    f"delete {path} and try again."
+                )
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder left, and removed the file, between our opening and locking it
+
+
+def _holder(descriptor: int) -> dict | None:
+    """Host and process written in a claim, or None where nothing readable is."""
     try:
-        holder = json.loads(path.read_text())
-        host, pid = str(holder["host"]), int(holder["pid"])
-    except FileNotFoundError:
-        return
+        value = json.loads(os.pread(descriptor, 4096, 0))
+        return {"host": str(value["host"]), "pid": int(value["pid"])}
     except (ValueError, KeyError, TypeError):
-        # created but not yet written: the writer died in between, or is just starting
-        raise MismatchError(f"{what} is claimed by {path}, which names no process. If none is running, delete that file.") from None
-    if host != socket.gethostname():
-        raise MismatchError(
-            f"{what} is being written by process {pid} on host {host}. Wait for it; if it is gone, delete {path} and try again."
-        )
-    if pid != os.getpid() and _is_alive(pid):
-        raise MismatchError(f"{what} is being written by process {pid} on this host. Wait for it, or stop it and try again.")
-    path.unlink(missing_ok=True)
+        return None

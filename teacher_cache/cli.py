@@ -70,9 +70,13 @@ def crop(cache: Path, dry_run: bool, skip_bad: bool, workers: int | None, **opti
       teacher-cache crop --images imagenet/train --views 2 CACHE
     """
     with one_line_errors(KEPT):
+        from .cropping import remove_finished_work
+
         job, n_bytes = _plan_crops(cache, default_size=224, **options)
         if job is None:
             say(f"{cache} has all its crops. Nothing to do.")
+            if not dry_run:
+                remove_finished_work(cache)
             return
         _say_space(cache, n_bytes)
         if not dry_run:
@@ -112,6 +116,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
     """
     with one_line_errors(KEPT):
         from .cache import Cache
+        from .cropping import remove_finished_work
         from .device import pick_device
         from .estimate import store_bytes
         from .extract import ExtractPlan, extract_view
@@ -130,12 +135,19 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
         token_bytes = store_bytes(spec, loaded.spec) * (n_views - len(done))
         say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
             f"{loaded.precision} on {device}")  # fmt: skip
+        if loaded.ignored_weights:
+            say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
+                f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
         say(f"targets  {n_views} view{'s' * (n_views > 1)} of {n_images:,} crops, layers {', '.join(map(str, spec.layers))}, {dtype}"
             f"{', attention' * spec.attention}: {human(token_bytes)}")  # fmt: skip
         _say_space(cache, crop_bytes + token_bytes)
         if dry_run:
             return
-        opened = _make_crops(job, skip_bad, workers) if job else Cache(cache)
+        if job:
+            _make_crops(job, skip_bad, workers)
+        else:
+            remove_finished_work(cache)
+        opened = Cache(cache)
         worked = [extract_view(opened.finished_view(v), store_name, loaded, plan) for v in range(n_views)]
         if not any(worked):
             say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
@@ -180,13 +192,12 @@ def _plan_crops(cache: Path, default_size: int, images, views, preset, plan, cro
     return job, 2 * n_bytes  # the parts and, at the end, the file they are joined into
 
 
-def _make_crops(job, skip_bad: bool, workers: int | None):
+def _make_crops(job, skip_bad: bool, workers: int | None) -> None:
     from .cropping import make_crops
 
     made = make_crops(job, skip_bad, workers)
     if made.n_skipped:
         say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
-    return made
 
 
 def _say_space(cache: Path, needed: int) -> None:

@@ -23,19 +23,20 @@ def say(*lines: str) -> None:
 
 
 @contextmanager
-def one_line_errors(resume: str, *families: type[Exception]) -> Iterator[None]:
+def one_line_errors(resume: str, usage: tuple = (), others: tuple = ()) -> Iterator[None]:
     """Turn this project's errors, disk errors and Ctrl-C into one message and an exit code.
 
-    resume: what to say about work that was interrupted. families: further exception classes that carry a user's message.
+    resume: what to say about work that was interrupted. usage, others: further exception classes that carry a user's message;
+    the former mean that the command is at fault.
     """
     try:
         yield
     except KeyboardInterrupt:
         say("", f"Interrupted. {resume}")
         sys.exit(INTERRUPTED)
-    except (TeacherCacheError, *families) as error:
+    except (TeacherCacheError, *usage, *others) as error:
         say(f"Error: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, (UsageError, *usage)) else 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; say nothing more
         sys.exit(1)

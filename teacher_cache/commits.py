@@ -60,7 +60,8 @@ def read_commits(store: Path, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
     for path in sorted((store / "commits").glob("*.json")):
         record = read_sealed(path)
         shard = record.get("shard")
-        if path.name != f"{shard:06d}.json" or not 0 <= shard < spec.n_shards or len(record["files"]) != shape[1]:
+        named = isinstance(shard, int) and 0 <= shard < spec.n_shards and path.name == f"{shard:06d}.json"
+        if not named or len(record.get("files", ())) != shape[1]:
             raise CacheCorruptError(f"{path}: not a commit record of this store.")
         files[shard] = [tuple(file) for file in record["files"]]
         finished[shard] = True
@@ -68,11 +69,15 @@ def read_commits(store: Path, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fold(store: Path, spec: StoreSpec) -> None:
-    """Turn the records of a store whose shards are all finished into one table, and declare it complete."""
-    files, finished = read_commits(store, spec)
-    if not finished.all():
-        raise CacheCorruptError(f"{store}: {(~finished).sum()} of {spec.n_shards} shards are not finished.")
-    write_whole(store / "shards.npy", npy_bytes(files))
-    complete = {"n_rows": spec.n_rows, "n_shards": spec.n_shards, "shards_sha256": sha256_file(store / "shards.npy")}
-    write_whole(store / "complete.json", seal(complete))
-    shutil.rmtree(store / "commits")
+    """Turn the records of a store whose shards are all finished into one table, and declare it complete.
+
+    On a complete store it only removes what a crash between these steps left behind.
+    """
+    if not is_complete(store):
+        files, finished = read_commits(store, spec)
+        if not finished.all():
+            raise CacheCorruptError(f"{store}: {(~finished).sum()} of {spec.n_shards} shards are not finished.")
+        write_whole(store / "shards.npy", npy_bytes(files))
+        complete = {"n_rows": spec.n_rows, "n_shards": spec.n_shards, "shards_sha256": sha256_file(store / "shards.npy")}
+        write_whole(store / "complete.json", seal(complete))
+    shutil.rmtree(store / "commits", ignore_errors=True)

@@ -10,7 +10,7 @@ import ctypes
 import os
 import platform
 
-os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")  # two live loaders abort under numba's own "workqueue" layer
+os.environ.setdefault("NUMBA_THREADING_LAYER", "threadsafe")  # tbb or omp: two live loaders abort under "workqueue"
 
 import numba  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,10 +1,11 @@
 """The crop stage: originals in, `crops.beton` of every missing view out. Deterministic and resumable.
 
 Steps: list the images; cut and encode them in parts of 512, each original decoded once for all views; commit each part as it
-is done; when all are there, publish the cache's identity, then each view, by rename. A part that was committed is not made again.
+is done; when all are there, publish each view by rename, then the cache's identity. A part that was committed is not made again,
+unless it has bad images that have been mended since.
 
-    CACHE/crops.partial/     job.json  candidates.txt  labels.npy      what is being made, from which images
-        view-000/            000007.bin  000007.npy                    encoded crops of one part, then its records
+    CACHE/crops.partial/     job.json                                  what is being made, from which images
+        view-000/            000007.bad.json  000007.bin  000007.npy   one part: what is wrong, encoded crops, records
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .beton import tables_sha256, write_beton
-from .cache import Cache, CropsIdentity, View, write_cache
+from .cache import Cache, CropsIdentity, differences, view_path, write_cache
 from .claims import claimed
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
 from .durable import (
@@ -34,11 +35,13 @@ from .durable import (
     write_whole,
 )
 from .errors import BadInputError, CacheCorruptError, MismatchError
+from .estimate import full_disk_explained
 from .images import ImageList, scan
 from .progress import progress
 
 PART_ROWS = 512
-_PART_DTYPE = np.dtype([("ok", "u1"), *((name, *CROP_DTYPE.fields[name][:1]) for name in CROP_DTYPE.names)])
+WORK = "crops.partial"
+CLAIM = "crops.claim"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ class CropJob:
 
     @property
     def work_dir(self) -> Path:
-        return self.cache_dir / "crops.partial"
+        return self.cache_dir / WORK
+
+    def describe(self) -> dict:
+        """What job.json says: parts on disk serve a later run only if it says the same."""
+        return {**CropsIdentity.of(self.images, self.plan, self.crop_format).to_json(), "part_rows": PART_ROWS}
 
     @property
     def n_parts(self) -> int:
@@ -86,19 +93,24 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
         views = tuple(v for v in range(n_views) if not cache.view(v).is_cropped)
         if not views:
             return None
+        for view in views:
+            if cache.view(view).path.exists():
+                raise CacheCorruptError(f"{cache.view(view).path} has lost its checksums.json. Restore it, or delete that folder.")
     else:
         if cache_dir.exists() and not cache_dir.is_dir():
             raise BadInputError(f"{cache_dir} is a file. Give a folder for the cache, new or begun.")
-        if cache_dir.exists() and any(entry.name != "crops.partial" for entry in cache_dir.iterdir()):
+        entries = {entry.name for entry in cache_dir.iterdir()} if cache_dir.exists() else set()
+        if entries - {CLAIM} and WORK not in entries:
             raise BadInputError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
         views = tuple(range(n_views))
     if images_dir is None:
         raise BadInputError(f"{cache_dir} lacks view {views[0]}, and making it needs the originals: give --images DIR.")
 
     images, n_ignored = scan(images_dir)
-    if cache is not None:
-        return CropJob(cache_dir, images_dir, _same_images(cache, images, images_dir), plan, crop_format, views, n_ignored)
-    return CropJob(cache_dir, images_dir, images.permuted(plan.seed), plan, crop_format, views, n_ignored)
+    images = images.permuted(plan.seed) if cache is None else _same_images(cache, images, images_dir)
+    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, n_ignored)
+    _require_begun_alike(job)
+    return job
 
 
 def _same_images(cache: Cache, found: ImageList, images_dir: Path) -> ImageList:
@@ -132,39 +144,73 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
     All undecodable images are reported together in one BadInputError; `skip_bad` leaves them out of a new cache instead and
     lists them in its skipped.txt.
     """
-    job.work_dir.mkdir(parents=True, exist_ok=True)
-    with claimed(job.work_dir / "claim", f"The crop stage of {job.cache_dir}"):
+    job.cache_dir.mkdir(parents=True, exist_ok=True)
+    is_new = not (job.cache_dir / "cache.json").exists()
+    kept = "Finished crops are kept; make room and run the same command again."
+    with claimed(job.cache_dir / CLAIM, f"The crop stage of {job.cache_dir}"), full_disk_explained(job.cache_dir, lambda: kept):
         _begin(job)
+        _take_back_mended(job)
         _cut_all(job, workers or os.cpu_count() or 1)
         bad = _bad_images(job)
-        if bad and (not skip_bad or (job.cache_dir / "cache.json").exists()):
-            advice = (
-                "A view must hold every image of its cache: restore them."
-                if (job.cache_dir / "cache.json").exists()
-                else "Mend or remove them, or leave them out with --skip-bad. Finished crops are kept."
-            )
+        if bad and not (skip_bad and is_new):
             raise BadInputError(
-                f"{len(bad)} of {len(job.images.names)} images cannot be decoded:\n  " + "\n  ".join(bad) + f"\n{advice}"
-            )
+                f"{len(bad)} of {len(job.images.names)} images cannot be decoded:\n  " + "\n  ".join(bad.values()) + "\n" +
+                ("Mend them and run the same command again, or leave them out with --skip-bad. Finished crops are kept."
+                 if is_new else "A view must hold every image of its cache: restore them and run the same command again.")
+            )  # fmt: skip
         _publish(job, bad)
-    shutil.rmtree(job.work_dir)
+        shutil.rmtree(job.work_dir)
     return Cache(job.cache_dir)
+
+
+def remove_finished_work(cache_dir: Path) -> None:
+    """Remove the work folder of a crop stage that was killed after its last view was published."""
+    if _is_finished(cache_dir):
+        with claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}"):
+            shutil.rmtree(cache_dir / WORK)
+
+
+def _is_finished(cache_dir: Path) -> bool:
+    """Whether a work folder is there although the cache has every view that was begun in it."""
+    views = [view.name for view in (cache_dir / WORK).glob("view-*")]
+    is_published = all((cache_dir / view / "checksums.json").exists() for view in views)
+    return (cache_dir / WORK).exists() and (cache_dir / "cache.json").exists() and is_published
+
+
+def _require_begun_alike(job: CropJob) -> None:
+    """Raise MismatchError, naming what differs, if an unfinished crop stage stands there that was to make something else."""
+    path = job.work_dir / "job.json"
+    if not path.exists() or _is_finished(job.cache_dir):
+        return
+    differing = differences(read_sealed(path), job.describe(), "begun")
+    if differing:
+        raise MismatchError(
+            f"{job.work_dir} was begun with other images or parameters:\n  " + "\n  ".join(differing) +
+            "\nContinue with the same ones, or delete that folder to start the crop stage over."
+        )  # fmt: skip
 
 
 def _begin(job: CropJob) -> None:
     """Record what is being made, or check that a stage begun earlier makes the same."""
-    identity = CropsIdentity.of(job.images, job.plan, job.crop_format)
-    path = job.work_dir / "job.json"
-    if not path.exists():
-        write_whole(path, seal(identity.to_json()))
-        return
-    begun = read_sealed(path)
-    if begun != identity.to_json():
-        differing = sorted(key for key in begun if begun[key] != identity.to_json().get(key))
-        raise MismatchError(
-            f"{job.work_dir} was begun with another {', '.join(differing)}. Continue with the same images and parameters, or "
-            "delete that folder to start the crop stage over."
-        )
+    _require_begun_alike(job)
+    if _is_finished(job.cache_dir):
+        shutil.rmtree(job.work_dir)
+    job.work_dir.mkdir(exist_ok=True)
+    for view in job.views:
+        (job.work_dir / f"view-{view:03d}").mkdir(exist_ok=True)
+    if not (job.work_dir / "job.json").exists():
+        write_whole(job.work_dir / "job.json", seal(job.describe()))
+
+
+def _take_back_mended(job: CropJob) -> None:
+    """Declare unfinished every committed part one of whose bad images can be decoded by now."""
+    for part in range(job.n_parts):
+        for view in job.views:
+            records = job.part_path(view, part, ".npy")
+            if records.exists():
+                bad = read_sealed(job.part_path(view, part, ".bad.json"))
+                if any(not isinstance(_try_cut(job, name, [view]), str) for name in bad):
+                    records.unlink()
 
 
 def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
@@ -178,8 +224,7 @@ def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
     for view in views:
         crop = draw(job.plan, name, view, image.height, image.width)
         encoded = encode(cut(job.plan, image, crop), job.crop_format)
-        record = np.zeros((), _PART_DTYPE)
-        record["ok"] = 1
+        record = np.zeros((), CROP_DTYPE)
         record["image_height"], record["image_width"] = image.height, image.width
         for field in ("top", "left", "height", "width", "flip", "jitter", "jitter_order"):
             record[field] = getattr(crop, field)
@@ -192,8 +237,6 @@ def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
 def _cut_all(job: CropJob, workers: int) -> None:
     """Cut and commit every part that is not there yet. Pillow works without the GIL, so threads are enough."""
     parts = [(part, job.missing_views(part)) for part in range(job.n_parts)]
-    for view in job.views:
-        (job.work_dir / f"view-{view:03d}").mkdir(exist_ok=True)
     n_done = sum(_part_names(job, part)[1] for part, views in parts if not views)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="crop")
@@ -222,9 +265,10 @@ def _try_cut(job: CropJob, name: str, views: list[int]) -> list[tuple[np.void, b
 
 def _commit_part(job: CropJob, part: int, views: list[int], results: list) -> None:
     """Write one part of every missing view: bad.json, then crops, then the records, which say that it is done."""
-    bad = {str(i): reason for i, reason in enumerate(results) if isinstance(reason, str)}
+    names, _ = _part_names(job, part)
+    bad = {name: reason for name, reason in zip(names, results, strict=True) if isinstance(reason, str)}
     for index, view in enumerate(views):
-        records = np.zeros(len(results), _PART_DTYPE)
+        records = np.zeros(len(results), CROP_DTYPE)
         encoded = []
         for i, result in enumerate(results):
             if not isinstance(result, str):
@@ -235,60 +279,65 @@ def _commit_part(job: CropJob, part: int, views: list[int], results: list) -> No
         write_whole(job.part_path(view, part, ".npy"), npy_bytes(records))
 
 
-def _bad_images(job: CropJob) -> list[str]:
-    """`name: reason` of every candidate that could not be decoded."""
-    parts = (read_sealed(job.part_path(job.views[0], part, ".bad.json")) for part in range(job.n_parts))
-    return [reason for bad in parts for reason in bad.values()]
+def _bad_images(job: CropJob) -> dict[str, str]:
+    """Name -> `name: reason` of every candidate that could not be decoded, in row order."""
+    bad = {}
+    for part in range(job.n_parts):
+        of_part = {}
+        for view in job.views:
+            of_part |= read_sealed(job.part_path(view, part, ".bad.json"))
+        bad |= {name: of_part[name] for name in _part_names(job, part)[0] if name in of_part}
+    return bad
 
 
-def _publish(job: CropJob, bad: list[str]) -> None:
-    """Turn the committed parts into a cache: identity first, then each view whole by rename."""
-    records = {view: np.concatenate([_records(job, view, part) for part in range(job.n_parts)]) for view in job.views}
-    ok = records[job.views[0]]["ok"] == 1
+def _publish(job: CropJob, bad: dict[str, str]) -> None:
+    """Turn the committed parts into a cache: each view whole by rename, then the identity, which says that it is one."""
+    ok = np.array([name not in bad for name in job.images.names])
     if not ok.any():
-        raise BadInputError(f"None of the {len(ok)} images of {job.images_dir} can be decoded, e.g. {bad[0]}.")
+        raise BadInputError(f"None of the {len(ok)} images of {job.images_dir} can be decoded, e.g. {next(iter(bad.values()))}.")
+    names = tuple(name for name in job.images.names if name not in bad)
+    kept = ImageList(names, job.images.labels[ok], job.images.classes)
+    crops_id = CropsIdentity.of(kept, job.plan, job.crop_format).crops_id
+    for view in job.views:
+        _publish_view(job, view, ok, kept.labels, crops_id)
     if not (job.cache_dir / "cache.json").exists():
-        names = tuple(name for name, keep in zip(job.images.names, ok, strict=True) if keep)
-        kept = ImageList(names, job.images.labels[ok], job.images.classes)
-        write_cache(job.cache_dir, kept, job.plan, job.crop_format, bad)
-    cache = Cache(job.cache_dir)
-    for number in job.views:
-        view = cache.view(number)
-        if not view.is_cropped:
-            _publish_view(job, view, records[number][ok], cache.images().labels)
+        write_cache(job.cache_dir, kept, job.plan, job.crop_format, list(bad.values()))
 
 
-def _publish_view(job: CropJob, view: View, records: np.ndarray, labels: np.ndarray) -> None:
+def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, crops_id: str) -> None:
     """Write crops.npy, crops.beton and checksums.json into a folder aside, then rename it into place."""
-    crops = np.zeros(len(records), CROP_DTYPE)
-    for name in CROP_DTYPE.names:
-        crops[name] = records[name]
-    aside = view.path.with_name(view.path.name + ASIDE)
+    path = view_path(job.cache_dir, view)
+    if path.exists():  # an interrupted run came this far; with other bad images than now, its crops are others
+        if read_sealed(path / "checksums.json")["crops_id"] == crops_id:
+            return
+        shutil.rmtree(path)
+    crops = np.concatenate([_records(job, view, part) for part in range(job.n_parts)])[ok]
+    aside = path.with_name(path.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     write_whole(aside / "crops.npy", npy_bytes(crops))
-    write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, _encoded(job, view.number))
+    write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, _encoded(job, view, ok))
     files = {"crops.npy": sha256_file(aside / "crops.npy")}
     beton = {"bytes": (aside / "crops.beton").stat().st_size, "tables_sha256": tables_sha256(aside / "crops.beton")}
-    write_whole(aside / "checksums.json", seal({"crops_id": view.cache.crops_id, "files": files, "crops.beton": beton}))
-    os.rename(aside, view.path)
-    sync_folder(view.path.parent)
+    write_whole(aside / "checksums.json", seal({"crops_id": crops_id, "files": files, "crops.beton": beton}))
+    os.rename(aside, path)
+    sync_folder(path.parent)
 
 
 def _records(job: CropJob, view: int, part: int) -> np.ndarray:
-    return read_npy(job.part_path(view, part, ".npy"), _PART_DTYPE)
+    return read_npy(job.part_path(view, part, ".npy"), CROP_DTYPE)
 
 
-def _encoded(job: CropJob, view: int) -> Iterator[bytes]:
-    """The encoded crops of a view in row order, each checked against its record."""
+def _encoded(job: CropJob, view: int, ok: np.ndarray) -> Iterator[bytes]:
+    """The encoded crops of a view in row order, each checked against its record; rows that are not `ok` are left out."""
     for part in range(job.n_parts):
         data, position = job.part_path(view, part, ".bin").read_bytes(), 0
-        for record in _records(job, view, part):
-            if record["ok"]:
-                encoded = data[position : position + int(record["bytes"])]
-                position += len(encoded)
-                if crc32c(encoded) != record["crc32c"]:
-                    raise CacheCorruptError(
-                        f"{job.part_path(view, part, '.bin')} was damaged. Delete it with its .npy and run the command again."
-                    )
+        for keep, record in zip(ok[part * PART_ROWS :], _records(job, view, part), strict=False):
+            encoded = data[position : position + int(record["bytes"])]
+            position += len(encoded)
+            if crc32c(encoded) != record["crc32c"]:
+                raise CacheCorruptError(
+                    f"{job.part_path(view, part, '.bin')} was damaged. Delete it with its .npy and run the command again."
+                )
+            if keep:
                 yield encoded

@@ -62,7 +62,7 @@ def read_npy(path: Path, dtype=None) -> np.ndarray:
     """Load a .npy that `npy_bytes` wrote; a foreign dtype or a damaged file raises CacheCorruptError."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is parsed as Python text, and numpy lets nearly anything through
         raise CacheCorruptError(f"{path}: not a readable .npy file ({error}).") from error
     if dtype is not None and array.dtype != dtype:
         raise CacheCorruptError(f"{path}: expected dtype {np.dtype(dtype)}, found {array.dtype}.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import NoSpaceError
@@ -46,3 +49,14 @@ def require_space(path: Path, needed: int) -> None:
             f"{human(needed)} are needed on the disk of {path}, {human(free)} are free: {human(needed - free)} short. "
             "Make room, or store less: fewer --views, --layers last, --dtype int8."
         )
+
+
+@contextmanager
+def full_disk_explained(path: Path, what_is_kept: Callable[[], str]) -> Iterator[None]:
+    """Turn a disk or quota that fills up in the block into a NoSpaceError that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"The disk of {path} is full. {what_is_kept()}") from error
+        raise

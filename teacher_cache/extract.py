@@ -6,7 +6,6 @@ same inputs give the same bytes, interrupted or not. The quantiser is fitted onc
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import platform
@@ -23,7 +22,8 @@ from .beton import CropReader
 from .cache import Cache, View
 from .claims import claimed
 from .commits import count_commits, fold, is_complete
-from .errors import BadInputError, MismatchError, NoSpaceError, UsageError
+from .errors import BadInputError, MismatchError, NotInCacheError, UsageError
+from .estimate import full_disk_explained
 from .progress import progress
 from .quantize import GROUP, ChannelStatistics, dequantise, quantise, token_errors
 from .spec import ARRAY_NAME, CODECS, DTYPES, LayerFidelity, StoreSpec, TeacherSpec
@@ -97,9 +97,10 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan) -> bool:
     if (store / "store.json").exists():
         _require_same(store, view, teacher, plan)
         if is_complete(store):
+            fold(store, read_manifest(store).store)
             return False
         _require_same_probe(store, teacher)
-    with claimed(view.path / f"{store.name}.claim", f"The store {store}"):
+    with claimed(view.path / f"{store.name}.claim", f"The store {store}"), full_disk_explained(store, lambda: _kept(store)):
         crops = CropReader(view.path)
         if not (store / "store.json").exists():
             _begin(view, name, teacher, plan, crops)
@@ -201,22 +202,23 @@ def _stored(tokens: np.ndarray, spec: StoreSpec, statistics: dict[int, ChannelSt
 
 def _extract_shard(store: Path, manifest: Manifest, crops: CropReader, teacher, shard: int, batch_size: int, advance) -> None:
     spec, statistics = manifest.store, read_statistics(store, manifest.store)
-    try:
-        with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
-            for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
-                tokens, attention = _run(teacher, images, rows, spec.layers)
-                arrays = _stored(tokens, spec, statistics)
-                if spec.attention:
-                    arrays["attention"] = attention
-                out.append(arrays)
-                advance(len(rows))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"The disk of {store} is full. {count_commits(store, spec)} of {spec.n_shards} shards are finished and kept; "
-                "make room and run the same command again."
-            ) from error
-        raise
+    with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
+        for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
+            tokens, attention = _run(teacher, images, rows, spec.layers)
+            arrays = _stored(tokens, spec, statistics)
+            if spec.attention:
+                arrays["attention"] = attention
+            out.append(arrays)
+            advance(len(rows))
+
+
+def _kept(store: Path) -> str:
+    """What a full disk leaves of a store."""
+    if not (store / "store.json").exists():
+        return "Make room and run the same command again."
+    spec = read_manifest(store).store
+    done = count_commits(store, spec)
+    return f"{done} of {spec.n_shards} shards are finished and kept; make room and run the same command again."
 
 
 def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
@@ -228,6 +230,8 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
         spec = plan.store_spec(teacher.spec, len(crops), codecs)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
+        if not (first / "store.json").exists():
+            raise NotInCacheError(f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first.")
         _require_same(first, view.cache.view(0), teacher, plan)
         original = read_manifest(first)
         spec, fidelity = original.store, original.fidelity

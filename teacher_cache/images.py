@@ -34,10 +34,9 @@ class ImageList:
 
 
 def _files(folder: Path, prefix: str) -> tuple[list[str], int]:
-    """Image names below `folder`, sorted, and how many other files stand there."""
+    """Image names below `folder`, in ImageFolder's order, and how many other files stand there."""
     names, n_other = [], 0
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+    for root, _, files in sorted(os.walk(folder, onerror=_refuse, followlinks=True)):
         inner = Path(root).relative_to(folder).as_posix()
         for file in sorted(files):
             name = "/".join(part for part in (prefix, "" if inner == "." else inner, file) if part)
@@ -46,6 +45,11 @@ def _files(folder: Path, prefix: str) -> tuple[list[str], int]:
             else:
                 n_other += 1
     return names, n_other
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk would leave out a folder that it may not read."""
+    raise BadInputError(f"--images: the folder {error.filename!r} cannot be read ({error.strerror}).") from error
 
 
 def scan(folder: Path) -> tuple[ImageList, int]:
@@ -57,7 +61,7 @@ def scan(folder: Path) -> tuple[ImageList, int]:
     if not folder.is_dir():
         raise BadInputError(f"--images {folder}: no such folder. Give a folder of class folders, or of images.")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    top_level = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    top_level = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
     flat = [name for name in top_level if name.lower().endswith(EXTENSIONS)]
     if not classes:
         names, labels, n_other = flat, np.full(len(flat), -1), len(top_level) - len(flat)
@@ -82,7 +86,7 @@ def scan(folder: Path) -> tuple[ImageList, int]:
     if not names:
         raise BadInputError(f"--images {folder}: no images found ({', '.join(EXTENSIONS)}).")
     for name in names:
-        if "\n" in name or "\r" in name or not name.isprintable() and not _is_utf8(name):
+        if "\n" in name or "\r" in name or not _is_utf8(name):
             raise BadInputError(f"--images {folder}: the file name {name!r} cannot be kept in a text file. Rename it.")
     return ImageList(tuple(names), labels.astype("int64"), tuple(classes)), n_other
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from .commits import is_complete, read_commits, shard_file
+from .durable import crc32c
 from .errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
 from .quantize import dequantise
 from .spec import ARRAY_NAME
-from .store import read_head, read_manifest, read_statistics
+from .store import check_array_json, read_head, read_manifest, read_statistics
 
 CHECKS = {"never": 0, "first": 1, "always": 2}
 """When the CRC-32C of a row is compared: never, the first time this process reads the row, at every read."""
@@ -76,6 +77,9 @@ class _MappedArray:
             if self.sizes[shard] < least:
                 raise CacheCorruptError(f"{path}: {self.sizes[shard]} bytes are too few for its index.")
             self.addresses[shard] = _map_file(path, int(self.sizes[shard]))
+            index = ctypes.string_at(int(self.addresses[shard] + self.sizes[shard]) - least, least)
+            if crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
+                raise CacheCorruptError(f"{path}: its index is damaged. Run teacher-cache verify on this cache.")
 
     def __del__(self):
         for address, n_bytes in zip(self.addresses, self.sizes, strict=True):
@@ -192,8 +196,6 @@ class StoreReader:
 
     def _chunk(self, mapped: _MappedArray, row: int) -> bytes:
         """The stored bytes of one row without their CRC-32C, which is compared as `check` says."""
-        from .durable import crc32c
-
         shard, slot = divmod(row, self.spec.shard_rows)
         address, n_bytes = int(mapped.addresses[shard]), int(mapped.sizes[shard])
         index = address + n_bytes - 4 - 16 * (self.spec.shard_rows - slot)
@@ -237,6 +239,7 @@ class StoreReader:
         import zarr
 
         if array not in self._zarr_arrays:
+            check_array_json(self.path, array)
             column, n_dims = self.spec.array_names.index(array), 1 + len(self.row_shape(array))
             for shard in np.flatnonzero(self.finished):
                 check_size(shard_file(self.path, array, int(shard), n_dims), int(self.files["bytes"][shard, column]))

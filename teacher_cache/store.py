@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -80,15 +81,27 @@ def read_manifest(store: Path) -> Manifest:
         files = read_sealed(store / "store.json")["files"]
     except FileNotFoundError:
         raise NotInCacheError(f"{store}: no such store.") from None
+    root = _read_listed(store, files, "zarr.json")
     try:
-        root = (store / "zarr.json").read_bytes()
-        if sha256_file(store / "zarr.json") != files["zarr.json"]:
-            raise CacheCorruptError(f"{store / 'zarr.json'}: not the file this store was begun with.")
         return Manifest.from_json(json.loads(root)["attributes"]["teacher_cache"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CacheCorruptError):
-            raise CacheCorruptError(f"{store}: {error}") from None
-        raise CacheCorruptError(f"{store / 'zarr.json'}: {error!r}.") from error
+    except (KeyError, TypeError, ValueError, CacheCorruptError) as error:
+        raise CacheCorruptError(f"{store / 'zarr.json'}: {error}") from error
+
+
+def _read_listed(store: Path, files: dict[str, str], name: str) -> bytes:
+    """A small file of a store, or CacheCorruptError if it is not the one that store.json lists."""
+    try:
+        data = (store / name).read_bytes()
+    except OSError as error:
+        raise CacheCorruptError(f"{store / name}: cannot be read ({error.strerror}).") from error
+    if hashlib.sha256(data).hexdigest() != files.get(name):
+        raise CacheCorruptError(f"{store / name}: not the file this store was begun with.")
+    return data
+
+
+def check_array_json(store: Path, array: str) -> None:
+    """Raise CacheCorruptError if a row array's zarr.json was changed: zarr would believe it."""
+    _read_listed(store, read_sealed(store / "store.json")["files"], f"{array}/zarr.json")
 
 
 def _array_json(shape, shard_shape, chunk_shape, dtype: str, codec: str) -> dict:
@@ -167,23 +180,10 @@ def read_small_array(store: Path, name: str) -> np.ndarray:
 
     Read without zarr: one chunk of little-endian float32, then its CRC-32C.
     """
-    folder = store / name
-    try:
-        files = read_sealed(store / "store.json")["files"]
-        shape = json.loads((folder / "zarr.json").read_bytes())["shape"]
-        (chunk,) = (folder / key for key in _chunk_keys(files, name))
-        if sha256_file(chunk) != files[chunk.relative_to(store).as_posix()]:
-            raise CacheCorruptError(f"{chunk}: not the file this store was begun with.")
-        return np.frombuffer(chunk.read_bytes()[:-4], "<f4").reshape(shape)
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, CacheCorruptError):
-            raise
-        raise CacheCorruptError(f"{folder}: cannot be read ({error!r}).") from error
-
-
-def _chunk_keys(files: dict, name: str) -> list[str]:
-    prefix = f"{name}/"
-    return [file.removeprefix(prefix) for file in files if file.startswith(prefix) and not file.endswith("zarr.json")]
+    files = read_sealed(store / "store.json")["files"]
+    shape = json.loads(_read_listed(store, files, f"{name}/zarr.json"))["shape"]
+    (chunk,) = (file for file in files if file.startswith(f"{name}/c/"))
+    return np.frombuffer(_read_listed(store, files, chunk)[:-4], "<f4").reshape(shape)
 
 
 def read_statistics(store: Path, spec: StoreSpec) -> dict[int, ChannelStatistics]:

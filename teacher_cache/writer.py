@@ -57,24 +57,30 @@ class _ShardFile:
         self.crc = crc32c(data, self.crc)
 
     def finish(self) -> tuple[int, int]:
-        """Write the index, make the file durable under its name; returns its bytes and CRC-32C."""
+        """Write the index and make the file durable, still aside; returns its bytes and CRC-32C."""
         index = self.index.tobytes()
         self._write(index + crc32c(index).to_bytes(4, "little"))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        os.replace(self.aside, self.path)
-        sync_folder(self.path.parent)
         return self.n_bytes, self.crc
 
+    def publish(self) -> None:
+        os.replace(self.aside, self.path)
+        sync_folder(self.path.parent)
+
     def abandon(self) -> None:
+        """Remove what is still aside."""
         with contextlib.suppress(OSError):  # a full disk refuses the last flush too; the file goes away anyhow
             self.file.close()
         self.aside.unlink(missing_ok=True)
 
 
 class ShardWriter:
-    """Writes one shard of all arrays; use as a context manager. Leaving it by an exception leaves no trace of the shard."""
+    """Writes one shard of all arrays; use as a context manager.
+
+    Leaving it by an exception, or a disk that is full when it is left, commits nothing and leaves no file aside.
+    """
 
     def __init__(self, store: Path, spec: StoreSpec, teacher: TeacherSpec, shard: int):
         self.store, self.spec, self.shard = store, spec, shard
@@ -99,14 +105,20 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
             for file in self.files.values():
                 file.abandon()
-            return
+
+    def _commit(self) -> None:
         for array, file in self.files.items():
             if file.n_rows != self.n_rows:
                 raise UsageError(f"shard {self.shard} of {array} has {file.n_rows} of {self.n_rows} rows.")
         sizes = np.array([file.finish() for file in self.files.values()], FILE_DTYPE)
+        for file in self.files.values():
+            file.publish()
         write_commit(self.store, self.shard, sizes)
 
 

@@ -30,9 +30,7 @@ TINY = dataclasses.replace(
 
 
 def crops_u8(n: int, side: int) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def open_clips_tower(name: str, **vision_changes) -> nn.Module:
@@ -95,9 +93,7 @@ def b16():
 
 
 @torch.no_grad()
-def check_against_open_clip(
-    teacher, reference: nn.Module, images: torch.Tensor, layers: list[int]
-) -> torch.Tensor:
+def check_against_open_clip(teacher, reference: nn.Module, images: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Taps, CLS map, ln_post and projection against open_clip's forward_intermediates and MultiheadAttention; the tokens."""
     output = teacher(images, layers)
     normalised = teacher.preprocess(images)
@@ -126,9 +122,7 @@ def check_against_open_clip(
     assert torch.allclose(output.attention, maps[0][:, 0, 1:], atol=1e-6)
     assert output.attention.std(1).min() > 1e-4  # a flat map would fit nearly anything
 
-    gamma, beta, projection = (
-        torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta", "projection")
-    )
+    gamma, beta, projection = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta", "projection"))
     final = output.tokens[:, -1] * gamma + beta
     assert torch.allclose(final, reference.ln_post(raw), atol=5e-5)
     assert torch.allclose(final[:, 0] @ projection, found["image_features"], atol=2e-4)
@@ -204,17 +198,13 @@ def test_a_file_of_another_clip_names_the_shapes(tower, tmp_path):
     """The weights of a wider tower do not load, and the message shows a shape that differs."""
     wider = build_tower(dataclasses.replace(TINY, projection_dim=24))
     torch.save(published(wider), tmp_path / "clip.pt")
-    with pytest.raises(
-        BadInputError, match=r"1 of another shape \(visual.proj: \(48, 24\) instead of \(48, 20\)\)"
-    ):
+    with pytest.raises(BadInputError, match=r"1 of another shape \(visual.proj: \(48, 24\) instead of \(48, 20\)\)"):
         load(TINY, tmp_path / "clip.pt")
 
 
 def test_without_weights_the_file_to_download_is_named():
     """clip-b16 without --weights says which file, its published hash, and how to try without it."""
-    with pytest.raises(
-        UsageError, match=r"ViT-B-16\.pt \(sha256 5806e77c.*--weights PATH.*--weights random:0"
-    ):
+    with pytest.raises(UsageError, match=r"ViT-B-16\.pt \(sha256 5806e77c.*--weights PATH.*--weights random:0"):
         load_teacher("clip-b16")
 
 

@@ -32,15 +32,11 @@ def model_and_teacher(**variant):
     model = VisionTransformer(**BASE | variant)
     random_weights(model, 0)
     channels = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    return model, as_teacher(
-        "timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32"
-    )
+    return model, as_teacher("timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32")
 
 
 def crops_u8(n: int, side: int) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def timm_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
@@ -146,9 +142,7 @@ def test_a_timm_name_with_a_weights_file_equals_timm_filled_from_it(tmp_path):
         outputs.append(teacher(images, [6]).tokens)
     with torch.no_grad():
         normalised = teacher.preprocess(images)
-        last = model.forward_intermediates(normalised, indices=1, output_fmt="NLC", intermediates_only=True)[
-            0
-        ]
+        last = model.forward_intermediates(normalised, indices=1, output_fmt="NLC", intermediates_only=True)[0]
         expected = whiten(last, 1e-6)
     assert torch.allclose(outputs[0][:, 0, 1:], expected, atol=2e-5)
     assert torch.equal(outputs[0], outputs[1])

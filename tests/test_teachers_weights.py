@@ -87,9 +87,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_size(write, says, state, t
     with pytest.raises(BadInputError) as caught:
         load_teacher("demo", path)
     message = str(caught.value)
-    assert (
-        f"{path} ({path.stat().st_size:,} bytes)" in message and says in message and "safetensors" in message
-    )
+    assert f"{path} ({path.stat().st_size:,} bytes)" in message and says in message and "safetensors" in message
     assert "\n" not in message and "weights_only" not in message
     assert not MARK.exists()
 
@@ -103,17 +101,13 @@ def test_a_torch_file_of_a_lone_tensor_is_refused(tmp_path):
 
 def test_a_wrong_path_is_said_to_be_one(tmp_path):
     """A path that does not exist, and a folder, are told apart; both errors say what to give."""
-    with pytest.raises(
-        BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")
-    ):
+    with pytest.raises(BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")):
         load_teacher("demo", tmp_path / "no.pt")
     with pytest.raises(BadInputError, match="is a folder"):
         load_teacher("demo", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"]
-)
+@pytest.mark.parametrize("weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"])
 def test_a_seed_is_a_whole_number(weights):
     """`random:` with anything but a whole number is a UsageError that shows the right form."""
     with pytest.raises(UsageError, match=re.escape(f"--weights {weights}: ") + ".*random:0"):
@@ -175,9 +169,7 @@ def test_random_features_are_not_degenerate(name):
     """On random weights tokens differ between places and images, and attention is not flat: trials mean something."""
     teacher = load_teacher(name, "random:0")
     side = teacher.spec.image_size
-    images = torch.randint(
-        0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (4, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     output = teacher(images, [teacher.spec.depth])
     patches = output.tokens[:, 0, 1:]
     assert patches.std(1).mean() > 0.3 and patches.std(0).mean() > 0.3  # whitened tokens have spread 1 in all

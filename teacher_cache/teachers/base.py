@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from ..errors import BadInputError, UsageError
 from ..spec import TeacherSpec
 
-RESIZE = (
-    "bicubic, align_corners=False, no antialias, on the tensor before normalisation; position table likewise"
-)
+RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation; position table likewise"
 """`TeacherSpec.resize` of every teacher. Code bases follow at least four different rules for the position table alone;
 this one is MaskAlign's (and Hugging Face's), and it is the same for pixels and positions."""
 
@@ -82,10 +80,10 @@ def whiten(tokens: Tensor, eps: float) -> Tensor:
 def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> Tensor:
     """What the CLS token (the first) attends to among the patches, float32 [B, N], mean over heads.
 
-    block_input: [B, T, D], what enters the block. a = mean_h softmax(q_cls . k / sqrt(head width)) over all T
-    keys; the `n_prefix` columns of CLS and registers are then dropped (MILAN section 3.2, MaskAlign section
-    3.3). Only the CLS query and the keys are computed, so this costs one projection, and it does not matter
-    whether the block itself uses a fused attention that never shows its map.
+    block_input: [B, T, D], what enters the block. a = mean_h softmax(q_cls . k / sqrt(head width)) over all T keys;
+    the `n_prefix` columns of CLS and registers are then dropped: the map by which MILAN and MaskAlign sample what
+    stays visible. Only the CLS query and the keys are computed, so this costs one projection, and it does not
+    matter whether the block itself uses a fused attention that never shows its map.
     """
     normed = parts.norm(block_input.float())
     query_weight, key_weight, _ = parts.qkv_weight.float().chunk(3)
@@ -93,9 +91,7 @@ def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> 
 
     query = F.linear(normed[:, :1], query_weight, query_bias)  # [B, 1, H * head width]
     keys = F.linear(normed, key_weight, key_bias)  # [B, T, H * head width]
-    query, keys = (
-        x.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for x in (query, keys)
-    )  # [B, H, ., head width]
+    query, keys = (x.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, H, ., head width]
     query, keys = parts.query_norm(query), parts.key_norm(keys)
 
     logits = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, H, 1, T]
@@ -111,9 +107,7 @@ def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -
     prefix, patches = table.float().split([n_prefix, table.shape[-2] - n_prefix], dim=-2)
     side = round(patches.shape[-2] ** 0.5)
     if side * side != patches.shape[-2]:
-        raise BadInputError(
-            f"The position table has {patches.shape[-2]} patch rows, which is no square grid."
-        )
+        raise BadInputError(f"The position table has {patches.shape[-2]} patch rows, which is no square grid.")
     if grid == (side, side):
         return table
     image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
@@ -137,8 +131,8 @@ def check_precision(precision: str, device: torch.device | str) -> None:
     """Raise UsageError for a precision that does not exist, or would be a mistake on this device."""
     if precision not in PRECISIONS:
         raise UsageError(
-            f"Teachers run in {' or '.join(PRECISIONS)}, not {precision!r}: "
-            "float16 overflows on the largest activations of CLIP."
+            f"Teachers run in {' or '.join(PRECISIONS)}, not {precision!r}. float16 has not float32's range, and one overflow "
+            "would spoil every block after it."
         )
     if precision == "bf16" and torch.device(device).type != "cuda":
         raise UsageError(
@@ -172,15 +166,10 @@ class Teacher:
         self.spec, self.precision, self.ignored_weights = spec, precision, ignored_weights
         self._anatomy = anatomy
         anatomy.model.eval().requires_grad_(False)
-        head = {
-            "gamma": anatomy.final_norm.weight,
-            "beta": anatomy.final_norm.bias,
-            "projection": anatomy.projection,
-        }
+        norm = anatomy.final_norm
+        head = {"gamma": norm.weight, "beta": norm.bias, "projection": anatomy.projection}
         self.head: dict[str, np.ndarray] = {
-            name: tensor.detach().float().cpu().numpy().copy()
-            for name, tensor in head.items()
-            if tensor is not None
+            name: tensor.detach().float().cpu().numpy().copy() for name, tensor in head.items() if tensor is not None
         }
         self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
         self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
@@ -194,9 +183,7 @@ class Teacher:
         self.device = torch.device(device)
         check_precision(self.precision, self.device)
         self._anatomy.model.to(self.device)
-        mean, std = (
-            torch.tensor(channels, device=self.device) for channels in (self.spec.mean, self.spec.std)
-        )
+        mean, std = (torch.tensor(channels, device=self.device) for channels in (self.spec.mean, self.spec.std))
         self._mean, self._std = mean.view(3, 1, 1), std.view(3, 1, 1)
         return self
 
@@ -206,8 +193,7 @@ class Teacher:
     def __call__(self, images_u8: Tensor, layers: Sequence[int]) -> TeacherOutput:
         """Targets of a batch of square RGB crops.
 
-        images_u8: uint8 [B, side, side, 3] on the teacher's device; another side than `spec.image_size` is
-        resized.
+        images_u8: uint8 [B, side, side, 3] on the teacher's device; another side than `spec.image_size` is resized.
         layers:    block numbers, ascending, counted from 1; `spec.depth` is the last block.
         Raises UsageError for anything else.
         """
@@ -215,10 +201,7 @@ class Teacher:
         layers = self._check_layers(layers)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
-        with (
-            self._taps(layers) as tapped,
-            torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
+        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
             self._anatomy.forward(images)
 
         tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]
@@ -229,9 +212,7 @@ class Teacher:
     def preprocess(self, images_u8: Tensor) -> Tensor:
         """The float32 [B, 3, H, W] that the first layer sees: levels / 255, resized by RESIZE's rule, normalised."""
         if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[3] != 3:
-            raise UsageError(
-                f"Crops must be uint8 [B, side, side, 3], not {images_u8.dtype} {list(images_u8.shape)}."
-            )
+            raise UsageError(f"Crops must be uint8 [B, side, side, 3], not {images_u8.dtype} {list(images_u8.shape)}.")
         if images_u8.shape[1] != images_u8.shape[2]:
             raise UsageError(f"Crops must be square, not {images_u8.shape[1]} x {images_u8.shape[2]} pixels.")
         if images_u8.device.type != self.device.type:
@@ -239,9 +220,7 @@ class Teacher:
         images = images_u8.permute(0, 3, 1, 2).float() / 255  # [B, 3, H, W]
         size = self.spec.image_size
         if images.shape[2] != size:
-            images = F.interpolate(
-                images, size=(size, size), mode="bicubic", align_corners=False, antialias=False
-            )
+            images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False, antialias=False)
         return (images - self._mean) / self._std
 
     def _check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:

@@ -147,9 +147,7 @@ def load_timm(
         loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
     else:
         classifier = config.get("classifier") or "head"
-        loaded = load_weights(
-            model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model"))
-        )
+        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model")))
     if image_size is not None:
         at_image_size(model, name, image_size)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)
@@ -175,9 +173,7 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
 def _download(name: str) -> VisionTransformer:
     try:
         return _create(name, pretrained=True)
-    except (
-        Exception
-    ) as error:  # each of timm's sources has its own exceptions for no network, no file, no access
+    except Exception as error:  # each of timm's sources has its own exceptions for no network, no file, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInputError(
             f"The weights of {name} could not be downloaded ({reason}). Fetch the file on a machine with network "

@@ -68,9 +68,7 @@ def parse_seed(weights: str) -> int:
     """SEED of `random:SEED`."""
     seed = weights.removeprefix("random:")
     if not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
-        raise UsageError(
-            f"--weights {weights}: the seed must be a whole number from 0, as in --weights random:0."
-        )
+        raise UsageError(f"--weights {weights}: the seed must be a whole number from 0, as in --weights random:0.")
     return int(seed)
 
 
@@ -112,16 +110,13 @@ def read_file(path: Path) -> dict:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise BadInputError(
-            f"--weights {path}: {what}. Give the path of a weights file, or random:SEED for a trial."
-        )
+        raise BadInputError(f"--weights {path}: {what}. Give the path of a weights file, or random:SEED for a trial.")
     try:
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                start = file.read(9)
-            if start[8:] == b"{":  # eight bytes of length, then the JSON header of safetensors
-                return load_file(path)
-        elif any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # eight bytes of length, then the JSON header of safetensors
+            return load_file(path)
+        if _is_torchscript(path):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())
@@ -131,6 +126,13 @@ def read_file(path: Path) -> dict:
     if not isinstance(found, dict):
         raise BadInputError(f"--weights {path}: holds a {type(found).__name__}, not a dictionary of tensors.")
     return found
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _unreadable(path: Path, error: Exception) -> BadInputError:
@@ -144,13 +146,9 @@ def _unreadable(path: Path, error: Exception) -> BadInputError:
         )
     elif start[:2] == b"PK" or start[8:9] == b"{":
         first = re.split(r"[.\n]", str(error))[0]
-        reason = (
-            f"it is damaged, cut short, or of another kind ({first}). Compare its size with the published one"
-        )
+        reason = f"it is damaged, cut short, or of another kind ({first}). Compare its size with the published one"
     else:
-        reason = (
-            f"it begins with {start!r}, as no weights file does. Perhaps a web page was saved in its place"
-        )
+        reason = f"it begins with {start!r}, as no weights file does. Perhaps a web page was saved in its place"
     return BadInputError(
         f"--weights {path} ({path.stat().st_size:,} bytes) cannot be used: {reason}. Weights are read from safetensors, torch "
         "state dicts and TorchScript archives."
@@ -187,11 +185,7 @@ def fill(model: nn.Module, tensors: dict, path: Path, prefix: str = "", foreign:
         _listed("unexpected", [prefix + name for name in tensors.keys() - own.keys()] + list(foreign)),
         _listed(
             "of another shape",
-            [
-                f"{prefix}{n}: {shapes[n]} instead of {tuple(own[n].shape)}"
-                for n in shared
-                if shapes[n] != own[n].shape
-            ],
+            [f"{prefix}{n}: {shapes[n]} instead of {tuple(own[n].shape)}" for n in shared if shapes[n] != own[n].shape],
         ),
         _listed("not floating point", [prefix + name for name in shared if not _is_float(tensors[name])]),
     ]

