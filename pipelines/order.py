@@ -28,14 +28,19 @@ class Order:
         return self.n_rows // self.batch_size
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64 [n_rows]: all rows, each once."""
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], "uint64")))
-        starts = generator.permutation(np.arange(0, self.n_rows, self.block_rows))
+        """int64 [n_rows]: all rows, each once.
+
+        Shuffled by sorting raw Philox output: numpy may change its own `permutation`, and a resumed run must not notice.
+        """
+        draws = np.random.Philox(key=np.array([self.seed, epoch], "uint64"))
+
+        def shuffled(values: np.ndarray) -> np.ndarray:
+            return values[np.argsort(draws.random_raw(len(values)), kind="stable")]
+
+        starts = shuffled(np.arange(0, self.n_rows, self.block_rows))
         blocks = [np.arange(start, min(start + self.block_rows, self.n_rows)) for start in starts]
-        windows = [
-            np.concatenate(blocks[i : i + self.window_blocks]) for i in range(0, len(blocks), self.window_blocks)
-        ]
-        return np.concatenate([generator.permutation(window) for window in windows])
+        windows = [blocks[i : i + self.window_blocks] for i in range(0, len(blocks), self.window_blocks)]
+        return np.concatenate([shuffled(np.concatenate(window)) for window in windows])
 
     def steps(self, first_step: int, last_step: int):
         """(epoch, int64 [k, batch_size]) for the steps [first_step, last_step), an epoch at a time."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .durable import ASIDE, read_npy, sync_folder
 from .crops import CROP_DTYPE, CROP_FORMATS
+from .durable import ASIDE, read_npy, sync_folder
 from .errors import CacheCorruptError, NotInCacheError
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes

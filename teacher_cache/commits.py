@@ -49,11 +49,12 @@ def read_commits(store: Path, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
     shape = (spec.n_shards, len(spec.array_names))
     if is_complete(store):
         complete = read_sealed(store / "complete.json")
-        if sha256_file(store / "shards.npy") != complete.get("shards_sha256"):
-            raise CacheCorruptError(f"{store / 'shards.npy'}: not the table that complete.json names.")
-        files = read_npy(store / "shards.npy", FILE_DTYPE)
+        table = store / "shards.npy"
+        if not table.is_file() or sha256_file(table) != complete.get("shards_sha256"):
+            raise CacheCorruptError(f"{table}: not the table that complete.json names.")
+        files = read_npy(table, FILE_DTYPE)
         if files.shape != shape:
-            raise CacheCorruptError(f"{store / 'shards.npy'}: has shape {files.shape}, the store needs {shape}.")
+            raise CacheCorruptError(f"{table}: has shape {files.shape}, the store needs {shape}.")
         return files, np.ones(spec.n_shards, bool)
 
     files, finished = np.zeros(shape, FILE_DTYPE), np.zeros(spec.n_shards, bool)

@@ -223,7 +223,10 @@ def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
     results = []
     for view in views:
         crop = draw(job.plan, name, view, image.height, image.width)
-        encoded = encode(cut(job.plan, image, crop), job.crop_format)
+        try:
+            encoded = encode(cut(job.plan, image, crop), job.crop_format)
+        except BadInputError as error:
+            raise BadInputError(f"{name}: {error}") from error
         record = np.zeros((), CROP_DTYPE)
         record["image_height"], record["image_width"] = image.height, image.width
         for field in ("top", "left", "height", "width", "flip", "jitter", "jitter_order"):

@@ -78,7 +78,7 @@ class CropPlan:
         return cls(kind="center", size=size, resize=round(size * 8 / 7), flip_p=0.0)
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def cut(plan: CropPlan, image: Image.Image, crop: Crop) -> Image.Image:
 
     Jitter comes first because contrast depends on the mean of the whole image (CAE v2's order). The box is cut out before
     it is resampled, as torchvision does, so that no pixel outside of it bleeds in.
+    Raises BadInputError for an image so narrow that a centre crop would need gigabytes.
     """
     for index in crop.jitter_order:
         if crop.jitter[index] != 1.0:
@@ -150,6 +151,8 @@ def cut(plan: CropPlan, image: Image.Image, crop: Crop) -> Image.Image:
     resample = RESAMPLE[plan.resample]
     if plan.kind == "center":
         resized = tuple(int(plan.resize * side / min(image.size)) for side in image.size)
+        if math.prod(resized) > Image.MAX_IMAGE_PIXELS:
+            raise BadInputError(f"{image.width} x {image.height} pixels are too narrow for a short side of {plan.resize}.")
         left, top = (round((side - plan.size) / 2) for side in resized)  # torchvision's rounding, half to even
         return image.resize(resized, resample).crop((left, top, left + plan.size, top + plan.size))
 
@@ -170,8 +173,12 @@ def load_image(data: bytes, name: str) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
                 levels = np.asarray(upright, "float64")
+                if not np.isfinite(levels).all():
+                    raise ValueError("it has pixels that are no numbers")
                 top = 65535 if upright.mode.startswith("I;16") or levels.max() > 255 else 255  # I holds both depths
                 upright = Image.fromarray((levels.clip(0, top) * (255 / top) + 0.5).astype("uint8"))
+            if upright.mode == "P":
+                upright = upright.convert("RGBA")  # Pillow warns of every palette with alpha that goes straight to RGB
             return upright.convert("RGB")
     except Exception as error:  # Pillow's plugins raise nearly anything on malformed files
         raise BadInputError(f"{name}: {type(error).__name__}: {error}") from error

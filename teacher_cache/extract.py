@@ -19,7 +19,7 @@ import torch
 
 from . import writer
 from .beton import CropReader
-from .cache import Cache, View
+from .cache import View
 from .claims import claimed
 from .commits import count_commits, fold, is_complete
 from .errors import BadInputError, MismatchError, NotInCacheError, UsageError

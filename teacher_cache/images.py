@@ -68,7 +68,7 @@ def scan(folder: Path) -> tuple[ImageList, int]:
     else:
         if flat:
             raise BadInputError(
-                f"--images {folder}: both class folders ({len(classes)}) and images ({len(flat)}, e.g. {flat[0]}) stand at "
+                f"--images {folder}: both class folders ({len(classes)}) and images ({len(flat)}, e.g. {flat[0]!r}) stand at "
                 "the top level. Move the images into a class folder, or give a folder that has only one kind."
             )
         names, labels, n_other = [], [], len(top_level)

@@ -15,151 +15,175 @@ import numpy as np
 from .beton import CropReader, tables_sha256
 from .cache import Cache, View
 from .commits import is_complete, read_commits, shard_file
+from .cropping import CLAIM, WORK
 from .durable import ASIDE, crc32c, read_sealed, sha256_file
 from .errors import TeacherCacheError
 from .progress import progress
-from .store import Manifest, read_manifest
+from .spec import StoreSpec
+from .store import read_manifest
 
 CHUNK = 1 << 22  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong (`damaged`) or not there yet (`unfinished`)."""
+    """What was found out about one file or folder."""
 
     kind: str
+    """`damaged`; `unfinished`: not all there yet; `unknown`: nothing that this program wrote; `sound` while it is at work."""
     path: str
     message: str
 
 
 def verify(cache: Cache) -> tuple[list[Finding], int]:
-    """Check a whole cache; returns what was found, and the number of files checked. No finding: it is sound."""
+    """Check a whole cache; returns what was found, and the number of files checked. No finding: it is sound and complete.
+
+    Every file below the cache is either checked against a record or reported.
+    """
+    sizes = {str(file): file.stat().st_size for file in sorted(cache.path.rglob("*")) if file.is_file()}
     findings: list[Finding] = []
-    n_files = 0
-    views = cache.views()
-    total = sum(file.stat().st_size for file in cache.path.rglob("*") if file.is_file())
-    with progress("verify", total, "B") as advance:
-        for check in _checks(cache, views):
+    checked: set[str] = set()
+    with progress("verify", sum(sizes.values()), "B") as advance:
+        for folder, check in _checks(cache):
             try:
-                for path, wrong in check:
-                    n_files += 1
-                    advance(path.stat().st_size if path.exists() else 0)
-                    if wrong:
-                        findings.append(Finding("damaged", str(path), wrong))
+                for finding in check:
+                    if finding.path not in checked:
+                        advance(sizes.get(finding.path, 0))
+                    checked.add(finding.path)
+                    if finding.kind != "sound":
+                        findings.append(finding)
             except (TeacherCacheError, OSError) as error:
-                findings.append(Finding("damaged", str(cache.path), str(error)))
-    for view in views:
-        for name in view.store_names():
-            if not is_complete(view.store_path(name)):
-                findings.append(_unfinished(view.store_path(name)))
-    if (cache.path / "crops.partial").exists():
-        findings.append(Finding("unfinished", str(cache.path / "crops.partial"), "a crop stage was begun and not finished."))
-    if not views:
-        findings.append(Finding("unfinished", str(cache.path), "it has no finished view."))
-    return findings, n_files
+                findings.append(Finding("damaged", str(folder), str(error)))
+    # one finding speaks for all that lies below it
+    told = tuple(f"{finding.path}/" for finding in findings)
+    rest = [file for file in sizes if file not in checked and not file.startswith(told)]
+    findings += [Finding("unknown", file, "belongs to nothing in this cache. Remove it.") for file in rest]
+    return findings, len(checked & sizes.keys())
 
 
-def _checks(cache: Cache, views: list[View]) -> Iterator[Iterator[tuple[Path, str | None]]]:
-    """One iterator a part of the cache, each giving (file, what is wrong with it or None)."""
-    yield _hashed(cache.path, cache.files)
-    yield _identity(cache)
-    for view in views:
-        yield _view_files(view)
-        yield _crop_bytes(view)
-        for name in view.store_names():
-            store = view.store_path(name)
-            yield _hashed(store, read_sealed(store / "store.json")["files"], {"store.json", "complete.json", "shards.npy"})
-            yield _shards(store)
-            yield _belongs(view, store)
+def _judge(path: Path, wrong: str | None) -> Finding:
+    return Finding("damaged" if wrong else "sound", str(path), wrong or "")
 
 
-def _hashed(folder: Path, files: dict[str, str], sealed: set[str] = frozenset()) -> Iterator[tuple[Path, str | None]]:
-    """Files whose SHA-256 is on record, and sealed files beside them."""
+def _checks(cache: Cache) -> Iterator[tuple[Path, Iterator[Finding]]]:
+    """A folder and the findings in it, for each part of the cache; unfinished things first."""
+    yield cache.path, _unfinished(cache)
+    yield cache.path, _lists(cache)
+    for path in sorted(cache.path.glob("view-*")):
+        if path.name.removeprefix("view-").isdecimal():
+            view = cache.view(int(path.name.removeprefix("view-")))
+            yield view.path, _crops(view)
+            for store in sorted(view.path.glob("*.zarr")):
+                yield store, _store(view, store)
+
+
+def _unfinished(cache: Cache) -> Iterator[Finding]:
+    """What an interrupted or running writer leaves, other than a begun store."""
+    if not cache.views():
+        yield Finding("unfinished", str(cache.path / "view-000"), "the cache has no finished view.")
+    if (cache.path / WORK).exists():
+        yield Finding("unfinished", str(cache.path / WORK), "a crop stage was begun and not finished. Run the same command again.")
+    for claim in [*cache.path.glob(CLAIM), *cache.path.glob("view-*/*.claim")]:
+        yield Finding("unfinished", str(claim), "a writer is at work, or was killed. Run the same command again.")
+    for aside in sorted(cache.path.rglob(f"*{ASIDE}")):
+        if aside.name != WORK:
+            yield Finding("unfinished", str(aside), "left by an interrupted writer. Run the same command again, or remove it.")
+
+
+def _hashed(folder: Path, files: dict[str, str]) -> Iterator[Finding]:
+    """Files whose SHA-256 is on record."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            yield path, "is missing."
+            yield _judge(path, "is missing.")
         else:
-            yield path, None if sha256_file(path) == expected else "its SHA-256 is not the recorded one."
-    for name in sealed:
-        if (folder / name).exists() and name.endswith(".json"):
-            read_sealed(folder / name)
+            yield _judge(path, None if sha256_file(path) == expected else "its SHA-256 is not the recorded one.")
 
 
-def _identity(cache: Cache) -> Iterator[tuple[Path, str | None]]:
-    cache.images()
-    yield cache.path / "cache.json", None
+def _lists(cache: Cache) -> Iterator[Finding]:
+    yield _judge(cache.path / "cache.json", None)  # opening the cache has checked it
+    verdicts = list(_hashed(cache.path, cache.files))
+    yield from verdicts
+    if all(verdict.kind == "sound" for verdict in verdicts):
+        cache.images()
 
 
-def _view_files(view: View) -> Iterator[tuple[Path, str | None]]:
-    record = read_sealed(view.path / "checksums.json")
-    yield from _hashed(view.path, record["files"])
-    if record["crops_id"] != view.cache.crops_id:
-        yield view.path / "checksums.json", f"names crops {record['crops_id'][:12]}, the cache is {view.cache.crops_id[:12]}."
-    beton, path = record["crops.beton"], view.path / "crops.beton"
-    if not path.is_file():
-        yield path, "is missing."
-    elif path.stat().st_size != beton["bytes"]:
-        yield path, f"has {path.stat().st_size} bytes, {beton['bytes']} were written."
-    elif tables_sha256(path) != beton["tables_sha256"]:
-        yield path, "its tables are not those that were written."
+def _crops(view: View) -> Iterator[Finding]:
+    """checksums.json, crops.npy, and of crops.beton the tables, the CRC-32C of every encoded crop and the labels."""
+    record, beton = view.path / "checksums.json", view.path / "crops.beton"
+    if not record.exists():
+        yield _judge(record, "is missing.")
+        return
+    sums = read_sealed(record)
+    same = sums["crops_id"] == view.cache.crops_id
+    yield _judge(record, None if same else f"names crops {sums['crops_id'][:12]}, the cache is {view.cache.crops_id[:12]}.")
+    yield from _hashed(view.path, sums["files"])
+
+    if not beton.is_file():
+        yield _judge(beton, "is missing.")
+    elif beton.stat().st_size != sums["crops.beton"]["bytes"]:
+        yield _judge(beton, f"has {beton.stat().st_size} bytes, {sums['crops.beton']['bytes']} were written.")
+    elif tables_sha256(beton) != sums["crops.beton"]["tables_sha256"]:
+        yield _judge(beton, "its tables or padding are not those that were written.")
+    else:
+        yield _judge(beton, _damaged_crops(view))
 
 
-def _crop_bytes(view: View) -> Iterator[tuple[Path, str | None]]:
-    """The CRC-32C of every encoded crop, and the labels."""
+def _damaged_crops(view: View) -> str | None:
     reader = CropReader(view.path)
     bad = [
         row
         for row, (start, size, crc) in enumerate(zip(reader.pointers.tolist(), reader.sizes.tolist(), reader.crcs, strict=True))
         if crc32c(reader.bytes[start : start + size].tobytes()) != crc
     ]
-    message = f"{len(bad)} damaged crops, rows {bad[:5]}{' ...' if len(bad) > 5 else ''}." if bad else None
-    if not bad and not np.array_equal(reader.labels, view.cache.images().labels):
-        message = "its labels are not those of labels.npy."
-    yield reader.path, message
+    if bad:
+        return f"{len(bad)} damaged crops, rows {bad[:5]}{' ...' if len(bad) > 5 else ''}."
+    if not np.array_equal(reader.labels, view.cache.images().labels):
+        return "its labels are not those of labels.npy."
+    return None
 
 
-def _shards(store: Path) -> Iterator[tuple[Path, str | None]]:
-    """Size and CRC-32C of every shard file against the commit records."""
+def _store(view: View, store: Path) -> Iterator[Finding]:
+    """The small files of a store, what it was made from, its commit records and every shard file."""
+    if not (store / "store.json").exists():
+        yield _judge(store / "store.json", "is missing.")
+        return
+    yield _judge(store / "store.json", None)
+    yield from _hashed(store, read_sealed(store / "store.json")["files"])
     manifest = read_manifest(store)
+    if (manifest.crops_id, manifest.crops_sha256, manifest.view) != (view.cache.crops_id, view.crops_sha256, view.number):
+        yield _judge(store / "zarr.json", "was made from other crops than those beside it.")
+    elif manifest.store.n_rows != view.cache.n_images:
+        yield _judge(store / "zarr.json", f"has {manifest.store.n_rows} rows, the cache {view.cache.n_images} images.")
+
     spec = manifest.store
     files, finished = read_commits(store, spec)
+    yield from (_judge(record, None) for record in _records(store, spec, finished))
     for shard in np.flatnonzero(finished).tolist():
         for column, array in enumerate(spec.array_names):
             n_dims = 1 + len(spec.row_shape(array, manifest.teacher))
-            yield _shard(shard_file(store, array, shard, n_dims), files[shard, column])
+            path = shard_file(store, array, shard, n_dims)
+            yield _judge(path, _damaged_shard(path, files[shard, column]))
+    if not is_complete(store):
+        message = f"{finished.sum()} of {len(finished)} shards are finished. Run the same teacher-cache extract command again."
+        yield Finding("unfinished", str(store), message)
 
 
-def _shard(path: Path, record) -> tuple[Path, str | None]:
+def _records(store: Path, spec: StoreSpec, finished: np.ndarray) -> list[Path]:
+    """The files that `read_commits` has just found to be right."""
+    if is_complete(store):
+        return [store / "complete.json", store / "shards.npy"]
+    return [store / "commits" / f"{shard:06d}.json" for shard in np.flatnonzero(finished)]
+
+
+def _damaged_shard(path: Path, record) -> str | None:
     if not path.is_file():
-        return path, "is missing."
+        return "is missing."
     size = path.stat().st_size
     if size != record["bytes"]:
-        return path, f"has {size} bytes, {record['bytes']} were committed."
+        return f"has {size} bytes, {record['bytes']} were committed."
     crc = 0
     with open(path, "rb") as file:
         while data := file.read(CHUNK):
             crc = crc32c(data, crc)
-    return path, None if crc == record["crc32c"] else "its CRC-32C is not the committed one."
-
-
-def _belongs(view: View, store: Path) -> Iterator[tuple[Path, str | None]]:
-    """The store was made from the crops of this view."""
-    manifest: Manifest = read_manifest(store)
-    wrong = None
-    if (manifest.crops_id, manifest.crops_sha256, manifest.view) != (view.cache.crops_id, view.crops_sha256, view.number):
-        wrong = "was made from other crops than those beside it."
-    elif manifest.store.n_rows != view.cache.n_images:
-        wrong = f"has {manifest.store.n_rows} rows, the cache {view.cache.n_images} images."
-    yield store / "zarr.json", wrong
-
-
-def _unfinished(store: Path) -> Finding:
-    manifest = read_manifest(store)
-    _, finished = read_commits(store, manifest.store)
-    left = sum(1 for _ in store.rglob(f"*{ASIDE}"))
-    return Finding(
-        "unfinished", str(store),
-        f"{finished.sum()} of {len(finished)} shards are finished{f', {left} files aside' if left else ''}. "
-        "Run the same teacher-cache extract command again.",
-    )  # fmt: skip
+    return None if crc == record["crc32c"] else "its CRC-32C is not the committed one."

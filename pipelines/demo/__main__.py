@@ -79,7 +79,7 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
         rows[f"{label} student"] = (accuracy(backbone, voters, asked), seconds[label])
     rows["the teacher itself"] = (accuracy(teacher_tokens(), voters, asked), None)
 
-    made = Table(title=f"Digits recognised by {N_NEIGHBOURS} nearest neighbours (DINO's protocol), 1,000 test images")
+    made = Table(title=f"1,000 test digits, recognised by {N_NEIGHBOURS} neighbours")
     for column, side in (("features", "left"), ("CLS token", "right"), ("mean of patches", "right"), ("trained for", "right")):
         made.add_column(column, justify=side)
     for name, (values, took) in rows.items():

@@ -7,7 +7,8 @@ from teacher_cache.crops import CropPlan
 
 DEMO_PLAN = CropPlan(size=32, scale=(0.5, 1.0), flip_p=0.0)
 """Digits: mild crops, and no flip, which would turn some into other signs."""
-DEMO_BACKBONE = BackboneConfig(image_size=32, patch_size=4, dim=96, depth=6, heads=4)
-DEMO_DECODER = ReconstructConfig(dim=64, depth=2, heads=4)
-DEMO_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_epochs=2.0)
-DEMO_TRAINING = {"epochs": 20, "batch_size": 128}
+DEMO_BACKBONE = BackboneConfig(image_size=32, patch_size=4, dim=64, depth=6, heads=4)
+"""The demo teacher's own size."""
+DEMO_DECODER = ReconstructConfig(dim=48, depth=1, heads=4)
+DEMO_OPTIM = OptimConfig(base_lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_epochs=1.0)
+DEMO_TRAINING = {"epochs": 12, "batch_size": 64}

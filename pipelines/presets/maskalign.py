@@ -8,8 +8,6 @@ from __future__ import annotations
 from student.config import AlignConfig, BackboneConfig, MaskConfig, OptimConfig, TrainConfig
 from teacher_cache.crops import CropPlan
 
-from dataclasses import replace
-
 from ..recipe import Recipe
 from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 
@@ -44,7 +42,7 @@ def maskalign_demo() -> Recipe:
     Deviations: size, schedule and learning rate are the demo's, equal for all -demo presets.
     """
     config = TrainConfig(
-        preset="maskalign-demo", teacher="demo", backbone=replace(DEMO_BACKBONE, drop_path=0.0),
+        preset="maskalign-demo", teacher="demo", backbone=DEMO_BACKBONE,
         mask=MaskConfig("attention", 0.70), objectives=(AlignConfig(levels=5),), optim=DEMO_OPTIM, **DEMO_TRAINING,
     )  # fmt: skip
     return Recipe(DEMO_PLAN, config)

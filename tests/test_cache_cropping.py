@@ -1,0 +1,405 @@
+"""The crop stage: the same bytes whatever happens on the way, and bad images reported, never lost."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cache_fakes import PLAN, contents, crop_folder, failing_at, flip_bit
+from fakes import image_of
+
+from teacher_cache import cropping
+from teacher_cache.beton import CropReader
+from teacher_cache.cache import Cache
+from teacher_cache.crops import CropPlan, cut, draw, load_image
+from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, NoSpaceError
+from teacher_cache.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """24 images are 5 parts."""
+    monkeypatch.setattr(cropping, "PART_ROWS", 5)
+
+
+@pytest.fixture
+def folder(image_folder, tmp_path):
+    """A copy of the images that a test may damage."""
+    return shutil.copytree(image_folder, tmp_path / "images")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_folder, tmp_path_factory):
+    """The files of a cache of two views that was made in one go by one worker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cropping, "PART_ROWS", 5)
+        return contents(crop_folder(tmp_path_factory.mktemp("undisturbed") / "c", image_folder, 2, workers=1).path)
+
+
+def damage(folder, *numbers):
+    for number in numbers:
+        (path,) = folder.glob(f"*/image-{number:03d}.png")
+        path.write_bytes(path.read_bytes()[:-99])
+
+
+def mend(folder, *numbers):
+    for number in numbers:
+        (path,) = folder.glob(f"*/image-{number:03d}.png")
+        image_of(number).save(path)
+
+
+def part_times(cache_dir):
+    """When each committed part was written."""
+    return {path: path.stat().st_mtime_ns for path in (cache_dir / "crops.partial").glob("view-*/*.npy")}
+
+
+# --- the crops -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_the_crop_of_its_image(tmp_path, image_folder):
+    """Row i of every view is image i of images.txt, cut as drawn, with its label and its record."""
+    cache = crop_folder(tmp_path / "c", image_folder, 2, crop_format="raw")
+    images = cache.images()
+    assert len(images.names) == 24 and list(images.names) != sorted(images.names)
+    for view in cache.views():
+        reader, crops = CropReader(view.path), view.crops()
+        pixels = reader.read(range(24))
+        for row, name in enumerate(images.names):
+            image = load_image((image_folder / name).read_bytes(), name)
+            crop = draw(PLAN, name, view.number, image.height, image.width)
+            assert np.array_equal(pixels[row], np.asarray(cut(PLAN, image, crop)))
+            record = crops[row]
+            for field in ("top", "left", "height", "width", "flip"):
+                assert record[field] == getattr(crop, field)
+            assert (record["image_height"], record["image_width"]) == (image.height, image.width)
+            assert record["source_bytes"] == (image_folder / name).stat().st_size
+        assert np.array_equal(reader.labels, images.labels)
+        assert [images.classes[label] for label in images.labels] == [name.split("/")[0] for name in images.names]
+
+
+def test_flat_folder(tmp_path, image_folder):
+    """Images without classes make a cache whose labels are -1."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in image_folder.glob("*/*.png"):
+        shutil.copy(path, flat)
+    cache = crop_folder(tmp_path / "c", flat)
+    assert cache.identity.classes == () and set(CropReader(cache.view(0).path).labels) == {-1}
+    assert verify(cache)[0] == []
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_matter(tmp_path, image_folder, undisturbed, workers):
+    """One worker and four give the same bytes in every file."""
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2, workers=workers).path) == undisturbed
+
+
+@pytest.mark.parametrize("part_rows", [1, 7, 512])
+def test_parts_do_not_matter(tmp_path, image_folder, undisturbed, part_rows, monkeypatch):
+    """How the work is cut into parts does not show in the cache."""
+    monkeypatch.setattr(cropping, "PART_ROWS", part_rows)
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
+
+
+def test_one_decode_serves_all_missing_views(tmp_path, image_folder, monkeypatch):
+    """An original is decoded once, however many views are missing."""
+    decoded = []
+    monkeypatch.setattr(cropping, "load_image", lambda data, name: decoded.append(name) or load_image(data, name))
+    crop_folder(tmp_path / "c", image_folder, 3)
+    assert len(decoded) == 24 == len(set(decoded))
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+CRASHES = {
+    "before the first part": ("_commit_part", 1), "before the third part": ("_commit_part", 3),
+    "inside a part, after its first view": ("write_whole", 1 + 2 * 6 + 4), "between crops and records": ("write_whole", 1 + 6 + 3),
+    "before publishing": ("_publish", 1), "between two views": ("_publish_view", 2), "while a view is written": ("write_beton", 2),
+    "before the identity": ("write_cache", 1), "before the work is removed": ("Cache", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CRASHES)
+def test_interrupted_anywhere(tmp_path, image_folder, undisturbed, monkeypatch, case):
+    """Stopped at any point, the same command goes on, leaves finished parts alone, and ends with the same bytes."""
+    name, call = CRASHES[case]
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, name, failing_at(getattr(cropping, name), call, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder, 2)
+    before = part_times(tmp_path / "c")
+    again, times, commit, publish = [], [], cropping._commit_part, cropping._publish
+    monkeypatch.setattr(cropping, "_commit_part", lambda job, part, *r: again.append(part) or commit(job, part, *r))
+    monkeypatch.setattr(cropping, "_publish", lambda job, bad: times.append(part_times(job.cache_dir)) or publish(job, bad))
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
+    n_whole = sum(1 for path in before if "view-001" in str(path))  # view 1 is the last of a part
+    assert sorted(again) == list(range(n_whole, 5)) * (len(times) > 0)
+    assert all(before.items() <= after.items() for after in times)
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+def test_killed_while_the_lists_are_written(tmp_path, image_folder, undisturbed, monkeypatch, call):
+    """A process that dies between images.txt, labels.npy, skipped.txt and cache.json can be run again."""
+    from teacher_cache import cache
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_whole", failing_at(cache.write_whole, call + 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder, 2)
+    with pytest.raises(BadInputError, match="its crop stage was not finished; run the same teacher-cache command again"):
+        Cache(tmp_path / "c")
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
+
+
+def test_killed_before_the_work_folder_is_removed(tmp_path, image_folder, undisturbed, monkeypatch):
+    """Work left behind by a process killed at the very end is removed, and does not stand in the way of another view."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping.shutil, "rmtree", failing_at(shutil.rmtree, 3, KeyboardInterrupt()))  # two view folders come first
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder, 2)
+    assert [f.kind for f in verify(Cache(tmp_path / "c"))[0]] == ["unfinished"]
+    left = shutil.copytree(tmp_path / "c", tmp_path / "d")
+    cropping.remove_finished_work(tmp_path / "c")
+    assert contents(tmp_path / "c") == undisturbed
+    assert crop_folder(left, image_folder, 3).view(2).is_cropped and verify(Cache(left))[0] == []
+
+
+def test_unfinished_work_is_not_removed(tmp_path, image_folder, monkeypatch):
+    """Half of an added view is kept when the cache is used meanwhile."""
+    crop_folder(tmp_path / "c", image_folder, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder, 2)
+    cropping.remove_finished_work(tmp_path / "c")
+    assert len(part_times(tmp_path / "c")) == 2
+
+
+def test_full_disk(tmp_path, image_folder, undisturbed, monkeypatch):
+    """A disk that fills up is a NoSpaceError that says what to do; afterwards the work goes on and ends with the same bytes."""
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(cropping, "write_whole", failing_at(cropping.write_whole, 9, full))
+        with pytest.raises(NoSpaceError, match="is full. Finished crops are kept; make room and run the same command again"):
+            crop_folder(tmp_path / "c", image_folder, 2)
+    assert len(part_times(tmp_path / "c")) == 2
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
+
+
+def test_damaged_part(tmp_path, image_folder, monkeypatch):
+    """A part that was damaged between two runs is found and named, not published."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_publish", failing_at(cropping._publish, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder)
+    flip_bit(tmp_path / "c/crops.partial/view-000/000002.bin", 999)
+    with pytest.raises(CacheCorruptError, match="000002.bin was damaged. Delete it with its .npy"):
+        crop_folder(tmp_path / "c", image_folder)
+    for suffix in (".bin", ".npy"):
+        (tmp_path / f"c/crops.partial/view-000/000002{suffix}").unlink()
+    assert verify(crop_folder(tmp_path / "c", image_folder))[0] == []
+
+
+# --- bad images ------------------------------------------------------------------------------------------------------
+
+
+def test_all_bad_images_are_named_together(tmp_path, folder):
+    """Every image that cannot be decoded stands in one error with its reason; finished crops are kept."""
+    damage(folder, 3, 11, 20)
+    with pytest.raises(BadInputError) as caught:
+        crop_folder(tmp_path / "c", folder)
+    message = str(caught.value)
+    assert message.startswith("3 of 24 images cannot be decoded:") and "--skip-bad. Finished crops are kept." in message
+    for name in ("class-0/image-003.png: ", "class-1/image-011.png: ", "class-2/image-020.png: "):
+        assert name in message
+    assert len(part_times(tmp_path / "c")) == 5
+
+
+def test_mended_images_are_made_good(tmp_path, folder, undisturbed):
+    """Once the bad images are mended, the same command makes their parts again, no others, and ends with the same bytes."""
+    damage(folder, 3, 11)
+    with pytest.raises(BadInputError):
+        crop_folder(tmp_path / "c", folder, 2)
+    before = part_times(tmp_path / "c")
+    mend(folder, 3)
+    with pytest.raises(BadInputError, match="1 of 24 images cannot be decoded:\n  class-1/image-011.png"):
+        crop_folder(tmp_path / "c", folder, 2)
+    assert len(before.items() & part_times(tmp_path / "c").items()) == 2 * 4
+    mend(folder, 11)
+    assert contents(crop_folder(tmp_path / "c", folder, 2).path) == undisturbed
+
+
+def test_skip_bad(tmp_path, folder, image_folder):
+    """--skip-bad leaves bad images out, lists and counts them; the other rows keep their order and their crops."""
+    damage(folder, 3, 11)
+    with pytest.raises(BadInputError):
+        crop_folder(tmp_path / "c", folder)
+    cache, whole = crop_folder(tmp_path / "c", folder, skip_bad=True), crop_folder(tmp_path / "whole", image_folder)
+    skipped = [line.split(": ")[0][-7:] for line in (cache.path / "skipped.txt").read_text().splitlines()]
+    assert cache.n_images == 22 and cache.n_skipped == 2 and set(skipped) == {"003.png", "011.png"}
+    kept = [row for row, name in enumerate(whole.images().names) if name[-7:] not in ("003.png", "011.png")]
+    assert list(cache.images().names) == [whole.images().names[row] for row in kept]
+    assert np.array_equal(cache.images().labels, whole.images().labels[kept])
+    assert np.array_equal(cache.view(0).crops(), whole.view(0).crops()[kept])
+    assert np.array_equal(CropReader(cache.view(0).path).read(range(22)), CropReader(whole.view(0).path).read(kept))
+    assert verify(cache)[0] == []
+
+
+def test_skip_bad_then_another_view(tmp_path, folder):
+    """A view added to a cache with skipped images has the same rows, mended or not."""
+    damage(folder, 3)
+    crop_folder(tmp_path / "c", folder, skip_bad=True)
+    mend(folder, 3)
+    cache = crop_folder(tmp_path / "c", folder, 2)
+    assert len(CropReader(cache.view(1).path)) == 23 and verify(cache)[0] == []
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_skip_bad_interrupted_between_views(tmp_path, folder, undisturbed, monkeypatch, mended):
+    """Interrupted while views are published, --skip-bad goes on; with an image mended meanwhile, all views have it."""
+    damage(folder, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_publish_view", failing_at(cropping._publish_view, 2, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", folder, 2, skip_bad=True)
+    if mended:
+        mend(folder, 3)
+    cache = crop_folder(tmp_path / "c", folder, 2, skip_bad=True)
+    assert verify(cache)[0] == [] and [len(CropReader(view.path)) for view in cache.views()] == [24 if mended else 23] * 2
+    assert not mended or contents(cache.path) == undisturbed
+
+
+def test_nothing_but_bad_images(tmp_path, folder):
+    """A folder without one good image makes no cache, --skip-bad or not."""
+    damage(folder, *range(24))
+    with pytest.raises(BadInputError, match="None of the 24 images of .* can be decoded, e.g. class-"):
+        crop_folder(tmp_path / "c", folder, skip_bad=True)
+    assert not (tmp_path / "c" / "cache.json").exists()
+
+
+def test_vanished_image(tmp_path, folder, monkeypatch):
+    """An image that goes away while the stage runs is reported like any other bad one."""
+    listed = cropping.scan(folder)
+    (folder / "class-0/image-000.png").unlink()
+    monkeypatch.setattr(cropping, "scan", lambda _: listed)
+    with pytest.raises(BadInputError, match="class-0/image-000.png: No such file or directory"):
+        crop_folder(tmp_path / "c", folder)
+
+
+def test_hairs_are_named(tmp_path, folder):
+    """An image too narrow for a centre crop is one of the bad ones."""
+    image_of(0).resize((40000, 1)).save(folder / "class-0/hair.png")
+    with pytest.raises(BadInputError, match="1 of 25 images (.|\n)* class-0/hair.png: 40000 x 1 pixels are too narrow"):
+        crop_folder(tmp_path / "c", folder, plan=CropPlan.center(224))
+
+
+# --- other requests --------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "seed": ({"plan": replace(PLAN, seed=1)}, "crop plan seed: 0 in the cache, 1 given"),
+    "scale": ({"plan": replace(PLAN, scale=(0.2, 1.0))}, "crop plan scale: .0.3, 1.0. in the cache, .0.2, 1.0. given"),
+    "kind": ({"plan": CropPlan.center(32)}, "crop plan kind: random in the cache, center given"),
+    "format": ({"crop_format": "raw"}, "crop_format: jpeg95 in the cache, raw given"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_another_plan_is_refused(tmp_path, image_folder, case):
+    """A cache refuses other crops than its own, names each difference and the way out, and stays as it is."""
+    options, words = OTHER[case]
+    before = contents(crop_folder(tmp_path / "c", image_folder).path)
+    with pytest.raises(MismatchError, match=f"holds other crops(.|\n)*{words}(.|\n)*or another folder"):
+        crop_folder(tmp_path / "c", image_folder, 2, **options)
+    assert contents(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_another_plan_is_refused_half_way(tmp_path, image_folder, monkeypatch, case):
+    """An unfinished crop stage refuses other parameters too, and says what was begun and how to start over."""
+    options, words = OTHER[case]
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", image_folder)
+    before = contents(tmp_path / "c")
+    words = words.replace("in the cache", "begun")
+    with pytest.raises(MismatchError, match=f"begun with other(.|\n)*{words}(.|\n)*delete that folder to start"):
+        crop_folder(tmp_path / "c", image_folder, **options)
+    assert contents(tmp_path / "c") == before
+
+
+def test_other_images_half_way(tmp_path, folder, monkeypatch):
+    """An unfinished crop stage refuses a folder with other images."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", folder)
+    (folder / "class-0/image-000.png").unlink()
+    with pytest.raises(MismatchError, match="n_images: 24 begun, 23 given"):
+        crop_folder(tmp_path / "c", folder)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, image_folder):
+    """A folder that holds something else, or a file, is never written to."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").touch()
+    with pytest.raises(BadInputError, match="neither empty nor a cache. Give another folder"):
+        crop_folder(tmp_path / "c", image_folder)
+    with pytest.raises(BadInputError, match="thesis.tex is a file. Give a folder"):
+        crop_folder(tmp_path / "c" / "thesis.tex", image_folder)
+    assert set(contents(tmp_path / "c")) == {"thesis.tex"}
+
+
+def test_adding_a_view(tmp_path, image_folder, undisturbed):
+    """A view can be added later: view 0 keeps its bytes, and the result is what both at once would have been."""
+    before = contents(crop_folder(tmp_path / "c", image_folder, 1).path)
+    with pytest.raises(BadInputError, match="lacks view 1, and making it needs the originals: give --images DIR"):
+        crop_folder(tmp_path / "c", None, 2)
+    cache = crop_folder(tmp_path / "c", image_folder, 2)
+    assert before.items() <= contents(cache.path).items() and contents(cache.path) == undisturbed
+
+
+def test_a_deleted_view_comes_back(tmp_path, image_folder, undisturbed):
+    """A deleted view is made again to the same bytes; one that lost its checksums is not overwritten."""
+    cache = crop_folder(tmp_path / "c", image_folder, 2)
+    (cache.view(0).path / "checksums.json").unlink()
+    with pytest.raises(CacheCorruptError, match="view-000 has lost its checksums.json. Restore it, or delete that folder"):
+        crop_folder(cache.path, image_folder, 2)
+    shutil.rmtree(cache.view(0).path)
+    assert contents(crop_folder(cache.path, image_folder, 2).path) == undisturbed
+
+
+def test_adding_a_view_needs_every_image(tmp_path, folder):
+    """An image that was removed, or broken, since the cache was made is named when a view is added; new ones do not matter."""
+    before = contents(crop_folder(tmp_path / "c", folder, 1).path)
+    image_of(99).save(folder / "class-0" / "new.png")
+    (folder / "class-1/image-009.png").unlink()
+    with pytest.raises(MismatchError, match="lacks 1 of the 24 images of .*, e.g. class-1/image-009.png. Give the folder"):
+        crop_folder(tmp_path / "c", folder, 2)
+    mend_to = folder / "class-1/image-009.png"
+    mend_to.write_bytes(b"")
+    for skip_bad in (False, True):
+        with pytest.raises(BadInputError, match="class-1/image-009.png(.|\n)*must hold every image of its cache"):
+            crop_folder(tmp_path / "c", folder, 2, skip_bad=skip_bad)
+    assert before.items() <= contents(tmp_path / "c").items()
+    image_of(9).save(mend_to)
+    assert verify(crop_folder(tmp_path / "c", folder, 2))[0] == []
+
+
+def test_nothing_to_do(tmp_path, image_folder):
+    """A cache that has its views needs no images and is not touched."""
+    before = contents(crop_folder(tmp_path / "c", image_folder, 2).path)
+    assert cropping.plan_job(tmp_path / "c", None, PLAN, "jpeg95", 2) is None
+    assert contents(tmp_path / "c") == before
+
+
+def test_estimate_is_near(tmp_path, image_folder):
+    """The size that is announced is near the size that is written."""
+    job = cropping.plan_job(tmp_path / "c", image_folder, PLAN, "jpeg95", 1)
+    estimate = cropping.estimate_crop_bytes(job)
+    written = cropping.make_crops(job).view(0).crops()["bytes"].mean()
+    assert abs(estimate / written - 1) < 0.15
+    assert cropping.estimate_crop_bytes(replace(job, crop_format="raw")) == 32 * 32 * 3
