@@ -13,10 +13,10 @@ import torch
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache, View
-from teacher_cache.errors import NotInCacheError, UsageError
+from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
-from teacher_cache.store import read_manifest
+from teacher_cache.store import read_manifest, shared_sha256
 from torch import Tensor
 
 from .ffcv_loader import JoinedLoader, RawBatch, default_workers
@@ -67,6 +67,12 @@ def complete_views(cache: Cache, store_name: str | None, n_views: int | None) ->
                 f"View {view.number} of {cache.path} is not complete: {rows:,} of {len(reader):,} rows of {store_name} are there. "
                 f"Finish it: teacher-cache extract --teacher {reader.teacher.name} {cache.path}"
             )
+        view.require_own(reader.manifest)
+        if shared_sha256(reader.path) != shared_sha256(views[0].store_path(store_name)):
+            raise CacheCorruptError(
+                f"View {view.number} of {cache.path} has targets of {store_name} that were quantised otherwise than view "
+                f"{views[0].number}'s. Delete {reader.path} and extract it again."
+            )
     return views
 
 
@@ -110,7 +116,9 @@ class CropSource:
         return StoreReader(self.views[0].store_path(self.store_name))
 
     def _open(self, view: View) -> tuple[CropReader, StoreReader | None]:
-        return CropReader(view.path), None
+        crops = CropReader(view.path)
+        crops.require_same_decoder()
+        return crops, None
 
     def _arrays(self) -> list[str]:
         """The store's arrays that are read."""
@@ -169,7 +177,8 @@ class CachedSource(CropSource):
         self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
 
     def _open(self, view: View) -> tuple[CropReader, StoreReader]:
-        return CropReader(view.path), StoreReader(view.store_path(self.store_name), self.route, self.check)
+        crops, _ = super()._open(view)
+        return crops, StoreReader(view.store_path(self.store_name), self.route, self.check)
 
     def _arrays(self) -> list[str]:
         tokens = [ARRAY_NAME.format(layer) for layer in self.layers]

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from .crops import CROP_DTYPE, CROP_FORMATS
-from .durable import ASIDE, read_npy, sync_folder
-from .errors import CacheCorruptError, NotInCacheError
+from .durable import ASIDE, crc32c, read_npy, read_sealed, sha256_file, sync_folder
+from .errors import CacheCorruptError, MismatchError, NotInCacheError
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
 
@@ -95,6 +95,10 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
     sync_folder(path.parent)
 
 
+DECODER_CHECKS = 64
+"""Crops of a view whose decoded pixels are on record."""
+
+
 class CropReader:
     """The crops of one view: decoded rows on request, each checked against its CRC-32C before it is decoded.
 
@@ -103,7 +107,11 @@ class CropReader:
 
     def __init__(self, view_dir: Path):
         self.path = Path(view_dir) / "crops.beton"
-        self.crops = read_npy(Path(view_dir) / "crops.npy", CROP_DTYPE)
+        crops_npy = Path(view_dir) / "crops.npy"
+        self._checksums = read_sealed(Path(view_dir) / "checksums.json")
+        if sha256_file(crops_npy) != self._checksums["files"]["crops.npy"]:
+            raise CacheCorruptError(f"{crops_npy}: not the file that checksums.json names.")
+        self.crops = read_npy(crops_npy, CROP_DTYPE)
         n_rows = len(self.crops)
         try:
             self._file = open(self.path, "rb")
@@ -148,6 +156,25 @@ class CropReader:
 
     def __len__(self) -> int:
         return len(self.crops)
+
+    def decoded(self) -> dict:
+        """{"rows", "crc32c"} of the decoded pixels of at most DECODER_CHECKS evenly spaced crops, for checksums.json."""
+        rows = np.linspace(0, len(self) - 1, min(DECODER_CHECKS, len(self))).astype("int64").tolist()
+        return {"rows": rows, "crc32c": [crc32c(pixels.tobytes()) for pixels in self.read(rows)]}
+
+    def require_same_decoder(self) -> None:
+        """Raise MismatchError if this machine decodes the crops to other pixels than the one that made them.
+
+        FFCV decodes with the system's libjpeg-turbo, and a teacher's targets hold only for the pixels it saw.
+        """
+        before, now = self._checksums["decoded"], self.decoded()
+        if before != now:
+            differing = sum(a != b for a, b in zip(before["crc32c"], now["crc32c"], strict=False))
+            raise MismatchError(
+                f"{self.path}: {differing} of {len(now['rows'])} crops decode to other pixels here than where they were made. "
+                "This machine's libjpeg-turbo differs; use the same version, or make the crops here (--crop-format raw is exact "
+                "everywhere)."
+            )
 
     def read(self, rows, out: np.ndarray | None = None) -> np.ndarray:
         """Decode `rows` into `out` (uint8 [len(rows), size, size, 3], RGB), in that order, on all of numba's threads.

@@ -14,6 +14,7 @@ from .durable import canonical_json, npy_bytes, read_npy, read_sealed, seal, sha
 from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError
 from .images import ImageList
 from .spec import FORMAT_VERSION, from_json
+from .store import Manifest
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class CropsIdentity:
 
     @classmethod
     def of(cls, images: ImageList, plan: CropPlan, crop_format: str) -> CropsIdentity:
-        names = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
+        names = hashlib.sha256("".join(f"{name}\n" for name in images.names).encode()).hexdigest()  # of images.txt
         labels = hashlib.sha256(images.labels.astype("<i8").tobytes()).hexdigest()
         return cls(plan, crop_format, names, labels, images.classes, len(images.names))
 
@@ -73,6 +74,15 @@ class View:
     def crops_sha256(self) -> str:
         """Of crops.npy, which holds the CRC-32C of every encoded crop: it names the pixels of this view."""
         return read_sealed(self.path / "checksums.json")["files"]["crops.npy"]
+
+    def require_own(self, manifest: Manifest) -> None:
+        """Raise CacheCorruptError unless a store was made from the crops of this very view."""
+        expected = (self.cache.crops_id, self.crops_sha256, self.number, self.cache.n_images)
+        if (manifest.crops_id, manifest.crops_sha256, manifest.view, manifest.store.n_rows) != expected:
+            raise CacheCorruptError(
+                f"{self.path} has a store of {manifest.teacher.name} that was made from other crops than those beside it (view "
+                f"{manifest.view} of crops {manifest.crops_id[:12]}, {manifest.store.n_rows:,} rows). Delete it and extract again."
+            )
 
     def crops(self) -> np.ndarray:
         """CROP_DTYPE [n_images]: box, flip, jitter and checksums of every crop."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .beton import tables_sha256, write_beton
+from .beton import CropReader, tables_sha256, write_beton
 from .cache import Cache, CropsIdentity, differences, view_path, write_cache
 from .claims import claimed
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
@@ -322,7 +322,9 @@ def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, c
     write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, _encoded(job, view, ok))
     files = {"crops.npy": sha256_file(aside / "crops.npy")}
     beton = {"bytes": (aside / "crops.beton").stat().st_size, "tables_sha256": tables_sha256(aside / "crops.beton")}
-    write_whole(aside / "checksums.json", seal({"crops_id": crops_id, "files": files, "crops.beton": beton}))
+    checksums = {"crops_id": crops_id, "files": files, "crops.beton": beton}
+    write_whole(aside / "checksums.json", seal(checksums))
+    write_whole(aside / "checksums.json", seal({**checksums, "decoded": CropReader(aside).decoded()}))
     os.rename(aside, path)
     sync_folder(path.parent)
 

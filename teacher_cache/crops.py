@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from .errors import BadInputError, UsageError
 
@@ -180,6 +180,8 @@ def load_image(data: bytes, name: str) -> Image.Image:
             if upright.mode == "P":
                 upright = upright.convert("RGBA")  # Pillow warns of every palette with alpha that goes straight to RGB
             return upright.convert("RGB")
+    except UnidentifiedImageError as error:  # its own text holds an address
+        raise BadInputError(f"{name}: no image format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on malformed files
         raise BadInputError(f"{name}: {type(error).__name__}: {error}") from error
 

@@ -102,6 +102,7 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan) -> bool:
         _require_same_probe(store, teacher)
     with claimed(view.path / f"{store.name}.claim", f"The store {store}"), full_disk_explained(store, lambda: _kept(store)):
         crops = CropReader(view.path)
+        crops.require_same_decoder()
         if not (store / "store.json").exists():
             _begin(view, name, teacher, plan, crops)
         manifest = read_manifest(store)
@@ -257,14 +258,14 @@ def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
     Rows are in random order (images.py), so the first ones are a fair sample.
     """
     n_rows = min(FIT_ROWS, max(TRIAL_ROWS, len(crops) // 8), len(crops))
-    generator = np.random.Generator(np.random.Philox(0))
+    draws = np.random.Philox(key=0)
     samples, trial, trial_attention = [], [], []
     with progress("fitting the quantiser", n_rows, "crops") as advance:
         for rows, images in _batches(crops, range(n_rows), plan.batch_size):
             tokens, attention = _run(teacher, images, rows, spec.layers)
             n_tokens = tokens.shape[2]
             for row, row_tokens in zip(rows, tokens, strict=True):
-                drawn = generator.permutation(n_tokens)[:FIT_TOKENS]
+                drawn = np.argsort(draws.random_raw(n_tokens), kind="stable")[:FIT_TOKENS]
                 samples.append(row_tokens[:, drawn])  # [L, FIT_TOKENS, D]
                 if row < TRIAL_ROWS:
                     trial.append(row_tokens)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .durable import ASIDE, read_sealed, seal, sha256_file, sync_folder, write_whole
-from .errors import CacheCorruptError, NotInCacheError
+from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
 from .spec import FORMAT_VERSION, LayerFidelity, StoreSpec, TeacherSpec
 
@@ -63,7 +63,10 @@ class Manifest:
             value = dict(value)
             version = value.pop("format_version")
             if version != FORMAT_VERSION:
-                raise CacheCorruptError(f"format version {version}; this program reads version {FORMAT_VERSION}.")
+                raise BadInputError(
+                    f"a store of format version {version}; this program reads version {FORMAT_VERSION}. Use the version of "
+                    "teacher-cache that wrote it."
+                )
             value["teacher"] = TeacherSpec.from_json(value["teacher"])
             value["store"] = StoreSpec.from_json(value["store"])
             value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
@@ -84,6 +87,8 @@ def read_manifest(store: Path) -> Manifest:
     root = _read_listed(store, files, "zarr.json")
     try:
         return Manifest.from_json(json.loads(root)["attributes"]["teacher_cache"])
+    except BadInputError as error:
+        raise BadInputError(f"{store}: {error}") from None
     except (KeyError, TypeError, ValueError, CacheCorruptError) as error:
         raise CacheCorruptError(f"{store / 'zarr.json'}: {error}") from error
 
@@ -184,6 +189,12 @@ def read_small_array(store: Path, name: str) -> np.ndarray:
     shape = json.loads(_read_listed(store, files, f"{name}/zarr.json"))["shape"]
     (chunk,) = (file for file in files if file.startswith(f"{name}/c/"))
     return np.frombuffer(_read_listed(store, files, chunk)[:-4], "<f4").reshape(shape)
+
+
+def shared_sha256(store: Path) -> dict[str, str]:
+    """SHA-256 of the files that all views of a teacher share: quantiser, head and probe."""
+    files = read_sealed(store / "store.json")["files"]
+    return {name: sha256 for name, sha256 in files.items() if name.split("/")[0] in ("quant", "head", "probe")}
 
 
 def read_statistics(store: Path, spec: StoreSpec) -> dict[int, ChannelStatistics]:

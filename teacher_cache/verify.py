@@ -151,11 +151,7 @@ def _store(view: View, store: Path) -> Iterator[Finding]:
     yield _judge(store / "store.json", None)
     yield from _hashed(store, read_sealed(store / "store.json")["files"])
     manifest = read_manifest(store)
-    if (manifest.crops_id, manifest.crops_sha256, manifest.view) != (view.cache.crops_id, view.crops_sha256, view.number):
-        yield _judge(store / "zarr.json", "was made from other crops than those beside it.")
-    elif manifest.store.n_rows != view.cache.n_images:
-        yield _judge(store / "zarr.json", f"has {manifest.store.n_rows} rows, the cache {view.cache.n_images} images.")
-
+    view.require_own(manifest)
     spec = manifest.store
     files, finished = read_commits(store, spec)
     yield from (_judge(record, None) for record in _records(store, spec, finished))

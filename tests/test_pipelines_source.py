@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from fakes import FakeTeacher
 from pipelines.presets import PRESETS, recipe
 from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, teacher_shape
 from student.batch import Needs
@@ -15,7 +17,9 @@ from student.config import AlignConfig
 from student.masking import draw_noise
 from student.model import Student
 from teacher_cache import quantize
-from teacher_cache.errors import NotInCacheError
+from teacher_cache.beton import CropReader
+from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError
+from teacher_cache.extract import ExtractPlan, extract_view
 
 ALL = Needs(layers=(-5, -4, -3, -2, -1), attention=True)
 # The stated bounds, relative: float16 rounding (2**-11 a value), and int8 with its measured error of about 1 %.
@@ -156,3 +160,30 @@ def test_papers_numbers():
     assert align.optim.peak_lr(1024) == pytest.approx(6e-4) and align.mask.n_keep(196) == 58
     assert align.objectives[0].levels == 5 and align.backbone.drop_path == 0.1
     assert (mae.batch_size, mae.optim.peak_lr(4096), mae.optim.warmup_epochs) == (4096, pytest.approx(2.4e-3), 40)
+
+
+def test_foreign_stores_are_refused(cache, shared_cache):
+    """Targets made from other crops, or quantised with another view's statistics, are never trained on."""
+    store = cache.view(1).store_path("fake")
+    shutil.rmtree(store)
+    shutil.copytree(shared_cache.view(0).store_path("fake"), store)
+    with pytest.raises(CacheCorruptError, match="made from other crops"):
+        CachedSource(cache, "fake", ALL, batch_size=4)
+
+    shutil.rmtree(store)
+    other = FakeTeacher(seed=1)
+    shutil.rmtree(cache.view(0).store_path("fake"))
+    for number in (0, 1):
+        extract_view(cache.view(number), "fake", other, ExtractPlan(shard_rows=8, batch_size=5))
+    shutil.rmtree(cache.view(1).store_path("fake"))
+    shutil.copytree(shared_cache.view(1).store_path("fake"), cache.view(1).store_path("fake"))
+    with pytest.raises(CacheCorruptError, match="quantised otherwise"):
+        CachedSource(cache, "fake", ALL, batch_size=4)
+
+
+def test_another_decoder_is_refused(cache, monkeypatch):
+    """A machine whose JPEG decoder gives other pixels than the teacher saw is refused before the first batch."""
+    read = CropReader.read
+    monkeypatch.setattr(CropReader, "read", lambda self, rows, out=None: read(self, rows, out) ^ 1)
+    with pytest.raises(MismatchError, match="24 of 24 crops decode to other pixels"):
+        next(iter(CropSource(cache, batch_size=4).micro_batches(0, 1)))
