@@ -108,8 +108,12 @@ class CropReader:
     def __init__(self, view_dir: Path):
         self.path = Path(view_dir) / "crops.beton"
         crops_npy = Path(view_dir) / "crops.npy"
-        self._checksums = read_sealed(Path(view_dir) / "checksums.json")
-        if sha256_file(crops_npy) != self._checksums["files"]["crops.npy"]:
+        try:
+            self._checksums = read_sealed(Path(view_dir) / "checksums.json")
+            is_own = sha256_file(crops_npy) == self._checksums["files"]["crops.npy"]
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"{error.filename}: is missing.") from None
+        if not is_own:
             raise CacheCorruptError(f"{crops_npy}: not the file that checksums.json names.")
         self.crops = read_npy(crops_npy, CROP_DTYPE)
         n_rows = len(self.crops)

@@ -1,5 +1,8 @@
 """Which shards of a store are finished, and the size and checksum of each of their files.
 
+The checksum of a shard file is CRC-32 (zlib's), not CRC-32C: every chunk in it ends with its own CRC-32C, and a CRC taken on
+over data and their CRC of the same kind does not depend on the data. It would be the same for any two shards of equal sizes.
+
 While work goes on there is one small sealed record a finished shard, `commits/000123.json`, written last by rename. When all
 are there they are folded into `shards.npy`, and `complete.json` names its SHA-256. There is no other list of shards.
 """
@@ -15,8 +18,8 @@ from .durable import npy_bytes, read_npy, read_sealed, seal, sha256_file, write_
 from .errors import CacheCorruptError
 from .spec import StoreSpec
 
-FILE_DTYPE = np.dtype([("bytes", "<u8"), ("crc32c", "<u4")])
-"""One shard file."""
+FILE_DTYPE = np.dtype([("bytes", "<u8"), ("crc32", "<u4")])
+"""One shard file: its length and the CRC-32 of all its bytes."""
 
 
 def shard_file(store: Path, array: str, shard: int, n_dims: int) -> Path:
@@ -26,7 +29,7 @@ def shard_file(store: Path, array: str, shard: int, n_dims: int) -> Path:
 
 def write_commit(store: Path, shard: int, files: np.ndarray) -> None:
     """Declare a shard finished. files: FILE_DTYPE [n_arrays], in the order of StoreSpec.array_names."""
-    record = {"shard": shard, "files": [[int(file["bytes"]), int(file["crc32c"])] for file in files]}
+    record = {"shard": shard, "files": [[int(file["bytes"]), int(file["crc32"])] for file in files]}
     write_whole(store / "commits" / f"{shard:06d}.json", seal(record))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .durable import ASIDE, read_sealed, seal, sha256_file, sync_folder, write_whole
+from .durable import ASIDE, crc32c, read_sealed, seal, sync_folder, write_whole
 from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
 from .spec import FORMAT_VERSION, LayerFidelity, StoreSpec, TeacherSpec
@@ -109,22 +109,47 @@ def check_array_json(store: Path, array: str) -> None:
     _read_listed(store, read_sealed(store / "store.json")["files"], f"{array}/zarr.json")
 
 
-def _array_json(shape, shard_shape, chunk_shape, dtype: str, codec: str) -> dict:
-    """zarr.json of a sharded row array; written by hand so that creating a store needs no zarr."""
-    endian = {} if dtype == "int8" else {"configuration": {"endian": "little"}}
-    inner = [{"name": "bytes", **endian}, *COMPRESSION[codec], {"name": "crc32c"}]
-    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": chunk_shape, "codecs": inner, "index_codecs": index, "index_location": "end"}
-    return {
-        "zarr_format": 3, "node_type": "array", "shape": shape, "data_type": dtype, "fill_value": FILL[dtype],
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}], "attributes": {}, "storage_transformers": [],
-    }  # fmt: skip
-
-
 def _dump(value: dict) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _group_json(attributes: dict | None = None) -> bytes:
+    return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes or {}})
+
+
+def _array_json(shape, chunk_shape, dtype: str, codecs: list) -> bytes:
+    """zarr.json of an array, written by hand so that creating a store needs no zarr."""
+    return _dump({
+        "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype, "fill_value": FILL[dtype],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": codecs, "attributes": {}, "storage_transformers": [],
+    })  # fmt: skip
+
+
+def _codecs(dtype: str, codec: str = "none") -> list[dict]:
+    """zarr's codecs of a chunk whose bytes end with their CRC-32C."""
+    endian = {} if dtype == "int8" else {"configuration": {"endian": "little"}}
+    return [{"name": "bytes", **endian}, *COMPRESSION[codec], {"name": "crc32c"}]
+
+
+def _row_array_json(spec: StoreSpec, teacher: TeacherSpec, array: str, codec: str) -> bytes:
+    """A sharded array whose inner chunk is one row."""
+    row, dtype = spec.row_shape(array, teacher), spec.row_dtype(array)
+    sharding = {"chunk_shape": [1, *row], "codecs": _codecs(dtype, codec)}
+    sharding |= {"index_codecs": _codecs("uint64"), "index_location": "end"}
+    sharded = [{"name": "sharding_indexed", "configuration": sharding}]
+    return _array_json((spec.n_rows, *row), (spec.shard_rows, *row), dtype, sharded)
+
+
+def _small_array(name: str, values: np.ndarray) -> dict[str, bytes]:
+    """The files of a float32 array of one chunk."""
+    data = np.ascontiguousarray(values, "<f4").tobytes()
+    chunk = ".".join(["c", *["0"] * values.ndim])
+    return {
+        f"{name}/zarr.json": _array_json(values.shape, values.shape, "float32", _codecs("float32")),
+        f"{name}/{chunk}": data + crc32c(data).to_bytes(4, "little"),
+    }
 
 
 def create_store(
@@ -139,45 +164,30 @@ def create_store(
     statistics: per layer (int8 only). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
     probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
     """
-    import zarr
-
     spec, teacher = manifest.store, manifest.teacher
+    files = {"zarr.json": _group_json({"teacher_cache": manifest.to_json()})}
+    for layer, channel in statistics.items():
+        files |= _small_array(f"quant/{layer:02d}/centre", channel.centre)
+        files |= _small_array(f"quant/{layer:02d}/spread", channel.spread)
+    for name, values in head.items():
+        files |= _small_array(f"head/{name}", values)
+    files |= _small_array("probe", probe)
+    for array, codec in spec.codecs:
+        files[f"{array}/zarr.json"] = _row_array_json(spec, teacher, array, codec)
+    groups = {parent.as_posix() for name in files for parent in Path(name).parents} - {".", *(str(Path(n).parent) for n in files)}
+    files |= {f"{group}/zarr.json": _group_json() for group in sorted(groups)}
+
     aside = path.with_name(path.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
-    root = zarr.create_group(aside, zarr_format=3)
-    for layer, channel in statistics.items():
-        for name in ("centre", "spread"):
-            _small_array(root, f"quant/{layer:02d}/{name}", getattr(channel, name))
-    for name, values in head.items():
-        _small_array(root, f"head/{name}", values)
-    _small_array(root, "probe", probe)
-    root.create_group("tokens")
-    for array, codec in spec.codecs:
-        row = list(spec.row_shape(array, teacher))
-        value = _array_json([spec.n_rows, *row], [spec.shard_rows, *row], [1, *row], spec.row_dtype(array), codec)
-        (aside / array).mkdir(parents=True, exist_ok=True)
-        (aside / array / "zarr.json").write_bytes(_dump(value))
-    attributes = {"teacher_cache": manifest.to_json()}
-    (aside / "zarr.json").write_bytes(_dump({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
-    (aside / "commits").mkdir()
-
-    files = {
-        file.relative_to(aside).as_posix(): sha256_file(file) for file in sorted(aside.rglob("*")) if file.is_file()
-    }
-    write_whole(aside / "store.json", seal({"files": files}))
+    (aside / "commits").mkdir(parents=True)
+    for name, data in files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(aside / name, data)
+    write_whole(aside / "store.json", seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}))
     for folder in [aside, *(entry for entry in aside.rglob("*") if entry.is_dir())]:
         sync_folder(folder)
     os.rename(aside, path)
     sync_folder(path.parent)
-
-
-def _small_array(root, name: str, values: np.ndarray) -> None:
-    values = np.ascontiguousarray(values, "float32")
-    from zarr.codecs import Crc32cCodec
-
-    array = root.create_array(name, shape=values.shape, chunks=values.shape, dtype="float32", compressors=[Crc32cCodec()],
-                              fill_value=np.nan, config={"write_empty_chunks": True})  # fmt: skip
-    array[...] = values
 
 
 def read_small_array(store: Path, name: str) -> np.ndarray:
@@ -187,8 +197,8 @@ def read_small_array(store: Path, name: str) -> np.ndarray:
     """
     files = read_sealed(store / "store.json")["files"]
     shape = json.loads(_read_listed(store, files, f"{name}/zarr.json"))["shape"]
-    (chunk,) = (file for file in files if file.startswith(f"{name}/c/"))
-    return np.frombuffer(_read_listed(store, files, chunk)[:-4], "<f4").reshape(shape)
+    chunk = _read_listed(store, files, f"{name}/" + ".".join(["c", *["0"] * len(shape)]))
+    return np.frombuffer(chunk[:-4], "<f4").reshape(shape)
 
 
 def shared_sha256(store: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ CRC-32C of every crop, commit records size and CRC-32C of every shard file, and 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,8 @@ def _crops(view: View) -> Iterator[Finding]:
     sums = read_sealed(record)
     same = sums["crops_id"] == view.cache.crops_id
     yield _judge(record, None if same else f"names crops {sums['crops_id'][:12]}, the cache is {view.cache.crops_id[:12]}.")
-    yield from _hashed(view.path, sums["files"])
+    verdicts = list(_hashed(view.path, sums["files"]))
+    yield from verdicts
 
     if not beton.is_file():
         yield _judge(beton, "is missing.")
@@ -125,6 +127,8 @@ def _crops(view: View) -> Iterator[Finding]:
         yield _judge(beton, f"has {beton.stat().st_size} bytes, {sums['crops.beton']['bytes']} were written.")
     elif tables_sha256(beton) != sums["crops.beton"]["tables_sha256"]:
         yield _judge(beton, "its tables or padding are not those that were written.")
+    elif any(verdict.kind != "sound" for verdict in verdicts):
+        yield _judge(beton, "its crops cannot be checked without a sound crops.npy.")
     else:
         yield _judge(beton, _damaged_crops(view))
 
@@ -181,5 +185,5 @@ def _damaged_shard(path: Path, record) -> str | None:
     crc = 0
     with open(path, "rb") as file:
         while data := file.read(CHUNK):
-            crc = crc32c(data, crc)
-    return None if crc == record["crc32c"] else "its CRC-32C is not the committed one."
+            crc = zlib.crc32(data, crc)
+    return None if crc == record["crc32"] else "its CRC-32 is not the committed one."

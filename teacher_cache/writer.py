@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,10 +55,10 @@ class _ShardFile:
     def _write(self, data: bytes) -> None:
         self.file.write(data)
         self.n_bytes += len(data)
-        self.crc = crc32c(data, self.crc)
+        self.crc = zlib.crc32(data, self.crc)
 
     def finish(self) -> tuple[int, int]:
-        """Write the index and make the file durable, still aside; returns its bytes and CRC-32C."""
+        """Write the index and make the file durable, still aside; returns its bytes and CRC-32 (commits.FILE_DTYPE)."""
         index = self.index.tobytes()
         self._write(index + crc32c(index).to_bytes(4, "little"))
         self.file.flush()

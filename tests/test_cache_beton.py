@@ -14,8 +14,8 @@ from PIL import Image
 
 from teacher_cache.beton import MAX_PAGE, MIN_PAGE, CropReader, tables_sha256, write_beton
 from teacher_cache.crops import CROP_DTYPE
-from teacher_cache.durable import crc32c, npy_bytes
-from teacher_cache.errors import CacheCorruptError, NotInCacheError
+from teacher_cache.durable import crc32c, npy_bytes, read_npy, seal, sha256_file
+from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +26,18 @@ def raw_cache(image_folder, tmp_path_factory):
 @pytest.fixture
 def view(shared_cache, tmp_path):
     """A copy of a view's crops that a test may damage."""
-    for name in ("crops.beton", "crops.npy"):
+    for name in ("crops.beton", "crops.npy", "checksums.json"):
         shutil.copy(shared_cache.view(0).path / name, tmp_path)
     return tmp_path
 
 
 def write(folder, encoded: list[bytes], size=32, crop_format="jpeg95"):
-    """A .beton and its crops.npy from made-up crops; labels are the row numbers, negated."""
+    """A view of made-up crops; labels are the row numbers, negated."""
     crops = np.zeros(len(encoded), CROP_DTYPE)
     crops["bytes"], crops["crc32c"] = [len(data) for data in encoded], [crc32c(data) for data in encoded]
     write_beton(folder / "crops.beton", crops, -np.arange(len(encoded)), size, crop_format, iter(encoded))
     (folder / "crops.npy").write_bytes(npy_bytes(crops))
+    (folder / "checksums.json").write_bytes(seal({"files": {"crops.npy": sha256_file(folder / "crops.npy")}}))
     return folder / "crops.beton"
 
 
@@ -186,18 +187,19 @@ def test_foreign_file(view, case):
 
 
 def test_missing_files(view):
-    """A missing crops.beton or crops.npy is named."""
-    (view / "crops.beton").unlink()
-    with pytest.raises(CacheCorruptError, match="crops.beton: cannot be read"):
-        CropReader(view)
-    (view / "crops.npy").unlink()
-    with pytest.raises(CacheCorruptError, match="crops.npy: not a readable .npy file"):
-        CropReader(view)
+    """A missing crops.beton, crops.npy or checksums.json is named."""
+    for name in ("crops.beton", "crops.npy", "checksums.json"):
+        (view / name).unlink()
+        with pytest.raises(CacheCorruptError, match=name):
+            CropReader(view)
 
 
 def test_crops_of_another_view(view, shared_cache):
-    """A crops.npy of another view does not open beside this one's pixels."""
+    """A crops.npy of another view does not open beside this one's pixels, its checksums neither."""
     shutil.copy(shared_cache.view(1).path / "crops.npy", view)
+    with pytest.raises(CacheCorruptError, match="crops.npy: not the file that checksums.json names"):
+        CropReader(view)
+    shutil.copy(shared_cache.view(1).path / "checksums.json", view)
     with pytest.raises(CacheCorruptError, match="do not fit crops.npy"):
         CropReader(view)
 
@@ -222,13 +224,25 @@ def test_no_bit_of_the_tables_leads_astray(view):
 
 
 def test_no_bit_of_the_records_leads_astray(view):
-    """Whatever bit of crops.npy's header is flipped, the file is refused or reads as before."""
+    """Whatever bit of crops.npy is flipped, it is refused when the view is opened, and numpy never crashes on it."""
     path, sound = view / "crops.npy", np.load(view / "crops.npy")
-    for bit in range(0, 8 * (path.stat().st_size - sound.nbytes), 11):
+    header = 8 * (path.stat().st_size - sound.nbytes)
+    for bit in range(0, header + 800, 11):
         flip_bit(path, bit)
+        with pytest.raises(CacheCorruptError, match="crops.npy: not the file that checksums.json names"):
+            CropReader(view)
         try:
-            crops = CropReader(view).crops
-            assert crops.tobytes() == sound.tobytes(), bit
-        except CacheCorruptError:
-            pass
+            assert read_npy(path, sound.dtype).dtype == sound.dtype
+        except CacheCorruptError as error:
+            assert "crops.npy: " in str(error)
         flip_bit(path, bit)
+
+
+def test_another_decoder(view, monkeypatch):
+    """A machine that decodes the recorded crops to other pixels is told, before it learns from them."""
+    CropReader(view).require_same_decoder()
+    reader = CropReader(view)
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda rows: read(rows) ^ (np.arange(len(rows)) == 3)[:, None, None, None])
+    with pytest.raises(MismatchError, match="1 of 24 crops decode to other pixels here than where they were made"):
+        reader.require_same_decoder()

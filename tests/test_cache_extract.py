@@ -97,7 +97,8 @@ def test_head_and_manifest(shared_cache, teacher):
     manifest = reader.manifest
     assert manifest.teacher == teacher.spec and manifest.view == 1 and manifest.precision == "fp32"
     assert (manifest.crops_id, manifest.crops_sha256) == (shared_cache.crops_id, view.crops_sha256)
-    assert [fidelity.layer for fidelity in manifest.fidelity] == [2, 3, 4, 5, 6] and manifest.software["torch"] == torch.__version__
+    assert [fidelity.layer for fidelity in manifest.fidelity] == [2, 3, 4, 5, 6]
+    assert torch.__version__.startswith(manifest.software["torch"])
     for fidelity in manifest.fidelity:
         assert 1e-4 < fidelity.median < 0.01 and fidelity.median <= fidelity.p99 <= fidelity.worst < 0.03
         assert fidelity.n_tokens == 16 * 17
@@ -145,10 +146,11 @@ def test_bytes_do_not_depend_on_the_run(crops, undisturbed):
         assert contents(crops.view(number).store_path("fake")) == undisturbed[number]
 
 
-@pytest.mark.parametrize(("n_rows_of_shards", "batch_size"), [(1, 5), (24, 100), (2048, 1), (7, 7)])
-def test_shards_and_batches(crops, teacher, n_rows_of_shards, batch_size):
+@pytest.mark.parametrize(("shard_rows", "batch_size"), [(1, 5), (24, 100), (2048, 1), (7, 7)])
+def test_shards_and_batches(crops, teacher, shard_rows, batch_size):
     """Shards and batches of any size hold the same rows."""
-    extract_view(crops.view(0), "t", teacher, ExtractPlan("last2", "float16", shard_rows=n_rows_of_shards, batch_size=batch_size))
+    plan = ExtractPlan("last2", "float16", shard_rows=shard_rows, batch_size=batch_size)
+    extract_view(crops.view(0), "t", teacher, plan)
     reader = StoreReader(crops.view(0).store_path("t"))
     output = teacher(torch.from_numpy(CropReader(crops.view(0).path).read(range(24))), (5, 6))
     assert np.abs(reader.tokens(range(24), 5) - output.tokens[:, 0].numpy()).max() < 4e-3
@@ -250,43 +252,37 @@ def test_store_of_other_crops_is_refused(cache, teacher):
         extract_view(cache.view(1), "fake", teacher, PLAN)
 
 
-def interrupt(crops, teacher, at=6) -> None:
-    """Leave `fake` with one finished shard of three: call 3 is the probe, calls 4 and 5 make the first shard."""
+def interrupt(crops, teacher, at=8) -> None:
+    """Leave `fake` with one finished shard of three: 4 calls fit the quantiser, one is the probe, two make a shard."""
     with pytest.raises(KeyboardInterrupt):
         extract_view(crops.view(0), "fake", Counting(teacher, fail_at=at), PLAN)
 
 
 @pytest.mark.parametrize("at", range(1, 12))
 def test_interrupted_anywhere(crops, teacher, undisturbed, at):
-    """Stopped at any call of the teacher and run again, a store has the bytes of an undisturbed one, file by file; finished
-    shards are not made again."""
-    counting = Counting(teacher)
-    extract_view(Cache(shutil.copytree(crops.path, crops.path.with_name("whole"))).view(0), "fake", counting, PLAN)
-    if at > counting.n_calls:
-        pytest.skip(f"it takes {counting.n_calls} calls")
+    """Stopped at any call of the teacher and run again, a store ends with the same bytes, and finished shards are kept."""
     interrupt(crops, teacher, at)
     store = crops.view(0).store_path("fake")
     assert not list(crops.path.rglob("*.claim")) and not list(store.rglob("*.partial")) and not is_complete(store)
     finished = {path: path.stat().st_mtime_ns for path in store.rglob("c.*")} if store.exists() else {}
     again = Counting(teacher)
     assert extract_view(crops.view(0), "fake", again, PLAN) is True
-    assert contents(store) == undisturbed[0] and contents(crops.path).keys() == contents(crops.path.with_name("whole")).keys()
+    assert contents(store) == undisturbed[0] and not list(crops.path.rglob("*.claim"))
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     if finished:
         n_shards = len({path.name for path in finished if "tokens" in str(path)})
         assert again.n_calls == 1 + 2 * (3 - n_shards)  # the probe, then two batches a shard
 
 
-CRASHES = ["write_commit-1", "write_commit-3", "sync_folder-4", "os.replace-9"]
+SHARD_FILE = writer._ShardFile
+CRASHES = [(writer, "write_commit", 1), (writer, "write_commit", 3), (SHARD_FILE, "publish", 1), (SHARD_FILE, "finish", 10)]
 
 
-@pytest.mark.parametrize("case", CRASHES)
-def test_crashes_while_a_shard_is_published(crops, teacher, undisturbed, monkeypatch, case):
+@pytest.mark.parametrize(("owner", "name", "call"), CRASHES)
+def test_crashes_while_a_shard_is_published(crops, teacher, undisturbed, monkeypatch, owner, name, call):
     """A crash between the files of a shard and its record makes that shard again, to the same bytes."""
-    name, call = case.rsplit("-", 1)
-    owner, name = (writer.os, "replace") if name == "os.replace" else (writer, name)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing_at(getattr(owner, name), int(call), KeyboardInterrupt()))
+        patch.setattr(owner, name, failing_at(getattr(owner, name), call, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(crops.view(0), "fake", teacher, PLAN)
     extract_view(crops.view(0), "fake", teacher, PLAN)
@@ -328,12 +324,12 @@ def test_values_that_are_not_finite(crops, teacher, where, value):
     """A teacher that gives NaN or infinity for one row is stopped with that row; nothing of its shard is committed."""
 
     def spoil(output):
-        if counting.n_calls == 8:  # rows 13 to 15, the second batch of the second shard
+        if counting.n_calls == 9:  # rows 13 to 15, the second batch of the second shard
             getattr(output, where)[1, ..., 3] = value
         return output
 
     counting = Counting(teacher, change=spoil)
-    with pytest.raises(BadInputError, match=r"fake gives non-finite values for row 14 \(1 of 3 rows of its batch\). Check the weights"):
+    with pytest.raises(BadInputError, match=r"fake gives non-finite values for row 14 \(1 of 3 rows of its batch\). Check"):
         extract_view(crops.view(0), "fake", counting, PLAN)
     reader = StoreReader(crops.view(0).store_path("fake"))
     assert reader.finished.tolist() == [True, False, False] and not list(crops.path.rglob("*.partial"))
@@ -358,8 +354,8 @@ def test_full_disk(crops, teacher, undisturbed, monkeypatch, call):
             return getattr(self.file, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "open", lambda *a, **k: FullFile(open(*a, **k)), raising=False)
-        with pytest.raises(NoSpaceError, match="fake.zarr is full. [01] of 3 shards are finished and kept; make room and run the same"):
+        patch.setattr(writer, "open", lambda *a, **k: FullFile(open(*a, **k)), raising=False)  # noqa: SIM115
+        with pytest.raises(NoSpaceError, match="fake.zarr is full. [01] of 3 shards are finished and kept; make room and run"):
             extract_view(crops.view(0), "fake", teacher, PLAN)
     assert not list(crops.path.rglob("*.partial"))
     extract_view(crops.view(0), "fake", teacher, PLAN)
@@ -418,9 +414,9 @@ def test_dead_claims_are_taken_over(tmp_path, text):
 def test_a_claim_of_another_host_is_explained(tmp_path):
     """A claim from another host, whose processes cannot be asked, is refused with host, process and the file to delete."""
     (tmp_path / "claim").write_text(json.dumps({"host": "node-17", "pid": 4711}))
-    with pytest.raises(MismatchError, match="by process 4711 on host node-17. Wait for it; if it is gone, delete .*claim and"):
-        with claimed(tmp_path / "claim", "x"):
-            pass
+    words = "by process 4711 on host node-17. Wait for it; if it is gone, delete .*claim and"
+    with pytest.raises(MismatchError, match=words), claimed(tmp_path / "claim", "x"):
+        pass
     assert json.loads((tmp_path / "claim").read_text())["pid"] == 4711
 
 
