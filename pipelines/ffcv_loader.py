@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 import torch
+from ffcv.loader.epoch_iterator import select_buffer  # after teacher_cache.compiled, which guards ffcv's import
+from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.graph import Graph
+from ffcv.pipeline.operation import Operation
+from ffcv.reader import Reader
 from numba import carray
+
 from teacher_cache.beton import CropReader
 from teacher_cache.compiled import (
     check_crops,
@@ -30,13 +37,6 @@ from teacher_cache.compiled import (
 )
 from teacher_cache.errors import CacheCorruptError
 from teacher_cache.reader import CHECKS, StoreReader
-
-from ffcv.loader.epoch_iterator import select_buffer  # after teacher_cache.compiled, which guards ffcv's import
-from ffcv.pipeline import PipelineSpec
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.graph import Graph
-from ffcv.pipeline.operation import Operation
-from ffcv.reader import Reader
 
 ALIGN = 16  # bytes; parts of a record start at multiples of this
 

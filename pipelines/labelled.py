@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
 from teacher_cache.crops import CropPlan, cut, draw, load_image
 from teacher_cache.errors import BadInputError, MismatchError
 from teacher_cache.images import scan
-from torch import Tensor
 
 from .source import normalise
 

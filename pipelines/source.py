@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache, View
@@ -17,7 +19,6 @@ from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import read_manifest, shared_sha256
-from torch import Tensor
 
 from .ffcv_loader import JoinedLoader, RawBatch, default_workers
 from .order import Order

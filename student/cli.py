@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import click
-from teacher_cache.command import one_line_errors, say
-from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 
 from student.errors import ConfigError, StudentError
+from teacher_cache.command import one_line_errors, say
+from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)

@@ -118,9 +118,9 @@ class CropReader:
         self.crops = read_npy(crops_npy, CROP_DTYPE)
         n_rows = len(self.crops)
         try:
-            self._file = open(self.path, "rb")
-            n_bytes = os.fstat(self._file.fileno()).st_size
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            n_bytes = len(self._map)
         except (OSError, ValueError) as error:
             raise CacheCorruptError(f"{self.path}: cannot be read ({error}).") from error
         self.bytes = np.frombuffer(self._map, "u1")

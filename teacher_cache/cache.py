@@ -49,9 +49,11 @@ class CropsIdentity:
 
 def differences(before: dict, now: dict, where: str) -> list[str]:
     """What differs between two `CropsIdentity.to_json()`, a readable line each: `crop plan seed: 0 in the cache, 1 given`."""
-    before, now = (
-        {**value, **{f"crop plan {key}": of_plan for key, of_plan in value["plan"].items()}, "plan": None} for value in (before, now)
-    )
+
+    def flat(value: dict) -> dict:
+        return {**value, "plan": None, **{f"crop plan {key}": item for key, item in value["plan"].items()}}
+
+    before, now = flat(before), flat(now)
     return [f"{key}: {before[key]} {where}, {now.get(key)} given" for key in before if before[key] != now.get(key)]
 
 
@@ -81,7 +83,8 @@ class View:
         if (manifest.crops_id, manifest.crops_sha256, manifest.view, manifest.store.n_rows) != expected:
             raise CacheCorruptError(
                 f"{self.path} has a store of {manifest.teacher.name} that was made from other crops than those beside it (view "
-                f"{manifest.view} of crops {manifest.crops_id[:12]}, {manifest.store.n_rows:,} rows). Delete it and extract again."
+                f"{manifest.view} of crops {manifest.crops_id[:12]}, {manifest.store.n_rows:,} rows). Delete it and extract "
+                "again."
             )
 
     def crops(self) -> np.ndarray:
@@ -108,8 +111,8 @@ class Cache:
             value = read_sealed(self.path / "cache.json")
         except (FileNotFoundError, NotADirectoryError):
             begun = (self.path / "crops.partial").exists()
-            reason = "its crop stage was not finished; run the same teacher-cache command again" if begun else "it has no cache.json"
-            raise BadInputError(f"{self.path} is no cache: {reason}.") from None
+            unfinished = "its crop stage was not finished; run the same teacher-cache command again"
+            raise BadInputError(f"{self.path} is no cache: {unfinished if begun else 'it has no cache.json'}.") from None
         if value.get("format_version") != FORMAT_VERSION:
             raise BadInputError(
                 f"{self.path} has format version {value.get('format_version')}; this program reads version {FORMAT_VERSION}. "

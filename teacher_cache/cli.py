@@ -138,8 +138,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
         if loaded.ignored_weights:
             say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
                 f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
-        say(f"targets  {n_views} view{'s' * (n_views > 1)} of {n_images:,} crops, layers {', '.join(map(str, spec.layers))}, {dtype}"
-            f"{', attention' * spec.attention}: {human(token_bytes)}")  # fmt: skip
+        say(f"targets  {n_views} view{'s' * (n_views > 1)} of {n_images:,} crops, layers {', '.join(map(str, spec.layers))}, "
+            f"{dtype}{', attention' * spec.attention}: {human(token_bytes)}")  # fmt: skip
         _say_space(cache, crop_bytes + token_bytes)
         if dry_run:
             return
@@ -258,15 +258,17 @@ def _store_lines(store: dict) -> list[str]:
     lines = [
         f"    {store['name']}: {teacher['name']}, weights {teacher['weights']} (sha256 {teacher['weights_sha256'][:12]}), "
         f"{teacher['image_size']} px, {store['precision']}",
-        f"      rows      {store['rows_done']:,} of {store['rows']:,} ({share:.0%}), {store['shards_done']:,} of {store['shards']:,} "
-        f"shards, {'complete' if store['complete'] else 'NOT complete: run extract again'}",
-        f"      kept      layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, codec {'/'.join(codecs)}"
+        f"      rows      {store['rows_done']:,} of {store['rows']:,} ({share:.0%}), {store['shards_done']:,} of "
+        f"{store['shards']:,} shards, {'complete' if store['complete'] else 'NOT complete: run extract again'}",
+        f"      kept      layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, "
+        f"codec {'/'.join(codecs)}"
         + ", attention" * spec["attention"],
         f"      bytes     {human(store['bytes'])}; a crop: {human(per_crop['float16'])} as float16 -> "
         f"{human(per_crop['quantised'])} quantised -> {on_disk} on disk",
         "      fidelity  standardised error of a token, in %: layer (median / p99 / worst)",
     ]
-    lines += [f"                {f['layer']:>2}  ({f['median']:.2%} / {f['p99']:.2%} / {f['worst']:.2%})" for f in store["fidelity"]]
+    for layer in store["fidelity"]:
+        lines.append(f"                {layer['layer']:>2}  ({layer['median']:.2%} / {layer['p99']:.2%} / {layer['worst']:.2%})")
     return lines
 
 

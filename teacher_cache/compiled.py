@@ -96,7 +96,7 @@ pointer_u64, pointer_i64 = _pointer_to(types.uint64), _pointer_to(types.int64)
 
 if _HARDWARE:
 
-    @njit(nogil=True, cache=True)
+    @njit(nogil=True)
     def crc32c_at(address, n_bytes):
         """CRC-32C of `n_bytes` at `address`."""
         crc = np.uint64(0xFFFFFFFF)
@@ -110,7 +110,7 @@ if _HARDWARE:
 
 else:
 
-    @njit(nogil=True, cache=True)
+    @njit(nogil=True)
     def crc32c_at(address, n_bytes):
         """CRC-32C of `n_bytes` at `address`, a byte at a time (this processor has no instruction that we use)."""
         crc = np.uint64(0xFFFFFFFF)

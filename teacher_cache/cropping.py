@@ -95,7 +95,9 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
             return None
         for view in views:
             if cache.view(view).path.exists():
-                raise CacheCorruptError(f"{cache.view(view).path} has lost its checksums.json. Restore it, or delete that folder.")
+                raise CacheCorruptError(
+                    f"{cache.view(view).path} has lost its checksums.json. Restore it, or delete that folder."
+                )
     else:
         if cache_dir.exists() and not cache_dir.is_dir():
             raise BadInputError(f"{cache_dir} is a file. Give a folder for the cache, new or begun.")

@@ -54,7 +54,9 @@ class ExtractPlan:
 
     def __post_init__(self):
         if self.dtype not in DTYPES or self.codec not in CODECS:
-            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}.")
+            raise UsageError(
+                f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}."
+            )
         if self.shard_rows < 1 or self.batch_size < 1:
             raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
 
@@ -232,7 +234,9 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
         if not (first / "store.json").exists():
-            raise NotInCacheError(f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first.")
+            raise NotInCacheError(
+                f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
+            )
         _require_same(first, view.cache.view(0), teacher, plan)
         original = read_manifest(first)
         spec, fidelity = original.store, original.fidelity

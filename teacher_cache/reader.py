@@ -176,7 +176,8 @@ class StoreReader:
         from .compiled import check_rows, copy_rows
 
         mapped, errors = self.mapped(array), np.zeros(len(rows), "int64")
-        copy_rows(rows, np.uint64(out.ctypes.data), out.strides[0] if len(out) else 0, mapped.addresses, mapped.sizes, self.spec.shard_rows,
+        stride = out.strides[0] if len(out) else 0
+        copy_rows(rows, np.uint64(out.ctypes.data), stride, mapped.addresses, mapped.sizes, self.spec.shard_rows,
                   np.uint64(mapped.row_bytes), mapped.checked, CHECKS[self.check], errors)  # fmt: skip
         check_rows(errors, rows, mapped.path)
 
@@ -188,7 +189,9 @@ class StoreReader:
         def one(i: int) -> None:
             data = decode(self._chunk(mapped, int(rows[i])))
             if len(data) != mapped.row_bytes:
-                raise CacheCorruptError(f"{mapped.path}: row {rows[i]} decompresses to {len(data)} bytes, not {mapped.row_bytes}.")
+                raise CacheCorruptError(
+                    f"{mapped.path}: row {rows[i]} decompresses to {len(data)} bytes, not {mapped.row_bytes}."
+                )
             out[i] = np.frombuffer(data, out.dtype).reshape(out.shape[1:])
 
         for _ in self._pool.map(one, range(len(rows))):

@@ -83,10 +83,11 @@ def _unfinished(cache: Cache) -> Iterator[Finding]:
     if not cache.views():
         yield Finding("unfinished", str(cache.path / "view-000"), "the cache has no finished view.")
     if (cache.path / WORK).exists():
-        yield Finding("unfinished", str(cache.path / WORK), "a crop stage was begun and not finished. Run the same command again.")
+        message = "a crop stage was begun and not finished. Run the same command again."
+        yield Finding("unfinished", str(cache.path / WORK), message)
     for claim in [*cache.path.glob(CLAIM), *cache.path.glob("view-*/*.claim")]:
         yield Finding("unfinished", str(claim), "a writer is at work, or was killed. Run the same command again.")
-    for aside in sorted(cache.path.rglob(f"*{ASIDE}")):
+    for aside in sorted([*cache.path.glob(f"*{ASIDE}"), *cache.path.glob(f"view-*/*{ASIDE}")]):  # in a store, the store says it
         if aside.name != WORK:
             yield Finding("unfinished", str(aside), "left by an interrupted writer. Run the same command again, or remove it.")
 

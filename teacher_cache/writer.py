@@ -42,7 +42,7 @@ class _ShardFile:
         self.path, self.aside = path, path.with_name(path.name + ASIDE)
         self.index = np.full((n_slots, 2), EMPTY_SLOT, "<u8")
         self.encode = encoder(codec)
-        self.file = open(self.aside, "wb", buffering=1 << 20)
+        self.file = open(self.aside, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by finish or abandon
         self.n_rows = self.n_bytes = self.crc = 0
 
     def append(self, row: np.ndarray) -> None:

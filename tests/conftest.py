@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeTeacher, write_images
+
 from teacher_cache.cache import Cache
-from teacher_cache.crops import CropPlan
 from teacher_cache.cropping import make_crops, plan_job
+from teacher_cache.crops import CropPlan
 from teacher_cache.extract import ExtractPlan, extract_view
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
 from teacher_cache.spec import TeacherSpec
 from teacher_cache.teachers.base import TeacherOutput, whiten
 

@@ -114,12 +114,17 @@ def test_one_decode_serves_all_missing_views(tmp_path, image_folder, monkeypatch
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
-CRASHES = {
-    "before the first part": ("_commit_part", 1), "before the third part": ("_commit_part", 3),
-    "inside a part, after its first view": ("write_whole", 1 + 2 * 6 + 4), "between crops and records": ("write_whole", 1 + 6 + 3),
-    "before publishing": ("_publish", 1), "between two views": ("_publish_view", 2), "while a view is written": ("write_beton", 2),
-    "before the identity": ("write_cache", 1), "before the work is removed": ("Cache", 1),
-}  # fmt: skip
+CRASHES = {  # a part of two views is six files; job.json comes before the first
+    "before the first part": ("_commit_part", 1),
+    "before the third part": ("_commit_part", 3),
+    "inside a part, after its first view": ("write_whole", 1 + 2 * 6 + 4),
+    "between crops and records": ("write_whole", 1 + 6 + 3),
+    "before publishing": ("_publish", 1),
+    "between two views": ("_publish_view", 2),
+    "while a view is written": ("write_beton", 2),
+    "before the identity": ("write_cache", 1),
+    "before the work is removed": ("Cache", 1),
+}
 
 
 @pytest.mark.parametrize("case", CRASHES)

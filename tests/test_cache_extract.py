@@ -185,7 +185,7 @@ def test_wrong_plans(options):
 
 def test_codec_auto(crops, teacher):
     """`auto` compresses tokens where that saves enough, and leaves the others, scales and attention alone."""
-    flat = Counting(teacher, change=lambda output: TeacherOutput(output.tokens.sign() * (output.tokens.abs() > 1), output.attention))
+    flat = Counting(teacher, change=lambda output: replace(output, tokens=output.tokens.sign() * (output.tokens.abs() > 1)))
     extract_view(crops.view(0), "plain", teacher, replace(PLAN, dtype="float16"))
     extract_view(crops.view(0), "flat", flat, PLAN)
     codecs = {name: dict(read_manifest(crops.view(0).store_path(name)).store.codecs) for name in ("plain", "flat")}

@@ -193,7 +193,7 @@ def test_holes_are_never_numbers(tmp_path, route, codec):
     assert not reader.is_complete and reader.finished.tolist() == [True, False, True] and missing_shards(path, spec) == [1]
     for array in spec.array_names:
         assert same(reader.read(array, [6, 0]), arrays[array][[6, 0]])
-        with pytest.raises(CropNotCachedError, match=r"row 4 was never extracted \(1 of 2 asked for\). Run teacher-cache extract"):
+        with pytest.raises(CropNotCachedError, match=r"row 4 was never extracted \(1 of 2 asked for\). Run teacher-cache"):
             reader.read(array, [0, 4])
 
 
@@ -343,7 +343,7 @@ def test_first_checks_once_and_always_each_time(tmp_path, codec):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("check", ["never", "first", "always"])
 def test_no_bit_of_a_shard_leads_astray(tmp_path, route, codec, check):
-    """Whatever bit of a shard is flipped: the right bytes or CacheCorruptError naming the file; unchecked, only that row differs."""
+    """Whatever bit of a shard is flipped: the right bytes or an error naming the file; unchecked, only that row differs."""
     spec = spec_of(6, 6, layers=(1,), codec=codec)
     path = tmp_path / "t.zarr"
     arrays = make_store(path, spec)

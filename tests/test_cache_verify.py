@@ -141,8 +141,13 @@ def test_every_damage_is_reported(cache):
     assert missing == [], found
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "view-000/core.123", "view-000/fake.zarr/tokens/06/c.9.0.0", "view-7x/a",
-                                  "view-000/fake.zarr/commits/000000.json"])  # fmt: skip
+STRAY = [
+    "notes.txt", "view-7x/a", "view-000/core.123", "view-000/fake.zarr/tokens/06/c.9.0.0",
+    "view-000/fake.zarr/tokens/06/c.1.0.0.partial", "view-000/fake.zarr/commits/000000.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRAY)
 def test_files_that_do_not_belong_are_found(whole, name):
     """A file that this program did not write is reported as unknown."""
     file = whole / name
@@ -186,6 +191,7 @@ def test_unfinished_store(cache, teacher, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         extract_view(cache.view(0), "new", teacher, ExtractPlan("last", shard_rows=8))
     store = cache.view(0).store_path("new")
+    (store / "tokens/06/c.2.0.0.partial").touch()  # a killed writer leaves the files of its shard
     assert findings(cache.path) == [
         f"unfinished {store}: 2 of 3 shards are finished. Run the same teacher-cache extract command again."
     ]

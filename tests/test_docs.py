@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from student.cli import evaluate, train
 from teacher_cache.cli import main as teacher_cache
 

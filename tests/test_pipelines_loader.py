@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+
 from pipelines.ffcv_loader import JoinedLoader
 from teacher_cache.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError

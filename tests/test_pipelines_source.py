@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeTeacher
+
 from pipelines.presets import PRESETS, recipe
 from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, teacher_shape
 from student.batch import Needs

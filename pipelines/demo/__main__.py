@@ -61,6 +61,7 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     """kNN accuracy on val/ of everything there is to compare, as text."""
     from rich.console import Console
     from rich.table import Table
+
     from student.backbone import Backbone
     from student.checkpoint import latest_checkpoint, load_backbone
 

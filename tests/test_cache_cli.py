@@ -1,0 +1,302 @@
+"""The teacher-cache command: one sentence for every mistake, exit codes with a meaning, nothing written by --dry-run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cache_fakes import contents, failing_at, flip_bit
+from click.testing import CliRunner
+
+from teacher_cache import cli, cropping, estimate, extract, teachers
+from teacher_cache.cache import Cache
+from teacher_cache.errors import UnknownNameError
+from teacher_cache.verify import verify
+
+SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
+
+
+@pytest.fixture(autouse=True)
+def fake_teacher(monkeypatch, teacher):
+    """`--teacher fake` is the fake one; every other name takes its usual way."""
+    load = teachers.load_teacher
+    monkeypatch.setattr(teachers, "load_teacher", lambda name, *rest: teacher if name == "fake" else load(name, *rest))
+
+
+def run(*arguments, code=0):
+    """Run the command; what it said on stdout and stderr. A traceback is a failure of the test."""
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def extract_to(cache, images, *more, code=0):
+    return run("extract", "--teacher", "fake", "--images", images, *SMALL, *more, cache, code=code)
+
+
+@pytest.fixture
+def made(tmp_path, image_folder):
+    """A finished cache, made by the command."""
+    extract_to(tmp_path / "made", image_folder)
+    return tmp_path / "made"
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", cli.main.commands)
+def test_help(command):
+    """Every command explains itself, with an example that names it, and describes every option."""
+    text = run(command, "--help").output
+    assert "Example:" in text and f"teacher-cache {command}" in text.split("Example:")[1]
+    assert not re.findall(r"^  --[a-z-]+(?: [A-Z]+)?$(?!\n {10})", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_help_of_the_whole():
+    """teacher-cache --help lists the commands with a line each, and an example."""
+    text = run("--help").output
+    assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in cli.main.commands)
+
+
+def test_version():
+    """--version answers."""
+    assert re.search(r"\d+\.\d+", run("--version").output)
+
+
+# --- making ----------------------------------------------------------------------------------------------------------
+
+
+def test_from_images_to_a_sound_cache(tmp_path, image_folder):
+    """extract makes crops and targets in one go, says what it does and how much space it takes; run again it does nothing."""
+    said = extract_to(tmp_path / "c", image_folder, "--views", 2).stderr
+    assert re.search(r"24 images in 3 classes, 2 views to make, random 32 px, jpeg95: about [\d.]+ kB", said)
+    assert "2 views of 24 crops, layers 5, 6, int8, attention: " in said and "weights random:0 (sha256 " in said
+    assert re.search(r"space +[\d.]+ kB needed, [\d.]+ [GT]B free", said) and "Done. Next: teacher-cache inspect" in said
+    assert verify(Cache(tmp_path / "c"))[0] == [] and len(Cache(tmp_path / "c").views()) == 2
+    before = contents(tmp_path / "c")
+    again = run("extract", "--teacher", "fake", *SMALL, tmp_path / "c").stderr
+    assert "already holds these targets of fake. Nothing to do." in again
+    assert "has all its crops. Nothing to do." in run("crop", tmp_path / "c").stderr
+    assert contents(tmp_path / "c") == before
+
+
+def test_crops_first(tmp_path, image_folder):
+    """crop, then extract without the originals, makes what extract does in one go."""
+    run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "a")
+    run("extract", "--teacher", "fake", *SMALL, tmp_path / "a")
+    extract_to(tmp_path / "b", image_folder)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_more_views_and_teachers(made, image_folder):
+    """A view and a second store are added to a cache; what was there keeps its bytes."""
+    before = contents(made)
+    extract_to(made, image_folder, "--views", 2)
+    run("extract", "--teacher", "fake", "--name", "half", "--dtype", "float16", made)
+    after = contents(made)
+    assert before.items() <= after.items() and Cache(made).view(1).store_names() == ["fake", "half"]
+    assert verify(Cache(made))[0] == []
+
+
+def test_center_plan(tmp_path, image_folder):
+    """--plan center makes an evaluation cache; two equal views of it are refused."""
+    extract_to(tmp_path / "c", image_folder, "--plan", "center")
+    assert Cache(tmp_path / "c").plan.kind == "center" and Cache(tmp_path / "c").plan.resize == 37
+    said = extract_to(tmp_path / "d", image_folder, "--plan", "center", "--views", 2, code=2).stderr
+    assert "draws the same crop in every view" in said and not (tmp_path / "d").exists()
+
+
+def test_ignored_files_are_told(tmp_path, image_folder):
+    """Files that are no images by name are counted on screen."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / "class-0" / "notes.txt").touch()
+    assert f"1 files of {folder} are no images by their names" in extract_to(tmp_path / "c", folder).stderr
+
+
+def test_bad_images(tmp_path, image_folder):
+    """Images that cannot be decoded are listed, code 1; with --skip-bad they are left out and counted."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / "class-0" / "image-000.png").write_bytes(b"")
+    said = extract_to(tmp_path / "c", folder, code=1).stderr
+    assert "Error: 1 of 24 images cannot be decoded:\n  class-0/image-000.png: " in said and "--skip-bad" in said
+    said = extract_to(tmp_path / "c", folder, "--skip-bad").stderr
+    assert "1 images could not be decoded and were left out" in said and "skipped.txt lists them" in said
+    assert "1 left out (skipped.txt)" in run("inspect", tmp_path / "c").stdout
+
+
+def test_dry_run_writes_nothing(tmp_path, image_folder, made):
+    """--dry-run says what would be made and how large it is, and writes nothing, on a new cache or an old one."""
+    said = extract_to(tmp_path / "c", image_folder, "--dry-run").stderr
+    assert "24 images in 3 classes" in said and "needed" in said and not (tmp_path / "c").exists()
+    run("crop", "--images", image_folder, "--dry-run", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    before = contents(made)
+    extract_to(made, image_folder, "--views", 2, "--dry-run")
+    run("extract", "--teacher", "fake", "--name", "b", "--dry-run", made)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("command", ["crop", "extract"])
+def test_too_little_space(tmp_path, image_folder, monkeypatch, command):
+    """Where the disk is too small nothing is begun; the message has both sizes and what to do. Also as a dry run."""
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 5000)
+    arguments = ["--teacher", "fake", *SMALL] if command == "extract" else []
+    for more in ([], ["--dry-run"]):
+        said = run(command, *arguments, "--images", image_folder, *more, tmp_path / "c", code=1).stderr
+        assert re.search(r"Error: .* are needed on the disk of .*, 5 kB are free: .* short. Make room, or store less", said)
+        assert not (tmp_path / "c").exists()
+
+
+def test_ctrl_c(tmp_path, image_folder, monkeypatch):
+    """Interrupted, the command says that finished work is kept, exits with 130, and the same command goes on."""
+    whole = extract_to(tmp_path / "whole", image_folder) and contents(tmp_path / "whole")
+    for module, name, call in ((cropping, "_commit_part", 1), (extract, "_extract_shard", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing_at(getattr(module, name), call, KeyboardInterrupt()))
+            said = extract_to(tmp_path / "c", image_folder, code=130).stderr
+        assert "Interrupted. Finished work is kept; the same command goes on from there." in said
+    extract_to(tmp_path / "c", image_folder)
+    assert contents(tmp_path / "c") == whole
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+FAKE = ["extract", "--teacher", "fake"]
+MISTAKES = {
+    "no images": ([*FAKE, "{new}"], 1, "lacks view 0, and making it needs the originals: give --images"),
+    "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 1, "nowhere: no such folder"),
+    "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 1, "no such folder"),
+    "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 1, "is a file. Give a folder"),
+    "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "Not a directory"),
+    "foreign folder": (["crop", "--images", "{images}", "{images}"], 1, "neither empty nor a cache"),
+    "inspect nothing": (["inspect", "{tmp}/nowhere"], 1, "is no cache: it has no cache.json"),
+    "inspect a folder": (["inspect", "{images}"], 1, "is no cache: it has no cache.json"),
+    "inspect a file": (["inspect", "{made}/cache.json"], 1, "is no cache"),
+    "verify nothing": (["verify", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
+    "unknown teacher": (["extract", "--teacher", "clip-b61", "{made}"], 2, "named 'clip-b61'. Did you mean clip-b16?"),
+    "unknown command": (["extrakt"], 2, "No such command 'extrakt'"),
+    "unknown option": (["crop", "--image", "x", "{new}"], 2, "No such option"),
+    "no cache": (["inspect"], 2, "Missing argument 'CACHE'"),
+    "no teacher": (["extract", "{made}"], 2, "Missing option '--teacher'"),
+    "views": (["crop", "--views", "0", "{made}"], 2, "Invalid value for '--views'"),
+    "layers": ([*FAKE, "--layers", "7", "{made}"], 2, "fake has blocks 1 to 6"),
+    "name": ([*FAKE, "--name", "../x", "{made}"], 2, "--name '../x': give letters, digits"),
+    "empty name": ([*FAKE, "--name", ".", "{made}"], 2, "--name '.': give letters"),
+    "device": ([*FAKE, "--device", "tpu", "{made}"], 2, "--device tpu: give auto, cpu"),
+    "other dtype": ([*FAKE, *SMALL, "--dtype", "float16", "{made}"], 2, "dtype: int8 in the store, float16 given"),
+    "other seed": (["crop", "--images", "{images}", "--seed", "1", "{made}"], 2, "plan seed: 0 in the cache, 1 given"),
+    "other size": (["crop", "--crop-size", "48", "{made}"], 2, "crop plan size: 32 in the cache, 48 given"),
+    "other format": (["crop", "--crop-format", "raw", "{made}"], 2, "crop_format: jpeg95 in the cache, raw given"),
+    "view without images": ([*FAKE, *SMALL, "--views", "2", "{made}"], 1, "lacks view 1, and making it needs"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(tmp_path, image_folder, made, case):
+    """A wrong path, name, value or parameter is one message and an exit code, without traceback, and changes nothing."""
+    arguments, code, words = MISTAKES[case]
+    before = contents(made)
+    filled = [text.format(tmp=tmp_path, made=made, images=image_folder, new=tmp_path / "new") for text in arguments]
+    said = run(*filled, code=code).stderr
+    assert words in said and said.count("Error: ") == 1
+    assert contents(made) == before and not (tmp_path / "new").exists() and not list(image_folder.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", ["cache.json", "images.txt", "labels.npy", "view-000/crops.npy", "view-000/checksums.json",
+                                  "view-000/crops.beton", "view-000/fake.zarr/store.json", "view-000/fake.zarr/zarr.json",
+                                  "view-000/fake.zarr/shards.npy", "view-000/fake.zarr/complete.json"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["flipped", "empty", "gone"])
+def test_broken_files(made, image_folder, name, damage):
+    """Whatever file is broken or gone, no command ends in a traceback, and verify finds it with code 1."""
+    file = made / name
+    if damage == "flipped":
+        flip_bit(file, 777)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    add_a_view = ["crop", "--views", "2", "--images", str(image_folder), "--dry-run"]
+    for arguments in (["inspect"], ["crop"], add_a_view, [*FAKE, *SMALL], [*FAKE, "--name", "b"]):
+        result = CliRunner().invoke(cli.main, [*arguments, str(made)])
+        assert isinstance(result.exception, SystemExit | None), (arguments, result.exception)
+        assert result.exit_code in (0, 1) and result.stderr.count("Error: ") == result.exit_code, (arguments, result.output)
+    if name != "cache.json" or damage != "gone":
+        shutil.rmtree(made / "view-000" / "b.zarr", ignore_errors=True)
+        result = run("verify", made, code=1)
+        assert file.name in result.output or damage == "gone" and name.endswith("complete.json")
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(cache):
+    """inspect says what a person wants to know, and --json the same as values."""
+    text = run("inspect", cache.path).stdout
+    for words in ("24 in 3 classes", "random, 32 px, jpeg95, bicubic, seed 0, scale 0.3 to 1, flip 0.5", "view 1: crops.beton",
+                  "24 of 24 (100%), 3 of 3 shards, complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none, attention",
+                  "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
+        assert words in text
+    described = json.loads(run("inspect", "--json", cache.path).stdout)
+    assert described["n_images"] == 24 and [len(view["stores"]) for view in described["views"]] == [3, 3]
+    store = described["views"][0]["stores"][0]
+    assert store["name"] == "fake" and store["complete"] and store["rows_done"] == 24
+    assert store["bytes_per_crop"]["float16"] == 5 * 17 * 24 * 2 + 64 and store["bytes_per_crop"]["quantised"] == 5 * 17 * 26 + 64
+    on_disk = sum(file.stat().st_size for file in cache.view(0).store_path("fake").rglob("c.*.0*") if "quant" not in str(file)
+                  and "head" not in str(file) and "probe" not in str(file))  # fmt: skip
+    assert store["bytes"] == on_disk
+
+
+def test_inspect_of_an_unfinished_cache(tmp_path, image_folder, monkeypatch):
+    """inspect tells how much of an unfinished store is done."""
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "_extract_shard", failing_at(extract._extract_shard, 3, KeyboardInterrupt()))
+        extract_to(tmp_path / "c", image_folder, code=130)
+    assert "16 of 24 (67%), 2 of 3 shards, NOT complete: run extract again" in run("inspect", tmp_path / "c").stdout
+    result = run("verify", "--json", tmp_path / "c", code=1)
+    assert [finding["kind"] for finding in json.loads(result.stdout)["findings"]] == ["unfinished"]
+
+
+def test_verify(cache):
+    """verify ends with 0 on a sound cache and with 1 and one line a finding on another; --json gives the same as values."""
+    n_files = len(contents(cache.path))
+    assert run("verify", cache.path).stdout == f"{n_files:,} files checked: sound and complete.\n"
+    sound = json.loads(run("verify", "--json", cache.path).stdout)
+    assert sound == {"path": str(cache.path), "sound": True, "n_files": n_files, "findings": []}
+    shard = cache.view(0).store_path("fake") / "tokens/04/c.1.0.0"
+    flip_bit(shard, 99)
+    lines = run("verify", cache.path, code=1).stdout.splitlines()
+    assert re.fullmatch(rf"damaged +{re.escape(str(shard))}: its CRC-32 is not the committed one\.", lines[0])
+    assert lines[1:] == [f"{n_files:,} files checked: 1 findings."]
+    assert json.loads(run("verify", "--json", cache.path, code=1).stdout)["findings"][0]["path"] == str(shard)
+
+
+def test_teachers():
+    """teachers lists every teacher by name, for people and as JSON."""
+    text, values = run("teachers").stdout, json.loads(run("teachers", "--json").stdout)
+    assert [entry["name"] for entry in values] == list(teachers.TEACHERS)
+    assert all(entry["name"] in text for entry in values) and "timm:NAME" in text
+    assert issubclass(UnknownNameError, ValueError)
+
+
+def test_looking_imports_no_torch(cache):
+    """inspect and teachers import neither torch nor zarr: they answer at once, also where torch is broken."""
+    for arguments in (["inspect", str(cache.path)], ["teachers"], ["--help"]):
+        script = (
+            "import sys\nfrom teacher_cache.cli import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit as error: assert not error.code\n"
+            "print(sorted({'torch', 'zarr', 'ffcv', 'timm', 'numba'} & set(sys.modules)), file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+
+
+def test_stdout_is_clean(tmp_path, image_folder):
+    """Working commands print nothing on stdout, so that it can be piped."""
+    assert extract_to(tmp_path / "c", image_folder).stdout == ""
