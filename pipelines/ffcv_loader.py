@@ -162,9 +162,7 @@ class ReadTargets:
         """uint8 [B, record bytes]"""
         out = np.zeros((len(rows), self.record_bytes), "u1")
         for part in self.parts:
-            out[:, part.offset : part.offset + part.n_bytes] = (
-                self.store.read(part.array, rows).reshape(len(rows), -1).view("u1")
-            )
+            out[:, part.offset : part.offset + part.n_bytes] = self.store.read(part.array, rows).reshape(len(rows), -1).view("u1")
         return out
 
 

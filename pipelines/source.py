@@ -65,8 +65,8 @@ def complete_views(cache: Cache, store_name: str | None, n_views: int | None) ->
         if not reader.is_complete:
             rows = sum(len(reader.spec.rows_of(int(shard))) for shard in np.flatnonzero(reader.finished))
             raise NotInCacheError(
-                f"View {view.number} of {cache.path} is not complete: {rows:,} of {len(reader):,} rows of {store_name} are there. "
-                f"Finish it: teacher-cache extract --teacher {reader.teacher.name} {cache.path}"
+                f"View {view.number} of {cache.path} is not complete: {rows:,} of {len(reader):,} rows of {store_name} are "
+                f"there. Finish it: teacher-cache extract --teacher {reader.teacher.name} {cache.path}"
             )
         view.require_own(reader.manifest)
         if shared_sha256(reader.path) != shared_sha256(views[0].store_path(store_name)):

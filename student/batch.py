@@ -42,13 +42,15 @@ class Targets:
         Raises RunError if that block was not read.
         """
         if which not in self.layers:
-            raise RunError(f"The batch holds the teacher's layers {self.layers}, not {which}: the data source must "
-                           f"read every layer that the student's `needs` names.")
+            raise RunError(
+                f"The batch holds the teacher's layers {self.layers}, not {which}: the data source must "
+                f"read every layer that the student's `needs` names."
+            )
         return self.tokens[:, self.layers.index(which)]
 
     def patches(self, which: int) -> Tensor:
         """The patch tokens of one block, [B, N, D]: `layer` without CLS."""
-        return self.layer(which)[:, int(self.has_cls):]
+        return self.layer(which)[:, int(self.has_cls) :]
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,13 @@ def latest_checkpoint(out_dir: Path) -> Path | None:
 
 
 def save_checkpoint(
-    out_dir: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig,
-    identity: dict, keep: int = 2,
+    out_dir: Path,
+    step: int,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    identity: dict,
+    keep: int = 2,
 ) -> Path:
     """Write the state after `step` completed steps and remove all but the newest `keep` checkpoints."""
     tensors = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
@@ -71,8 +76,10 @@ def save_checkpoint(
             os.fsync(file.fileno())
         os.replace(aside, path)
     except SafetensorError as error:
-        raise RunError(f"The checkpoint {path} could not be written: {error}. Free some space and start the same "
-                       f"command again; the checkpoint before it is untouched.") from error
+        raise RunError(
+            f"The checkpoint {path} could not be written: {error}. Free some space and start the same "
+            f"command again; the checkpoint before it is untouched."
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     _fsync_directory(path.parent)
@@ -82,9 +89,7 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(
-    path: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict
-) -> int:
+def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict) -> int:
     """Put a run back to where `save_checkpoint` left it; the number of completed steps.
 
     Raises RunError, before anything is changed, if the file is damaged or belongs to another config or other data.
@@ -130,14 +135,15 @@ def require_same(holder: str, what: str, there: dict, now: dict) -> None:
     differing = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r}, is now {now.get(key)!r}" for key in differing)
-        raise RunError(f"{holder} belongs to a run with another {what}: {listed}. "
-                       f"Go on with the old values, or start a new run in another directory.")
+        raise RunError(
+            f"{holder} belongs to a run with another {what}: {listed}. "
+            f"Go on with the old values, or start a new run in another directory."
+        )
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Header and tensors of a checkpoint, checked; RunError if there is anything wrong with the bytes."""
-    damaged = (f"The checkpoint {path} is damaged ({{}}). Delete it to go on from the one before it, or restore "
-               f"the file.")
+    damaged = f"The checkpoint {path} is damaged ({{}}). Delete it to go on from the one before it, or restore the file."
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["student"])

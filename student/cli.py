@@ -94,7 +94,9 @@ def train(cache, preset, out, overrides, teacher, views, tiny, max_steps, device
                 click.echo(f"  {key} = {value}")
             return
         if cache is None or out is None:
-            raise UsageError(f"--{'cache' if cache is None else 'out'} is missing: student-train --cache CACHE --preset {preset} --out RUN")
+            raise UsageError(
+                f"--{'cache' if cache is None else 'out'} is missing: student-train --cache CACHE --preset {preset} --out RUN"
+            )
         _stop_on_sigterm()
         _train(config, cache, out, teacher or chosen.teacher, views, max_steps, device, workers, check, route, live, weights,
                checkpoint_every)  # fmt: skip
@@ -109,8 +111,8 @@ def _train(config, cache_path, out, store_name, views, max_steps, device, worker
     size = cache.plan.size
     if size != config.backbone.image_size:
         raise UsageError(
-            f"The crops of {cache_path} are {size} px, {config.preset} takes {config.backbone.image_size} px. Use a cache of that "
-            f"size, or --set backbone.image_size={size}."
+            f"The crops of {cache_path} are {size} px, {config.preset} takes {config.backbone.image_size} px. Use a cache of "
+            f"that size, or --set backbone.image_size={size}."
         )
     options = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "device": device,
                "n_views": views, "workers": workers}  # fmt: skip
@@ -134,10 +136,13 @@ def _train(config, cache_path, out, store_name, views, max_steps, device, worker
     from .trainer import Trainer
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
-    say(f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {device}",
+    say(
+        f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {device}",
         f"data     {cache.n_images:,} images, {n_views} view{'s' * (n_views > 1)}: each crop will be seen "
         f"{config.epochs / n_views:g} times in {config.epochs} epochs",
-        f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {config.epochs * source.steps_per_epoch:,} in all")
+        f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, "
+        f"{config.epochs * source.steps_per_epoch:,} in all",
+    )
     trainer = Trainer(config, student, source, out, device, checkpoint_every=checkpoint_every)
     if trainer.step:
         say(f"resumed  at step {trainer.step:,}")
@@ -153,13 +158,20 @@ def _store(cache, name: str) -> str:
     if cleaned not in names:
         there = f"it has {', '.join(names)}" if names else "it has no targets at all"
         other = f" To learn from another teacher: --teacher {names[0]}." if names else ""
-        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}. Make them: teacher-cache extract --teacher {name} "
-                               f"{cache.path}.{other}")  # fmt: skip
+        raise UnknownNameError(
+            f"{cache.path} has no targets of {name}; {there}. Make them: teacher-cache extract --teacher {name} {cache.path}.{other}"
+        )
     return cleaned
 
 
 def _flat(value, prefix: str = "") -> dict:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) and prefix == "objectives." else None
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list) and prefix == "objectives."
+        else None
+    )
     if items is None:
         return {prefix.rstrip("."): value}
     return {key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}{name}.").items()}
@@ -207,7 +219,9 @@ def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool)
         require_same_classes(voters, asked)
         results = dict(KNNEvaluator(voters, asked, device=device).run(backbone.to(device)))
         if as_json:
-            click.echo(json.dumps({"checkpoint": str(checkpoint), "n_train": len(voters), "n_val": len(asked), "accuracy": results}))
+            click.echo(
+                json.dumps({"checkpoint": str(checkpoint), "n_train": len(voters), "n_val": len(asked), "accuracy": results})
+            )
             return
         click.echo(f"{checkpoint}: {len(asked):,} images by {len(voters):,} neighbours")
         for name, accuracy in results.items():

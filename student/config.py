@@ -60,15 +60,19 @@ class BackboneConfig(_Checked):
     def check(self):
         for name in ("image_size", "patch_size", "dim", "depth", "heads"):
             _require(getattr(self, name) > 0, f"backbone.{name} must be positive, not {getattr(self, name)}.")
-        _require(self.image_size % self.patch_size == 0,
-                 f"backbone.image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"backbone.image_size={self.image_size} is no multiple of patch_size={self.patch_size}.",
+        )
         _require(self.dim % self.heads == 0, f"backbone.dim={self.dim} is no multiple of heads={self.heads}.")
         _require(self.dim % 4 == 0, f"backbone.dim={self.dim} must be a multiple of 4 for the position table.")
         _require(self.mlp_ratio > 0, f"backbone.mlp_ratio must be positive, not {self.mlp_ratio}.")
         _require(0 <= self.drop_path < 1, f"backbone.drop_path must be in 0..1, not {self.drop_path}.")
         fuse = self.fuse_blocks
-        _require(list(fuse) == sorted(set(fuse)) and all(1 <= block <= self.depth for block in fuse),
-                 f"backbone.fuse_blocks must be ascending block numbers in 1..{self.depth}, not {fuse}.")
+        _require(
+            list(fuse) == sorted(set(fuse)) and all(1 <= block <= self.depth for block in fuse),
+            f"backbone.fuse_blocks must be ascending block numbers in 1..{self.depth}, not {fuse}.",
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -172,8 +176,7 @@ class OptimConfig(_Checked):
         _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must be in 0..1, not {self.betas}.")
         for name in ("weight_decay", "warmup_epochs", "min_lr"):
             _require(getattr(self, name) >= 0, f"optim.{name} must not be negative: {getattr(self, name)}.")
-        _require(self.clip_grad is None or self.clip_grad > 0,
-                 f"optim.clip_grad must be positive or none, not {self.clip_grad}.")
+        _require(self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad must be positive or none, not {self.clip_grad}.")
 
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate at the end of the warm-up."""
@@ -206,20 +209,28 @@ class TrainConfig(_Checked):
     def check(self):
         for name in ("epochs", "batch_size", "accumulate"):
             _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        _require(self.batch_size % self.accumulate == 0,
-                 f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts.")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts.",
+        )
         kinds = [objective.kind for objective in self.objectives]
-        _require(len(kinds) > 0 and len(kinds) == len(set(kinds)),
-                 f"objectives must name each loss once and at least one, not {kinds}.")
-        _require(self.optim.warmup_epochs <= self.epochs,
-                 f"optim.warmup_epochs={self.optim.warmup_epochs} is more than epochs={self.epochs}.")
+        _require(
+            len(kinds) > 0 and len(kinds) == len(set(kinds)),
+            f"objectives must name each loss once and at least one, not {kinds}.",
+        )
+        _require(
+            self.optim.warmup_epochs <= self.epochs,
+            f"optim.warmup_epochs={self.optim.warmup_epochs} is more than epochs={self.epochs}.",
+        )
         peak = self.optim.peak_lr(self.batch_size)
         _require(self.optim.min_lr <= peak, f"optim.min_lr={self.optim.min_lr} is above the peak rate {peak}.")
 
         n_keep = self.mask.n_keep(self.backbone.n_patches)
         _require(n_keep > 0, f"mask.ratio={self.mask.ratio} hides all {self.backbone.n_patches} patches.")
-        _require("reconstruct" not in kinds or n_keep < self.backbone.n_patches,
-                 f"mask.ratio={self.mask.ratio} hides no patch, and reconstruct has nothing to do.")
+        _require(
+            "reconstruct" not in kinds or n_keep < self.backbone.n_patches,
+            f"mask.ratio={self.mask.ratio} hides no patch, and reconstruct has nothing to do.",
+        )
 
     def to_json(self) -> dict:
         """The config as JSON values; objectives carry their `kind`."""

@@ -92,12 +92,18 @@ def build_masker(config: MaskConfig, backbone: BackboneConfig, teacher: TeacherS
     score, needs = MASKERS[config.kind]
     if needs.attention:
         if teacher is None:
-            raise ConfigError(f"mask.kind={config.kind} chooses patches by a teacher's attention, and this run has "
-                              f"no teacher. Use mask.kind=random, or train from a cache.")
+            raise ConfigError(
+                f"mask.kind={config.kind} chooses patches by a teacher's attention, and this run has "
+                f"no teacher. Use mask.kind=random, or train from a cache."
+            )
         if not teacher.has_attention:
-            raise ConfigError(f"mask.kind={config.kind} chooses patches by the attention of CLS, which the teacher "
-                              f"{teacher.name} does not have. Use mask.kind=random or a teacher with a CLS token.")
+            raise ConfigError(
+                f"mask.kind={config.kind} chooses patches by the attention of CLS, which the teacher "
+                f"{teacher.name} does not have. Use mask.kind=random or a teacher with a CLS token."
+            )
         if teacher.grid != backbone.grid:
-            raise ConfigError(f"mask.kind={config.kind} needs attention on the student's {backbone.grid} patches; the "
-                              f"teacher {teacher.name} has {teacher.grid}.")
+            raise ConfigError(
+                f"mask.kind={config.kind} needs attention on the student's {backbone.grid} patches; the "
+                f"teacher {teacher.name} has {teacher.grid}."
+            )
     return Masker(config.n_keep(backbone.n_patches), score, needs)

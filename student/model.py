@@ -27,10 +27,9 @@ class Student(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.backbone = Backbone(config.backbone)
-            self.objectives = nn.ModuleDict({
-                objective.kind: build_objective(objective, config.backbone, teacher)
-                for objective in config.objectives
-            })
+            self.objectives = nn.ModuleDict(
+                {objective.kind: build_objective(objective, config.backbone, teacher) for objective in config.objectives}
+            )
         self.weights = {objective.kind: objective.weight for objective in config.objectives}
         self.n_patches = config.backbone.n_patches
 

@@ -19,10 +19,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     give timm's grouping no names to skip.
     """
     exempt = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, Objective)
-        for name in module.no_decay
+        f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, Objective) for name in module.no_decay
     }
     decayed, plain = [], []
     for name, parameter in model.named_parameters():

@@ -26,8 +26,7 @@ class StepDisplay:
             self._bar.start()
 
     def show(self, report: StepReport) -> None:
-        line = (f"loss {report.loss:.4f}  {report.images_per_s:.0f} images/s  "
-                f"{report.wait_share:.0%} waiting for data")
+        line = f"loss {report.loss:.4f}  {report.images_per_s:.0f} images/s  {report.wait_share:.0%} waiting for data"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=line)
         elif report.step % self._line_every == 0 or report.step == self._last_step:

@@ -1,9 +1,9 @@
 """The directory of one run: what it is, and a line for every step it took.
 
-    config.json                   written first: the config and the identity of the data; what a directory is checked by
-    metrics.jsonl                 one JSON object a step, in order, each step once however often the run was resumed
-    tensorboard/                  the same scalars
-    checkpoint-NNNNNNNN.safetensors
+config.json                   written first: the config and the identity of the data; what a directory is checked by
+metrics.jsonl                 one JSON object a step, in order, each step once however often the run was resumed
+tensorboard/                  the same scalars
+checkpoint-NNNNNNNN.safetensors
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class RunDirectory:
                 there = json.loads(config_json.read_text())
                 config_there, identity_there = there["config"], there["identity"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RunError(f"{config_json} cannot be read as the description of a run ({error}). "
-                               f"Choose another directory.") from error
+                raise RunError(
+                    f"{config_json} cannot be read as the description of a run ({error}). Choose another directory."
+                ) from error
             require_same(f"The directory {self.path}", "config", config_there, config.to_json())
             require_same(f"The directory {self.path}", "data", identity_there, identity)
             return
@@ -77,8 +78,13 @@ class RunDirectory:
         self._metrics.write(json.dumps(dataclasses.asdict(report)) + "\n")
         self._metrics.flush()
 
-        scalars = {"loss": report.loss, "lr": report.lr, "images_per_s": report.images_per_s,
-                   "wait_share": report.wait_share, **{f"parts/{n}": v for n, v in report.parts.items()}}
+        scalars = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "images_per_s": report.images_per_s,
+            "wait_share": report.wait_share,
+            **{f"parts/{n}": v for n, v in report.parts.items()},
+        }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, report.step)
 

@@ -68,9 +68,7 @@ class Trainer:
         self.directory = RunDirectory(out_dir, config, source.identity)
         self.step = self._saved_step = 0
         if checkpoint := latest_checkpoint(self.directory.path):
-            self.step = self._saved_step = load_checkpoint(
-                checkpoint, self.student, self.optimizer, config, source.identity
-            )
+            self.step = self._saved_step = load_checkpoint(checkpoint, self.student, self.optimizer, config, source.identity)
 
     def fit(self, max_steps: int | None = None) -> int:
         """Train to the end of the run, or until `max_steps` steps of it are done; the number of completed steps.
@@ -110,16 +108,16 @@ class Trainer:
         if self.step == self._saved_step:
             return
         self.directory.sync()
-        save_checkpoint(self.directory.path, self.step, self.student, self.optimizer, self.config,
-                        self.source.identity, self.keep_checkpoints)
+        save_checkpoint(
+            self.directory.path, self.step, self.student, self.optimizer, self.config, self.source.identity, self.keep_checkpoints
+        )
         self._saved_step = self.step
 
     def _take_step(self, batches: Iterator[Batch]) -> StepReport:
         started = time.perf_counter()
         waited = 0.0
 
-        lr = learning_rate(self.step, self.source.steps_per_epoch, self.config.epochs, self.config.batch_size,
-                           self.config.optim)
+        lr = learning_rate(self.step, self.source.steps_per_epoch, self.config.epochs, self.config.batch_size, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
@@ -171,12 +169,16 @@ class Trainer:
     def _next(self, batches: Iterator[Batch], n_crops: int) -> Batch:
         batch = next(batches, None)
         if batch is None:
-            raise RunError(f"The data source ended at step {self.step + 1} of {self.total_steps}: it must give "
-                           f"{self.config.accumulate} batches for each of {self.source.steps_per_epoch} steps an epoch.")
+            raise RunError(
+                f"The data source ended at step {self.step + 1} of {self.total_steps}: it must give "
+                f"{self.config.accumulate} batches for each of {self.source.steps_per_epoch} steps an epoch."
+            )
         if len(batch.images) != n_crops:
-            raise RunError(f"The data source gave a batch of {len(batch.images)} crops at step {self.step + 1}; "
-                           f"batch_size={self.config.batch_size} and accumulate={self.config.accumulate} make "
-                           f"{n_crops}.")
+            raise RunError(
+                f"The data source gave a batch of {len(batch.images)} crops at step {self.step + 1}; "
+                f"batch_size={self.config.batch_size} and accumulate={self.config.accumulate} make "
+                f"{n_crops}."
+            )
         return batch
 
     def _require_finite(self, losses: list[float], rows: list[Tensor], parts: dict[str, float]) -> None:
@@ -187,7 +189,8 @@ class Trainer:
                 raise NonFiniteLossError(
                     f"The loss became {loss} at step {step} ({listed}). Rows of that batch: {list(bad)}. Look at "
                     f"their crops and targets; if they are sound, lower optim.base_lr or set optim.clip_grad.",
-                    step, bad,
+                    step,
+                    bad,
                 )
 
     def _checkpoint_is_due(self) -> bool:

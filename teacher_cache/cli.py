@@ -261,8 +261,7 @@ def _store_lines(store: dict) -> list[str]:
         f"      rows      {store['rows_done']:,} of {store['rows']:,} ({share:.0%}), {store['shards_done']:,} of "
         f"{store['shards']:,} shards, {'complete' if store['complete'] else 'NOT complete: run extract again'}",
         f"      kept      layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, "
-        f"codec {'/'.join(codecs)}"
-        + ", attention" * spec["attention"],
+        f"codec {'/'.join(codecs)}" + ", attention" * spec["attention"],
         f"      bytes     {human(store['bytes'])}; a crop: {human(per_crop['float16'])} as float16 -> "
         f"{human(per_crop['quantised'])} quantised -> {on_disk} on disk",
         "      fidelity  standardised error of a token, in %: layer (median / p99 / worst)",

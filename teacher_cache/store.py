@@ -1,11 +1,11 @@
 """One teacher's targets for one view: a zarr v3 group, its manifest and its small arrays. Shards are written by writer.py.
 
-    clip-b16.zarr/
-      zarr.json       attributes["teacher_cache"] is the Manifest
-      store.json      sealed; SHA-256 of every small file; its presence says that the store was begun
-      tokens/08 ...   row arrays (spec.StoreSpec.array_names), one shard file c.SHARD.0.0 each
-      quant/08/centre, spread     head/gamma, beta, projection     probe
-      commits/, then shards.npy and complete.json
+clip-b16.zarr/
+  zarr.json       attributes["teacher_cache"] is the Manifest
+  store.json      sealed; SHA-256 of every small file; its presence says that the store was begun
+  tokens/08 ...   row arrays (spec.StoreSpec.array_names), one shard file c.SHARD.0.0 each
+  quant/08/centre, spread     head/gamma, beta, projection     probe
+  commits/, then shards.npy and complete.json
 """
 
 from __future__ import annotations

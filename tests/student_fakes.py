@@ -45,8 +45,9 @@ def fake_batch(rows: range, layers: tuple[int, ...] = (-2, -1), teacher: Teacher
         tokens.append(torch.randn(len(layers), teacher.has_cls + n_patches, teacher.dim, generator=generator))
         attention.append(torch.rand(n_patches, generator=generator).softmax(0))
     head = TeacherHead(torch.ones(teacher.dim), torch.zeros(teacher.dim), None)
-    targets = Targets(torch.stack(tokens), layers, teacher.has_cls,
-                      torch.stack(attention) if teacher.has_attention else None, head)
+    targets = Targets(
+        torch.stack(tokens), layers, teacher.has_cls, torch.stack(attention) if teacher.has_attention else None, head
+    )
     return Batch(torch.stack(images), torch.tensor(rows), torch.tensor(rows) % 3, targets)
 
 

@@ -59,7 +59,9 @@ def test_every_command_is_documented(name, command):
     """Every command stands in the README, has a help text with an example, and every option of it says what it does."""
     assert re.search(rf"`{name}[ `]", README)
     assert command.help and "Example:" in command.help and name in command.help.split("Example:")[1]
-    silent = [p.name for p in command.params if isinstance(p, click.Option) and not p.help and not isinstance(p.type, click.Choice)]
+    silent = [
+        p.name for p in command.params if isinstance(p, click.Option) and not p.help and not isinstance(p.type, click.Choice)
+    ]
     assert set(silent) <= {"batch_size", "device"}
 
 

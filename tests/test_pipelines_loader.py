@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,8 +168,8 @@ def test_two_loaders_at_once(shared_cache, loader):
 
 def test_no_file_descriptor_a_shard(shared_cache):
     """Mapping shards keeps no descriptors open: ImageNet's thousands of shards would exhaust them."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     readers = [StoreReader(shared_cache.view(0).store_path("fake")) for _ in range(20)]
     for reader in readers:
         reader.read("tokens/06", np.arange(24))
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

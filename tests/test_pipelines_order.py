@@ -11,7 +11,13 @@ from pipelines.order import Order
 
 
 @settings(max_examples=60, deadline=None)
-@given(n_rows=st.integers(1, 500), block=st.integers(1, 64), window=st.integers(1, 5), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+@given(
+    n_rows=st.integers(1, 500),
+    block=st.integers(1, 64),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 9),
+)
 def test_an_epoch_has_every_row_once(n_rows, block, window, seed, epoch):
     """Whatever the blocks, an epoch is a permutation of all rows, and the same one each time it is asked for."""
     order = Order(n_rows, 1, seed, block, window)

@@ -31,7 +31,9 @@ def small_config(preset: str):
     """The preset's method on the crops and grid of the test cache."""
     config = recipe(preset).tiny().config
     levels = [replace(o, levels=3) if isinstance(o, AlignConfig) else o for o in config.objectives]
-    return replace(config, backbone=replace(config.backbone, image_size=32, patch_size=8), objectives=tuple(levels), batch_size=12)
+    return replace(
+        config, backbone=replace(config.backbone, image_size=32, patch_size=8), objectives=tuple(levels), batch_size=12
+    )
 
 
 def loss_and_gradients(config, source, teacher):

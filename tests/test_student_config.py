@@ -25,8 +25,11 @@ from student import (
     [
         TrainConfig(),
         tiny_config(),
-        tiny_config(objectives=(AlignConfig(2.0, levels=3),), teacher="clip-b16",
-                    optim=OptimConfig(clip_grad=3.0, warmup_epochs=1, betas=(0.9, 0.98))),
+        tiny_config(
+            objectives=(AlignConfig(2.0, levels=3),),
+            teacher="clip-b16",
+            optim=OptimConfig(clip_grad=3.0, warmup_epochs=1, betas=(0.9, 0.98)),
+        ),
         TrainConfig(backbone=BackboneConfig(fuse_blocks=(3, 6, 9, 12))),
     ],
 )
@@ -70,11 +73,21 @@ def test_missing_key():
 
 def test_overrides():
     """Overrides are read as the type of their field, and all are applied before the whole is checked."""
-    config = with_overrides(tiny_config(), {
-        "optim.base_lr": "1e-4", "optim.betas": "0.9, 0.98", "optim.clip_grad": "3", "optim.lr_per_256": "false",
-        "batch_size": "9", "accumulate": "3",  # only together do they divide
-        "objectives.0.weight": "0.3", "backbone.fuse_blocks": "1,2", "mask.kind": "random", "teacher": "clip-b16",
-    })
+    config = with_overrides(
+        tiny_config(),
+        {
+            "optim.base_lr": "1e-4",
+            "optim.betas": "0.9, 0.98",
+            "optim.clip_grad": "3",
+            "optim.lr_per_256": "false",
+            "batch_size": "9",
+            "accumulate": "3",  # only together do they divide
+            "objectives.0.weight": "0.3",
+            "backbone.fuse_blocks": "1,2",
+            "mask.kind": "random",
+            "teacher": "clip-b16",
+        },
+    )
     assert config.optim == OptimConfig(1e-4, False, (0.9, 0.98), warmup_epochs=0.5, clip_grad=3.0)
     assert (config.batch_size, config.accumulate, config.teacher) == (9, 3, "clip-b16")
     assert config.objectives[0] == MimicConfig(0.3)
@@ -135,8 +148,10 @@ def test_peak_learning_rate():
 
 def test_config_needs_no_torch():
     """Reading and changing a config imports neither torch nor timm, so a command line can do it at once."""
-    code = ("import sys, student; student.with_overrides(student.TrainConfig(), {'epochs': '30'}); "
-            "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))")
+    code = (
+        "import sys, student; student.with_overrides(student.TrainConfig(), {'epochs': '30'}); "
+        "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

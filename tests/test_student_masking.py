@@ -15,8 +15,12 @@ BACKBONE = BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
 
 
 def attention_batch(attention: torch.Tensor) -> Batch:
-    return Batch(torch.zeros(len(attention), 3, 1, 1), torch.arange(len(attention)), None,
-                 Targets(torch.zeros(0), (), True, attention, None))
+    return Batch(
+        torch.zeros(len(attention), 3, 1, 1),
+        torch.arange(len(attention)),
+        None,
+        Targets(torch.zeros(0), (), True, attention, None),
+    )
 
 
 @pytest.mark.parametrize("kind", MASKERS)
@@ -58,8 +62,11 @@ def test_attention_race_is_multinomial_without_replacement():
     """The pairs that the attention race keeps of 4 patches occur as often as successive weighted draws give them."""
     attention = [0.5, 0.25, 0.2, 0.05]
     n_draws = 20_000
-    masker = build_masker(MaskConfig("attention", 0.5), BackboneConfig(image_size=32, dim=8, depth=1, heads=1),
-                          TeacherShape("t", (2, 2), 8, 1, True, True, None))
+    masker = build_masker(
+        MaskConfig("attention", 0.5),
+        BackboneConfig(image_size=32, dim=8, depth=1, heads=1),
+        TeacherShape("t", (2, 2), 8, 1, True, True, None),
+    )
     noise = draw_noise(7, 0, n_draws, 4)
     keep = masker(attention_batch(torch.tensor([attention]).expand(n_draws, 4)), noise).keep
 
@@ -79,9 +86,7 @@ def test_patches_without_attention_come_last():
     """Patches of zero attention are kept only when all others are, and raise nothing."""
     attention = torch.zeros(8, 16)
     attention[:, [3, 11]] = 0.5
-    mask = build_masker(MaskConfig("attention", 0.75), BACKBONE, TEACHER)(
-        attention_batch(attention), draw_noise(0, 0, 8, 16)
-    )
+    mask = build_masker(MaskConfig("attention", 0.75), BACKBONE, TEACHER)(attention_batch(attention), draw_noise(0, 0, 8, 16))
     assert torch.equal(mask.keep[:, :2].sort(dim=1).values, torch.tensor([3, 11]).expand(8, 2))
 
 

@@ -40,8 +40,11 @@ def assert_same_loss_and_gradient(objective, encoded, batch, by_hand):
     loss, _ = objective(encoded, batch, MASK)
     loss.backward()
 
-    tensors = {**dict(objective.named_parameters()), "tokens": encoded.tokens,
-               **{f"layers.{index}": layer for index, layer in enumerate(encoded.layers)}}
+    tensors = {
+        **dict(objective.named_parameters()),
+        "tokens": encoded.tokens,
+        **{f"layers.{index}": layer for index, layer in enumerate(encoded.layers)},
+    }
     values = {name: tensor.detach().numpy().astype(np.float64) for name, tensor in tensors.items()}
 
     def hand_loss():
@@ -128,8 +131,13 @@ def test_reconstruct_by_hand():
     batch = fake_batch(range(2), (), WITH_CLS)
     images = batch.images.numpy().astype(np.float64)
     omega = np.array([1.0, 0.01])
-    places = np.stack([np.concatenate([np.sin(c * omega), np.cos(c * omega), np.sin(r * omega), np.cos(r * omega)])
-                       for r in range(2) for c in range(2)])
+    places = np.stack(
+        [
+            np.concatenate([np.sin(c * omega), np.cos(c * omega), np.sin(r * omega), np.cos(r * omega)])
+            for r in range(2)
+            for c in range(2)
+        ]
+    )
 
     def by_hand(w, tokens, layers):
         embedded = linear(tokens, w, "decoder.embed")

@@ -135,8 +135,7 @@ def test_accumulation_does_not_change_the_step(tmp_path):
 
 def test_loss_falls(tmp_path):
     """On four crops seen again and again the student learns."""
-    config = tiny_config(epochs=60, mask=MaskConfig("random", 0.5),
-                         objectives=(ReconstructConfig(dim=16, depth=1, heads=2),))
+    config = tiny_config(epochs=60, mask=MaskConfig("random", 0.5), objectives=(ReconstructConfig(dim=16, depth=1, heads=2),))
     trainer = make_trainer(tmp_path / "run", config)
     endless = trainer.source.micro_batches
     first = next(endless(0, 1))
@@ -253,5 +252,10 @@ def test_checkpoints_are_kept_and_removed(tmp_path):
     newest = [path and int(path.stem.split("-")[1]) for path in seen]
     assert newest == [None, None, None, 3, 3, 5, 6, 6, 6, 9]  # before the checkpoint of the step itself
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["checkpoint-00000009.safetensors", "checkpoint-00000010.safetensors", "config.json",
-                     "metrics.jsonl", "tensorboard"]
+    assert names == [
+        "checkpoint-00000009.safetensors",
+        "checkpoint-00000010.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+    ]

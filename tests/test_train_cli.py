@@ -28,7 +28,9 @@ def run(command, *arguments) -> object:
 
 
 def maskalign(cache, out, *more):
-    return run(train, "--cache", cache.path, "--preset", "maskalign-b16", "--tiny", *FIT, "--teacher", "fake", "--out", out, *more)
+    return run(
+        train, "--cache", cache.path, "--preset", "maskalign-b16", "--tiny", *FIT, "--teacher", "fake", "--out", out, *more
+    )
 
 
 def metrics(out: Path) -> list[dict]:
@@ -101,8 +103,16 @@ def test_live_trains_too(shared_cache, teacher, tmp_path, monkeypatch):
         (["--preset", "mae-b16", "--set", "batch"], 2, "--set batch: give key=value"),
         (["--preset", "mae-b16", "--set", "batch=3"], 2, "no field 'batch'.*batch_size"),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x"], 2, "are 32 px, mae-b16 takes 224 px"),
-        (["--preset", "mae-b16", *FIT, "--set", "batch_size=4096", "--cache", "CACHE", "--out", "x"], 1, "24 rows, one step takes 4,096"),
-        (["--preset", "maskalign-b16", "--tiny", *FIT, "--cache", "CACHE", "--out", "x"], 2, "no targets of clip-b16; it has fake, .*extract"),
+        (
+            ["--preset", "mae-b16", *FIT, "--set", "batch_size=4096", "--cache", "CACHE", "--out", "x"],
+            1,
+            "24 rows, one step takes 4,096",
+        ),
+        (
+            ["--preset", "maskalign-b16", "--tiny", *FIT, "--cache", "CACHE", "--out", "x"],
+            2,
+            "no targets of clip-b16; it has fake, .*extract",
+        ),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--device", "tpu"], 2, "--device tpu: give auto, cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -39,8 +39,8 @@ def main() -> None:
 
     click.echo(f"\n2. Crops and targets: {VIEWS} crops of each image, and the frozen teacher run once over all of them.")
     cache = OUT / "cache"
-    run(teacher_cache, "teacher-cache", "extract", "--teacher", "demo", "--images", digits / "train", "--preset", "maskalign-demo",
-        "--views", VIEWS, "--batch-size", 256, cache)  # fmt: skip
+    crops = ("--images", digits / "train", "--preset", "maskalign-demo", "--views", VIEWS)
+    run(teacher_cache, "teacher-cache", "extract", "--teacher", "demo", *crops, "--batch-size", 256, cache)
     run(teacher_cache, "teacher-cache", "inspect", cache)
 
     click.echo("\n3. Students: equal crops, equal epochs; none of them sees the teacher, two read its cached targets.")

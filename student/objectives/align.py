@@ -33,8 +33,9 @@ class Align(Objective):
         super().__init__()
         teacher = require_teacher(config.kind, backbone, teacher)
         if config.levels > teacher.depth:
-            raise ConfigError(f"{config.kind}.levels={config.levels} asks for more blocks than the teacher "
-                              f"{teacher.name} has: {teacher.depth}.")
+            raise ConfigError(
+                f"{config.kind}.levels={config.levels} asks for more blocks than the teacher {teacher.name} has: {teacher.depth}."
+            )
         self.levels = tuple(range(-config.levels, 0))
         self.needs = Needs(layers=self.levels)
 

@@ -26,11 +26,15 @@ class Objective(nn.Module):
 def require_teacher(kind: str, backbone: BackboneConfig, teacher: TeacherShape | None) -> TeacherShape:
     """The teacher, if there is one and it looks at the student's patches; else ConfigError."""
     if teacher is None:
-        raise ConfigError(f"The objective {kind} learns from a teacher's tokens, and this run has no teacher. "
-                          f"Train from a cache, or use the objective reconstruct alone.")
+        raise ConfigError(
+            f"The objective {kind} learns from a teacher's tokens, and this run has no teacher. "
+            f"Train from a cache, or use the objective reconstruct alone."
+        )
     if teacher.grid != backbone.grid:
-        raise ConfigError(f"The objective {kind} compares patch by patch: the student has {backbone.grid} patches "
-                          f"({backbone.image_size} pixels in patches of {backbone.patch_size}), the teacher "
-                          f"{teacher.name} has {teacher.grid}. Choose backbone.image_size and backbone.patch_size "
-                          f"to match, or another teacher.")
+        raise ConfigError(
+            f"The objective {kind} compares patch by patch: the student has {backbone.grid} patches "
+            f"({backbone.image_size} pixels in patches of {backbone.patch_size}), the teacher "
+            f"{teacher.name} has {teacher.grid}. Choose backbone.image_size and backbone.patch_size "
+            f"to match, or another teacher."
+        )
     return teacher

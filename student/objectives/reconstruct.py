@@ -28,9 +28,7 @@ class Reconstruct(Objective):
     def __init__(self, config: ReconstructConfig, backbone: BackboneConfig, teacher: TeacherShape | None):
         super().__init__()
         self.patch_size = backbone.patch_size
-        self.decoder = Decoder(
-            backbone.dim, backbone.grid, config.dim, config.depth, config.heads, config.mlp_ratio
-        )
+        self.decoder = Decoder(backbone.dim, backbone.grid, config.dim, config.depth, config.heads, config.mlp_ratio)
         self.head = nn.Linear(config.dim, 3 * backbone.patch_size**2)
         init_linear_and_norm(self.head)
 
