@@ -159,7 +159,8 @@ def _store(cache, name: str) -> str:
         there = f"it has {', '.join(names)}" if names else "it has no targets at all"
         other = f" To learn from another teacher: --teacher {names[0]}." if names else ""
         raise UnknownNameError(
-            f"{cache.path} has no targets of {name}; {there}. Make them: teacher-cache extract --teacher {name} {cache.path}.{other}"
+            f"{cache.path} has no targets of {name}; {there}. "
+            f"Make them: teacher-cache extract --teacher {name} {cache.path}.{other}"
         )
     return cleaned
 
