@@ -202,8 +202,20 @@ class JoinedLoader:
         self.graph = Graph(specs, reader.handlers, fields, reader.metadata, None)
         _, code = self.graph.collect_requirements()
         self.stages, self.outputs = self.graph.codegen_all(code)
-        # one ring for the whole run: FFCV would allocate and fault in a new one every epoch
-        self.memory = self.graph.allocate_memory(batch_rows, ahead + 2)
+        # One ring for the whole run: FFCV would allocate and fault in a new one every epoch. One slot more than batches are
+        # prepared ahead: the one that the consumer works on.
+        self.n_slots = ahead + 1
+        self.memory = self.graph.allocate_memory(batch_rows, self.n_slots)
+        self.handed_out = 0
+        """Slot of the batch that the consumer has."""
+        self.copied: dict[int, torch.cuda.Event] = {}
+        """Per slot, when its copy to the device is done."""
+
+    def guard(self, device: torch.device) -> None:
+        """Do not write over the batch just handed out before what is queued on `device` so far, its copies, is done."""
+        if device.type == "cuda":
+            self.copied[self.handed_out] = event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
 
     def open(self, crops: CropReader, store: StoreReader | None) -> None:
         """Read from another view from now on. No epoch may be running."""
@@ -252,9 +264,8 @@ class _Ahead:
         self.loader, self.rows = loader, rows
         self.ready: queue.Queue = queue.Queue()
         # a slot is free again when the consumer asks for the batch after the one that used it
-        self.slots = threading.Semaphore(loader.ahead + 1)
+        self.slots = threading.Semaphore(loader.n_slots)
         self.stopping = threading.Event()
-        self.used_on_device: dict[int, torch.cuda.Event] = {}
         self.thread = threading.Thread(target=self._work, name="ffcv-ahead", daemon=True)
         self.thread.start()
 
@@ -265,9 +276,9 @@ class _Ahead:
                 self.slots.acquire()
                 if self.stopping.is_set():
                     return
-                slot = index % (self.loader.ahead + 2)
-                if slot in self.used_on_device:
-                    self.used_on_device[slot].synchronize()  # its copy to the device may still be under way
+                slot = index % self.loader.n_slots
+                if slot in self.loader.copied:
+                    self.loader.copied.pop(slot).synchronize()
                 self.ready.put(self.loader.run(rows, slot))
             self.ready.put(self._END)
         except BaseException as error:  # handed over, and raised where somebody listens
@@ -280,11 +291,8 @@ class _Ahead:
                 return
             if isinstance(result, BaseException):
                 raise result
+            self.loader.handed_out = index % self.loader.n_slots
             yield result
-            if torch.cuda.is_initialized():
-                event = torch.cuda.Event()
-                event.record()
-                self.used_on_device[index % (self.loader.ahead + 2)] = event
             self.slots.release()
 
     def stop(self) -> None:

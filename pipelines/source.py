@@ -6,6 +6,7 @@ extraction uses: the oracle of the tests, and the baseline of every speed claim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +19,7 @@ from teacher_cache.cache import Cache, View
 from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
-from teacher_cache.store import read_manifest, shared_sha256
+from teacher_cache.store import extract_command, read_manifest, shared_sha256
 
 from .ffcv_loader import JoinedLoader, RawBatch, default_workers
 from .order import Order
@@ -36,8 +37,13 @@ def teacher_shape(spec: TeacherSpec) -> TeacherShape:
 
 def normalise(images_u8: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], by ImageNet's mean and standard deviation."""
-    mean, std = (torch.tensor(values, device=images_u8.device).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
+    mean, std = _mean_and_std(images_u8.device)
     return (images_u8.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
 
 
 def complete_views(cache: Cache, store_name: str | None, n_views: int | None) -> list[View]:
@@ -58,15 +64,14 @@ def complete_views(cache: Cache, store_name: str | None, n_views: int | None) ->
             names = view.store_names()
             raise NotInCacheError(
                 f"View {view.number} of {cache.path} has no targets of {store_name}; it has {', '.join(names) or 'none'}. "
-                f"Make them: teacher-cache extract --teacher {store_name} {cache.path}"
-                + (f", or train with --teacher {names[0]}." if names else ".")
+                + _how_to_make(views, store_name)
             )
         reader = StoreReader(view.store_path(store_name))
         if not reader.is_complete:
             rows = sum(len(reader.spec.rows_of(int(shard))) for shard in np.flatnonzero(reader.finished))
             raise NotInCacheError(
                 f"View {view.number} of {cache.path} is not complete: {rows:,} of {len(reader):,} rows of {store_name} are "
-                f"there. Finish it: teacher-cache extract --teacher {reader.teacher.name} {cache.path}"
+                f"there. Finish it: {extract_command(cache.path, store_name, reader.manifest)}"
             )
         view.require_own(reader.manifest)
         if shared_sha256(reader.path) != shared_sha256(views[0].store_path(store_name)):
@@ -77,7 +82,17 @@ def complete_views(cache: Cache, store_name: str | None, n_views: int | None) ->
     return views
 
 
-def store_spec(cache: Cache, store_name: str) -> TeacherSpec:
+def _how_to_make(views: list[View], store_name: str) -> str:
+    """What to do about a view that lacks a store, as a sentence."""
+    having = [view for view in views if store_name in view.store_names()]
+    if having:
+        command = extract_command(views[0].cache.path, store_name, read_manifest(having[0].store_path(store_name)))
+        return f"Make them: {command}; or train on fewer views: --views {len(having)}."
+    command = f"teacher-cache extract --teacher NAME --name {store_name} {views[0].cache.path}"
+    return f"Make them: {command}; or choose one with --teacher."
+
+
+def teacher_spec(cache: Cache, store_name: str) -> TeacherSpec:
     """The teacher behind a store of view 0."""
     return read_manifest(cache.finished_view(0).store_path(store_name)).teacher
 
@@ -111,6 +126,7 @@ class CropSource:
         }
         self._workers = workers or default_workers()
         self._loader: JoinedLoader | None = None
+        self._opened: dict[int, tuple[CropReader, StoreReader | None]] = {}
         self._labels = torch.from_numpy(cache.images().labels)
 
     def _first_store(self) -> StoreReader:
@@ -131,7 +147,10 @@ class CropSource:
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
         for epoch, rows in self.order.steps(first_step, last_step):
-            crops, store = self._open(self.views[epoch % len(self.views)])
+            view = self.views[epoch % len(self.views)]
+            if view.number not in self._opened:  # once a run: readers remember which rows they have checked
+                self._opened[view.number] = self._open(view)
+            crops, store = self._opened[view.number]
             micro_rows = rows.reshape(-1, rows.shape[1] // self.accumulate)
             if self._loader is None:
                 self._loader = JoinedLoader(crops, store, self._arrays(), micro_rows.shape[1], self._workers)
@@ -141,10 +160,12 @@ class CropSource:
                 yield self._batch(raw)
 
     def _batch(self, raw: RawBatch) -> Batch:
-        # non_blocking: the loader waits for the copy before it uses the buffer again
+        """Rows and labels stay on the CPU: no loss reads them, and copying them would make the host wait."""
         images_u8 = torch.from_numpy(raw.images).to(self.device, non_blocking=True)
         rows = torch.from_numpy(raw.rows)
-        return Batch(normalise(images_u8), rows, self._labels[rows].to(self.device), self._targets(raw, images_u8))
+        batch = Batch(normalise(images_u8), rows, self._labels[rows], self._targets(raw, images_u8))
+        self._loader.guard(self.device)
+        return batch
 
 
 class CachedSource(CropSource):
@@ -160,10 +181,11 @@ class CachedSource(CropSource):
         if missing or needs.attention and not self.spec.attention:
             what = f"layers {', '.join(map(str, missing))}" if missing else "attention"
             wanted = ",".join(map(str, sorted({*self.layers, *self.spec.layers})))
+            command = extract_command(cache.path, f"{store_name}-more", store.manifest)
             raise NotInCacheError(
                 f"{store.path} lacks {what}; it holds layers {', '.join(map(str, self.spec.layers))} of {self.teacher.depth}"
-                f"{' and attention' if self.spec.attention else ', no attention'}. Make a store that has them: teacher-cache "
-                f"extract --teacher {self.teacher.name} --layers {wanted} --name {store_name}-more {cache.path}"
+                f"{' and attention' if self.spec.attention else ', no attention'}. Make a store that has them: {command} "
+                f"--layers {wanted}; then train with --teacher {store_name}-more."
             )
         self.identity |= {
             "store": store_name,

@@ -58,8 +58,8 @@ class Batch:
     """Crops, ready for the student."""
 
     images: Tensor  # float [B, 3, H, W], normalised for the student
-    rows: Tensor  # int64 [B], row of the crop in its view
-    labels: Tensor | None  # int64 [B]
+    rows: Tensor  # int64 [B], row of the crop in its view; on the CPU
+    labels: Tensor | None  # int64 [B], on the CPU
     targets: Targets | None  # None for methods without a teacher
 
 

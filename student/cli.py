@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 import click
 
 from student.errors import ConfigError, StudentError
+from teacher_cache.cache import Cache
 from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
+from teacher_cache.store import store_file_name
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
@@ -73,7 +76,8 @@ def train(cache, preset, out, overrides, teacher, views, tiny, max_steps, device
     Ctrl-C saves the last step; the same command goes on from there, with the very same batches. Exit codes: 0 done, 1 the data or
     the run is at fault, 2 the command is, 130 interrupted.
     """
-    with one_line_errors("The last step is saved; the same command goes on from there.", (ConfigError,), (StudentError,)):
+    run = _Run()
+    with one_line_errors(run.on_interrupt, (ConfigError,), (StudentError,)):
         if list_presets:
             _list_presets()
             return
@@ -87,95 +91,116 @@ def train(cache, preset, out, overrides, teacher, views, tiny, max_steps, device
         chosen = recipe(preset)
         chosen = chosen.tiny() if tiny else chosen
         config = with_overrides(chosen.config, _overrides(overrides))
+        if teacher:
+            config = dataclasses.replace(config, teacher=teacher)
         if show:
             click.echo(inspect.getdoc(PRESETS[preset]))
             click.echo("\nSettings (change one with --set KEY=VALUE):")
             for key, value in _flat(config.to_json()).items():
-                click.echo(f"  {key} = {value}")
+                click.echo(f"  {key}={value}")
             return
-        if cache is None or out is None:
-            raise UsageError(
-                f"--{'cache' if cache is None else 'out'} is missing: student-train --cache CACHE --preset {preset} --out RUN"
-            )
+        for name, value in (("cache", cache), ("out", out)):
+            if value is None:
+                raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
+        if not chosen.teacher and (live or teacher):
+            raise UsageError(f"{preset} learns without a teacher: leave out --live and --teacher.")
+        if weights and not live:
+            raise UsageError("--weights goes with --live; without it the teacher is not loaded.")
+
         _stop_on_sigterm()
-        _train(config, cache, out, teacher or chosen.teacher, views, max_steps, device, workers, check, route, live, weights,
-               checkpoint_every)  # fmt: skip
+        opened = Cache(cache)
+        _say_differing_plan(opened, chosen)
+        options = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "n_views": views,
+                   "workers": workers}  # fmt: skip
+        reading = {"route": route, "check": check}
+        run.trainer = _trainer(config, opened, out, device, live, weights, checkpoint_every, options, reading)
+        steps = run.trainer.fit(max_steps)
+        done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
+        say(f"{out}: {done}.")
 
 
-def _train(config, cache_path, out, store_name, views, max_steps, device, workers, check, route, live, weights, checkpoint_every):
-    from teacher_cache.cache import Cache
+class _Run:
+    """What a run can say of itself when it is interrupted."""
+
+    trainer = None
+
+    def on_interrupt(self) -> str:
+        if self.trainer is None or self.trainer.step == 0:
+            return "No step was taken yet."
+        return f"Step {self.trainer.step:,} is saved; the same command goes on from there."
+
+
+def _say_differing_plan(cache: Cache, chosen) -> None:
+    """Crops drawn by another plan than the preset's train as well, but not what the paper trained: say so."""
+    here, expected = cache.plan.to_json(), chosen.plan.to_json()
+    differing = [
+        f"{key} {here[key]} (the preset: {expected[key]})" for key in here if key != "seed" and here[key] != expected[key]
+    ]
+    if differing:
+        say(f"note     the crops of {cache.path} are drawn otherwise than {chosen.name} expects: {', '.join(differing)}")
+
+
+def _trainer(config, cache, out, device, live, weights, checkpoint_every, options, reading):
+    """The trainer of a run: teacher or cache, student and source, joined; says what was found."""
+    from pipelines.source import CachedSource, CropSource, LiveSource, teacher_shape, teacher_spec
     from teacher_cache.device import pick_device
 
-    device, _ = pick_device(device, "auto")
-    cache = Cache(cache_path)
-    size = cache.plan.size
-    if size != config.backbone.image_size:
-        raise UsageError(
-            f"The crops of {cache_path} are {size} px, {config.preset} takes {config.backbone.image_size} px. Use a cache of "
-            f"that size, or --set backbone.image_size={size}."
-        )
-    options = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "device": device,
-               "n_views": views, "workers": workers}  # fmt: skip
-    from pipelines.source import CachedSource, CropSource, LiveSource, store_spec, teacher_shape
-
     from .model import Student
+    from .trainer import Trainer
 
+    device, precision = pick_device(device, config.precision)
+    options["device"] = device
+    if cache.plan.size != config.backbone.image_size:
+        raise UsageError(
+            f"The crops of {cache.path} are {cache.plan.size} px, {config.preset} takes {config.backbone.image_size} px. Use a "
+            f"cache of that size, or --set backbone.image_size={cache.plan.size}."
+        )
     if not config.teacher:
         student, source = Student(config), CropSource(cache, **options)
     elif live:
         from teacher_cache.teachers import load_teacher
 
-        loaded = load_teacher(store_name, weights, None, device, "bf16" if device.startswith("cuda") else "fp32")
+        loaded = load_teacher(config.teacher, weights, None, device, precision)
         student = Student(config, teacher_shape(loaded.spec))
         source = LiveSource(cache, loaded, student.needs, **options)
     else:
-        name = _store(cache, store_name)
-        student = Student(config, teacher_shape(store_spec(cache, name)))
-        source = CachedSource(cache, name, student.needs, route=route, check=check, **options)
-
-    from .trainer import Trainer
+        name = _store(cache, config.teacher)
+        student = Student(config, teacher_shape(teacher_spec(cache, name)))
+        source = CachedSource(cache, name, student.needs, **reading, **options)
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
+    trainer = Trainer(config, student, source, out, device, checkpoint_every=checkpoint_every)
     say(
         f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {device}",
         f"data     {cache.n_images:,} images, {n_views} view{'s' * (n_views > 1)}: each crop will be seen "
         f"{config.epochs / n_views:g} times in {config.epochs} epochs",
-        f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, "
-        f"{config.epochs * source.steps_per_epoch:,} in all",
+        f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
     )
-    trainer = Trainer(config, student, source, out, device, checkpoint_every=checkpoint_every)
     if trainer.step:
         say(f"resumed  at step {trainer.step:,}")
-    steps = trainer.fit(max_steps)
-    done = "finished" if steps >= trainer.total_steps else f"stopped at step {steps:,} of {trainer.total_steps:,}"
-    say(f"{out}: {done}.")
+    return trainer
 
 
-def _store(cache, name: str) -> str:
-    """The store called `name`, or NotInCacheError (raised by the source) / UnknownNameError listing what is there."""
-    names = cache.finished_view(0).store_names()
-    cleaned = name.replace(":", "_").replace("/", "_")
-    if cleaned not in names:
+def _store(cache: Cache, name: str) -> str:
+    """The file name of the store called `name`, or UnknownNameError listing what is there."""
+    names, store = cache.finished_view(0).store_names(), store_file_name(name)
+    if store not in names:
         there = f"it has {', '.join(names)}" if names else "it has no targets at all"
-        other = f" To learn from another teacher: --teacher {names[0]}." if names else ""
-        raise UnknownNameError(
-            f"{cache.path} has no targets of {name}; {there}. "
-            f"Make them: teacher-cache extract --teacher {name} {cache.path}.{other}"
-        )
-    return cleaned
+        other = f" To learn from another: --teacher {names[0]}." if names else ""
+        command = f"teacher-cache extract --teacher {name} {cache.path}"
+        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}. Make them: {command}.{other}")
+    return store
 
 
-def _flat(value, prefix: str = "") -> dict:
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list) and prefix == "objectives."
-        else None
-    )
-    if items is None:
-        return {prefix.rstrip("."): value}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+def _flat(value, prefix: str = "") -> dict[str, str]:
+    """Settings as `--set` takes them: dotted names, tuples with commas, none, true and false."""
+    if isinstance(value, list) and prefix == "objectives.":
+        value = {str(index): item for index, item in enumerate(value)}
+    if isinstance(value, dict):
+        return {key: text for name, item in value.items() if name != "kind" or prefix == "mask."
+                for key, text in _flat(item, f"{prefix}{name}.").items()}  # fmt: skip
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return {prefix.rstrip("."): text.lower() if value is None or isinstance(value, bool) else text}
 
 
 @click.group(context_settings=SETTINGS)

@@ -202,13 +202,14 @@ class TrainConfig(_Checked):
     accumulate: int = 1
     """Micro-batches a step: the memory of batch_size / accumulate crops, the gradient of batch_size."""
     seed: int = 0
-    """Of the initial weights, the masks and drop path."""
+    """Of the initial weights, the order of the rows, the masks and drop path."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
 
     def check(self):
         for name in ("epochs", "batch_size", "accumulate"):
             _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        _require(0 <= self.seed < 2**63, f"seed must be in 0..2**63 - 1, not {self.seed}.")
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts.",

@@ -14,7 +14,7 @@ from .durable import canonical_json, npy_bytes, read_npy, read_sealed, seal, sha
 from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError
 from .images import ImageList
 from .spec import FORMAT_VERSION, from_json
-from .store import Manifest
+from .store import Manifest, store_file_name
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class View:
         return read_npy(self.path / "crops.npy", CROP_DTYPE)
 
     def store_path(self, name: str) -> Path:
-        return self.path / f"{name.replace(':', '_').replace('/', '_')}.zarr"
+        return self.path / f"{store_file_name(name)}.zarr"
 
     def store_names(self) -> list[str]:
         """Teachers that have at least a begun store in this view."""

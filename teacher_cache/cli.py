@@ -90,12 +90,12 @@ def crop(cache: Path, dry_run: bool, skip_bad: bool, workers: int | None, **opti
 @click.option("--teacher", required=True, help="clip-b16, demo, or timm:NAME (teacher-cache teachers).")
 @click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
 @click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
-@click.option("--layers", default="last5", show_default=True, help="Blocks to keep: last5, last, or numbers from 1: 8,10,12.")
-@click.option("--dtype", type=click.Choice(["float16", "int8"]), default="int8", show_default=True)
-@click.option("--codec", type=click.Choice(["auto", "zstd", "lz4", "none"]), default="auto", show_default=True,
-              help="auto compresses tokens where that saves at least 15 %.")  # fmt: skip
-@click.option("--shard-rows", type=click.IntRange(1, 1 << 20), default=2048, show_default=True, help="Crops a shard: what an "
-              "interruption loses at most.")  # fmt: skip
+@click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
+@click.option("--dtype", type=click.Choice(["float16", "int8"]), help="[default: int8]")
+@click.option("--codec", type=click.Choice(["auto", "zstd", "lz4", "none"]),
+              help="auto compresses tokens where that saves at least 15 %. [default: auto]")  # fmt: skip
+@click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
+              "[default: 2048]")  # fmt: skip
 @click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -107,7 +107,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
-    with it refuses and says which differ.
+    with it refuses and says which differ. What is not given is as in the store that is there.
 
     \b
     Example:
@@ -115,31 +115,32 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
       teacher-cache extract --teacher timm:vit_tiny_patch16_224 --weights random:0 --layers last CACHE
     """
     with one_line_errors(KEPT):
-        from .cache import Cache
+        from .cache import Cache, view_path
         from .cropping import remove_finished_work
         from .device import pick_device
-        from .estimate import store_bytes
-        from .extract import ExtractPlan, extract_view
+        from .extract import extract_view
         from .teachers import load_teacher
+        from .writer import missing_bytes
 
-        plan = ExtractPlan(layers, dtype, codec, shard_rows, batch_size)
-        device, precision = pick_device(device, precision)
         store_name = _store_name(name or teacher)
+        given = {"layers": layers, "dtype": dtype, "codec": codec, "shard_rows": shard_rows, "batch_size": batch_size}
+        plan, image_size = _extract_plan(cache, store_name, given, image_size)
+        device, precision = pick_device(device, precision)
         loaded = load_teacher(teacher, weights, image_size, device, precision)
         job, crop_bytes = _plan_crops(cache, default_size=loaded.spec.image_size, **crop_options)
         n_images = len(job.images.names) if job else Cache(cache).n_images
         n_views = crop_options["views"] or (max(job.views) + 1 if job else len(Cache(cache).views()))
 
         spec = plan.store_spec(loaded.spec, n_images)
-        done = [v for v in range(n_views) if (cache / f"view-{v:03d}" / f"{store_name}.zarr" / "complete.json").exists()]
-        token_bytes = store_bytes(spec, loaded.spec) * (n_views - len(done))
+        stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(n_views)]
+        token_bytes = sum(missing_bytes(store, spec, loaded.spec) for store in stores)
         say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
             f"{loaded.precision} on {device}")  # fmt: skip
-        if loaded.ignored_weights:
+        if weights and loaded.ignored_weights:
             say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
                 f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
         say(f"targets  {n_views} view{'s' * (n_views > 1)} of {n_images:,} crops, layers {', '.join(map(str, spec.layers))}, "
-            f"{dtype}{', attention' * spec.attention}: {human(token_bytes)}")  # fmt: skip
+            f"{spec.dtype}{', attention' * spec.attention}: {human(token_bytes)} to write")  # fmt: skip
         _say_space(cache, crop_bytes + token_bytes)
         if dry_run:
             return
@@ -166,15 +167,7 @@ def _plan_crops(cache: Path, default_size: int, images, views, preset, plan, cro
         from pipelines.presets import recipe
 
         base = dataclasses.replace(recipe(preset).plan, seed=base.seed)
-    if plan == "center":
-        base = dataclasses.replace(CropPlan.center(base.size), seed=base.seed)
-    elif plan == "random" and base.kind == "center":
-        base = CropPlan(size=base.size, seed=base.seed)
-    if crop_size:
-        base = dataclasses.replace(CropPlan.center(crop_size), seed=base.seed) if base.kind == "center" else dataclasses.replace(
-            base, size=crop_size)  # fmt: skip
-    if seed is not None:
-        base = dataclasses.replace(base, seed=seed)
+    base = base.changed(plan, crop_size, seed)
     crop_format = crop_format or (existing.identity.crop_format if existing else "jpeg95")
     n_views = views or (max(1, len(existing.views())) if existing else 1)
     if base.kind == "center" and n_views > 1:
@@ -185,11 +178,26 @@ def _plan_crops(cache: Path, default_size: int, images, views, preset, plan, cro
     if job.n_ignored:
         say(f"{job.n_ignored:,} files of {images} are no images by their names and are left alone.")
     one = estimate_crop_bytes(job)
-    n_bytes = one * len(job.images.names) * len(job.views)
+    n_crops = len(job.images.names) * len(job.views)
     say(f"crops    {len(job.images.names):,} images in {len(job.images.classes):,} classes, {len(job.views)} view"
-        f"{'s' * (len(job.views) > 1)} to make, {base.kind} {base.size} px, {crop_format}: about {human(n_bytes)} "
+        f"{'s' * (len(job.views) > 1)} to make, {base.kind} {base.size} px, {crop_format}: about {human(one * n_crops)} "
         f"({human(one)} each, measured on a few)")  # fmt: skip
-    return job, 2 * n_bytes  # the parts and, at the end, the file they are joined into
+    return job, one * (job.n_missing_crops + n_crops)  # the parts and, at the end, the files they are joined into
+
+
+def _extract_plan(cache: Path, store_name: str, given: dict, image_size: int | None):
+    """The ExtractPlan and image size that were given, completed from the store of view 0 if it was begun."""
+    from .cache import view_path
+    from .extract import ExtractPlan
+    from .store import read_manifest
+
+    store, base = view_path(cache, 0) / f"{store_name}.zarr", ExtractPlan()
+    if (store / "store.json").exists():
+        found = read_manifest(store)
+        layers = ",".join(map(str, found.store.layers))
+        base = ExtractPlan(layers=layers, dtype=found.store.dtype, shard_rows=found.store.shard_rows)
+        image_size = image_size or found.teacher.image_size
+    return dataclasses.replace(base, **{key: value for key, value in given.items() if value is not None}), image_size
 
 
 def _make_crops(job, skip_bad: bool, workers: int | None) -> None:
@@ -208,7 +216,9 @@ def _say_space(cache: Path, needed: int) -> None:
 
 
 def _store_name(name: str) -> str:
-    cleaned = name.replace(":", "_").replace("/", "_")
+    from .store import store_file_name
+
+    cleaned = store_file_name(name)
     if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
         raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
     return cleaned

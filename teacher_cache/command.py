@@ -6,7 +6,7 @@ Exit codes: 0 done; 1 the data or the machine is at fault; 2 the command is; 130
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -23,7 +23,7 @@ def say(*lines: str) -> None:
 
 
 @contextmanager
-def one_line_errors(resume: str, usage: tuple = (), others: tuple = ()) -> Iterator[None]:
+def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: tuple = ()) -> Iterator[None]:
     """Turn this project's errors, disk errors and Ctrl-C into one message and an exit code.
 
     resume: what to say about work that was interrupted. usage, others: further exception classes that carry a user's message;
@@ -32,7 +32,7 @@ def one_line_errors(resume: str, usage: tuple = (), others: tuple = ()) -> Itera
     try:
         yield
     except KeyboardInterrupt:
-        say("", f"Interrupted. {resume}")
+        click.echo(f"\nInterrupted. {resume() if callable(resume) else resume}", err=True)
         sys.exit(INTERRUPTED)
     except (TeacherCacheError, *usage, *others) as error:
         say(f"Error: {error}")

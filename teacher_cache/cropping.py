@@ -71,6 +71,11 @@ class CropJob:
     def n_parts(self) -> int:
         return -(-len(self.images.names) // PART_ROWS)
 
+    @property
+    def n_missing_crops(self) -> int:
+        """Crops, over all views, that no committed part holds yet."""
+        return sum(len(_part_names(self, part)) * len(self.missing_views(part)) for part in range(self.n_parts))
+
     def part_path(self, view: int, part: int, suffix: str) -> Path:
         return self.work_dir / f"view-{view:03d}" / f"{part:06d}{suffix}"
 
@@ -128,7 +133,7 @@ def _same_images(cache: Cache, found: ImageList, images_dir: Path) -> ImageList:
 
 
 def estimate_crop_bytes(job: CropJob, n_samples: int = 16) -> int:
-    """Mean bytes of an encoded crop, measured on evenly spaced originals (a median of nothing decodable is an error)."""
+    """Mean bytes of an encoded crop, measured on evenly spaced originals; a guess if none of these can be decoded."""
     if CROP_FORMATS[job.crop_format] is None:
         return job.plan.size**2 * 3
     sizes = []
@@ -242,23 +247,22 @@ def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
 def _cut_all(job: CropJob, workers: int) -> None:
     """Cut and commit every part that is not there yet. Pillow works without the GIL, so threads are enough."""
     parts = [(part, job.missing_views(part)) for part in range(job.n_parts)]
-    n_done = sum(_part_names(job, part)[1] for part, views in parts if not views)
+    n_done = sum(len(_part_names(job, part)) for part, views in parts if not views)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="crop")
     try:
         with progress("cropping", len(job.images.names), "images", n_done) as advance:
             for part, views in parts:
                 if views:
-                    names, n_names = _part_names(job, part)
+                    names = _part_names(job, part)
                     _commit_part(job, part, views, list(pool.map(lambda name, views=views: _try_cut(job, name, views), names)))
-                    advance(n_names)
+                    advance(len(names))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _part_names(job: CropJob, part: int) -> tuple[tuple[str, ...], int]:
-    names = job.images.names[part * PART_ROWS : (part + 1) * PART_ROWS]
-    return names, len(names)
+def _part_names(job: CropJob, part: int) -> tuple[str, ...]:
+    return job.images.names[part * PART_ROWS : (part + 1) * PART_ROWS]
 
 
 def _try_cut(job: CropJob, name: str, views: list[int]) -> list[tuple[np.void, bytes]] | str:
@@ -270,7 +274,7 @@ def _try_cut(job: CropJob, name: str, views: list[int]) -> list[tuple[np.void, b
 
 def _commit_part(job: CropJob, part: int, views: list[int], results: list) -> None:
     """Write one part of every missing view: bad.json, then crops, then the records, which say that it is done."""
-    names, _ = _part_names(job, part)
+    names = _part_names(job, part)
     bad = {name: reason for name, reason in zip(names, results, strict=True) if isinstance(reason, str)}
     for index, view in enumerate(views):
         records = np.zeros(len(results), CROP_DTYPE)
@@ -291,7 +295,7 @@ def _bad_images(job: CropJob) -> dict[str, str]:
         of_part = {}
         for view in job.views:
             of_part |= read_sealed(job.part_path(view, part, ".bad.json"))
-        bad |= {name: of_part[name] for name in _part_names(job, part)[0] if name in of_part}
+        bad |= {name: of_part[name] for name in _part_names(job, part) if name in of_part}
     return bad
 
 

@@ -77,6 +77,13 @@ class CropPlan:
         """The usual evaluation crop: short side to size * 8/7 (256 for 224), middle cut, no flip."""
         return cls(kind="center", size=size, resize=round(size * 8 / 7), flip_p=0.0)
 
+    def changed(self, kind: str | None, size: int | None, seed: int | None) -> CropPlan:
+        """This plan with what is not None changed. Another kind comes with that kind's own settings."""
+        kind, size, seed = kind or self.kind, size or self.size, self.seed if seed is None else seed
+        if kind == "center":
+            return dataclasses.replace(CropPlan.center(size), seed=seed)
+        return dataclasses.replace(self if self.kind == kind else CropPlan(), size=size, seed=seed)
+
     def to_json(self) -> dict:
         return {**dataclasses.asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
 

@@ -19,4 +19,6 @@ def pick_device(device: str, precision: str) -> tuple[str, str]:
         raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch sees no GPU here. Give --device cpu, or install torch for your GPU.")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, counted from cuda:0.")
     return device, ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision

@@ -201,6 +201,19 @@ def read_small_array(store: Path, name: str) -> np.ndarray:
     return np.frombuffer(chunk[:-4], "<f4").reshape(shape)
 
 
+def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
+    """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
+    weights, name = manifest.teacher.weights, manifest.teacher.name
+    with_weights = "" if weights == "built-in" or weights.startswith("timm pretrained") else f" --weights {weights}"
+    with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
+    return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {cache}"
+
+
+def store_file_name(name: str) -> str:
+    """A teacher's name as the name of its store: `timm:vit` -> `timm_vit`."""
+    return name.replace(":", "_").replace("/", "_")
+
+
 def shared_sha256(store: Path) -> dict[str, str]:
     """SHA-256 of the files that all views of a teacher share: quantiser, head and probe."""
     files = read_sealed(store / "store.json")["files"]

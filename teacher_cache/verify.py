@@ -1,7 +1,7 @@
 """Is every byte of a cache the byte that was written? Reads everything once, at the speed of the disk and CRC-32C.
 
 What one file cannot say of itself another says of it: cache.json and store.json name the SHA-256 of small files, crops.npy the
-CRC-32C of every crop, commit records size and CRC-32C of every shard file, and each of these carries its own checksum.
+CRC-32C of every crop, commit records size and CRC-32 of every shard file, and each of these carries its own checksum.
 """
 
 from __future__ import annotations

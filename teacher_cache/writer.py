@@ -17,7 +17,9 @@ import numpy as np
 from .commits import FILE_DTYPE, read_commits, shard_file, write_commit
 from .durable import ASIDE, crc32c, sync_folder
 from .errors import UsageError
+from .estimate import shard_bytes, store_bytes
 from .spec import StoreSpec, TeacherSpec
+from .store import read_manifest
 
 EMPTY_SLOT = 0xFFFFFFFFFFFFFFFF
 
@@ -121,6 +123,14 @@ class ShardWriter:
         for file in self.files.values():
             file.publish()
         write_commit(self.store, self.shard, sizes)
+
+
+def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec) -> int:
+    """Bytes that finishing a store takes at most. spec: of the store if it was not begun yet."""
+    if not (store / "store.json").exists():
+        return store_bytes(spec, teacher)
+    begun = read_manifest(store).store
+    return sum(shard_bytes(begun, teacher, shard) for shard in missing_shards(store, begun))
 
 
 def missing_shards(store: Path, spec: StoreSpec) -> list[int]:

@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from cache_fakes import contents, failing_at, flip_bit
 from click.testing import CliRunner
 
 from teacher_cache import cli, cropping, estimate, extract, teachers
 from teacher_cache.cache import Cache
+from teacher_cache.commits import write_commit
 from teacher_cache.errors import UnknownNameError
+from teacher_cache.estimate import shard_bytes
+from teacher_cache.store import read_manifest
 from teacher_cache.verify import verify
 
 SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
@@ -300,3 +304,20 @@ def test_looking_imports_no_torch(cache):
 def test_stdout_is_clean(tmp_path, image_folder):
     """Working commands print nothing on stdout, so that it can be piped."""
     assert extract_to(tmp_path / "c", image_folder).stdout == ""
+
+
+def test_resuming_needs_space_for_the_rest_only(tmp_path, image_folder, monkeypatch, teacher):
+    """A half-made cache goes on where the disk has room for what is left, by a command that says no more than the teacher."""
+    extract_to(tmp_path / "c", image_folder, "--shard-rows", 4)
+    whole = run("extract", "--teacher", "fake", "--dry-run", tmp_path / "c").stderr
+    assert "0 B needed" in whole
+    store = tmp_path / "c" / "view-000" / "fake.zarr"
+    files = np.load(store / "shards.npy")
+    (store / "complete.json").unlink()
+    (store / "commits").mkdir()
+    for shard in range(5):
+        write_commit(store, shard, files[shard])
+    left = shard_bytes(read_manifest(store).store, teacher.spec, 5)
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: left)
+    assert run("extract", "--teacher", "fake", tmp_path / "c").exit_code == 0
+    assert verify(Cache(tmp_path / "c"))[0] == []

@@ -190,3 +190,13 @@ def test_another_decoder_is_refused(cache, monkeypatch):
     monkeypatch.setattr(CropReader, "read", lambda self, rows, out=None: read(self, rows, out) ^ 1)
     with pytest.raises(MismatchError, match="24 of 24 crops decode to other pixels"):
         next(iter(CropSource(cache, batch_size=4).micro_batches(0, 1)))
+
+
+def test_a_row_is_checked_once_a_run(shared_cache):
+    """With check="first", the second epoch compares no checksum again: readers stay open for the whole run."""
+    source = CachedSource(shared_cache, "fake", ALL, batch_size=8)
+    list(source.micro_batches(0, 6))
+    stores = [store for _, store in source._opened.values()]
+    assert len(stores) == 2 and all(store.mapped("tokens/06").checked.all() for store in stores)
+    list(source.micro_batches(6, 12))
+    assert [store for _, store in source._opened.values()] == stores

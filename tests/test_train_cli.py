@@ -141,7 +141,10 @@ def test_list_and_show():
     listed = run(train, "--list").output
     shown = run(train, "--preset", "mr-mae-b16", "--show").output
     assert "maskalign-b16" in listed and "Deviations:" in shown
-    assert "objectives.0.weight = 0.5" in shown and "backbone.fuse_blocks = [3, 6, 9, 12]" in shown
+    assert "objectives.0.weight=0.5\n" in shown and "backbone.fuse_blocks=3,6,9,12\n" in shown
+    settings = [line.strip() for line in shown.split("Settings")[1].splitlines()[1:] if line.strip()]
+    again = run(train, "--preset", "mr-mae-b16", "--show", *[word for setting in settings for word in ("--set", setting)])
+    assert again.output == shown  # every line can be handed back to --set
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ from pathlib import Path
 import click
 import torch
 
+from student.errors import StudentError
+from teacher_cache.command import one_line_errors
+
 OUT = Path("demo-out")
 VIEWS = 4
 STUDENTS = {"MAE": "mae-demo", "MR-MAE": "mr-mae-demo", "MaskAlign": "maskalign-demo"}
@@ -129,4 +132,5 @@ def teacher_tokens():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("Run make demo again to start over.", others=(StudentError,)):
+        main()

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from teacher_cache.command import one_line_errors
 from teacher_cache.durable import ASIDE, canonical_json, sync_folder
 from teacher_cache.errors import MismatchError, UsageError
 
@@ -89,4 +90,5 @@ def val_mask(labels: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=write_digits.__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    print(write_digits(parser.parse_args().folder))
+    with one_line_errors("The same command starts over."):
+        print(write_digits(parser.parse_args().folder))
