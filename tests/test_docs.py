@@ -98,3 +98,11 @@ def test_readme_block_runs(tmp_path):
     done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sound and complete" in done.stdout and "mean  k=20" in done.stdout
+
+
+def test_nothing_is_left_to_fill_in():
+    """No document has a placeholder, and every path that the map names as a document exists."""
+    for document in DOCUMENTS:
+        assert "<!--" not in document.read_text(), document
+    for name in re.findall(r"(?:docs/)?([\w/]+\.md|design/)", README.split("## Map")[1].split("Arrows:")[0]):
+        assert (ROOT / "docs" / name).exists(), name
