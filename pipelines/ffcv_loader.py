@@ -40,6 +40,10 @@ from teacher_cache.reader import CHECKS, StoreReader
 
 ALIGN = 16  # bytes; parts of a record start at multiples of this
 
+# Fields of the uint64 tables through which compiled code finds everything else: addresses, counts and flags.
+BASE, POINTERS, SIZES, CRCS, N_CROPS, IS_JPEG, CROP_ERRORS, N_CROP_FIELDS = range(8)
+SHARDS, SHARD_SIZES, N_SHARDS, SHARD_ROWS, CHECKED, CHECK, OFFSET, PART_ERRORS, N_PART_FIELDS = range(9)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -71,15 +75,16 @@ class DecodeCrops(Operation):
     def __init__(self, size: int, max_batch: int):
         super().__init__()
         self.size = size
-        self.control = np.zeros(7, "uint64")  # base, pointers, sizes, crcs, n_rows, is_jpeg, errors
+        self.control = np.zeros(N_CROP_FIELDS, "uint64")
         self.errors = np.zeros(max_batch, "int64")
-        self.control[6] = self.errors.ctypes.data
+        self.control[CROP_ERRORS] = self.errors.ctypes.data
 
     def open(self, crops: CropReader) -> None:
         self.crops = crops  # keeps the tables alive
-        tables = (crops.bytes, crops.pointers, crops.sizes, crops.crcs)
-        self.control[:4] = [table.ctypes.data for table in tables]
-        self.control[4:6] = len(crops), crops.is_jpeg
+        tables = {BASE: crops.bytes, POINTERS: crops.pointers, SIZES: crops.sizes, CRCS: crops.crcs}
+        for field, table in tables.items():
+            self.control[field] = table.ctypes.data
+        self.control[N_CROPS], self.control[IS_JPEG] = len(crops), crops.is_jpeg
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CacheCorruptError if a crop of the batch just decoded failed."""
@@ -93,11 +98,13 @@ class DecodeCrops(Operation):
         address = self.control.ctypes.data
 
         def decode(rows, out, metadata, storage_state):
-            control = carray(pointer_u64(np.uint64(address)), 7)
-            n_rows = control[4]
-            decode_rows(rows, out, control[0], carray(pointer_u64(control[1]), n_rows), carray(pointer_u64(control[2]), n_rows),
-                        carray(pointer_u32(control[3]), n_rows), control[5] == 1,
-                        carray(pointer_i64(control[6]), len(rows)))  # fmt: skip
+            control = carray(pointer_u64(np.uint64(address)), N_CROP_FIELDS)
+            n_crops = control[N_CROPS]
+            pointers = carray(pointer_u64(control[POINTERS]), n_crops)
+            sizes = carray(pointer_u64(control[SIZES]), n_crops)
+            crcs = carray(pointer_u32(control[CRCS]), n_crops)
+            errors = carray(pointer_i64(control[CROP_ERRORS]), len(rows))
+            decode_rows(rows, out, control[BASE], pointers, sizes, crcs, control[IS_JPEG] == 1, errors)
             return out[: len(rows)]
 
         return decode
@@ -112,15 +119,17 @@ class FetchTargets(Operation):
     def __init__(self, parts: list[Part], record_bytes: int, max_batch: int):
         super().__init__()
         self.parts, self.record_bytes = parts, record_bytes
-        self.control = np.zeros((len(parts), 8), "uint64")
+        self.control = np.zeros((len(parts), N_PART_FIELDS), "uint64")
         self.errors = np.zeros((len(parts), max_batch), "int64")
 
     def open(self, store: StoreReader) -> None:
         self.store = store  # keeps the maps alive
         for part, line, errors in zip(self.parts, self.control, self.errors, strict=True):
             mapped = store.mapped(part.array)
-            line[:] = (mapped.addresses.ctypes.data, mapped.sizes.ctypes.data, len(mapped.sizes), store.spec.shard_rows,
-                       mapped.checked.ctypes.data, CHECKS[store.check], part.offset, errors.ctypes.data)  # fmt: skip
+            line[SHARDS], line[SHARD_SIZES] = mapped.addresses.ctypes.data, mapped.sizes.ctypes.data
+            line[N_SHARDS], line[SHARD_ROWS] = len(mapped.sizes), store.spec.shard_rows
+            line[CHECKED], line[CHECK] = mapped.checked.ctypes.data, CHECKS[store.check]
+            line[OFFSET], line[PART_ERRORS] = part.offset, errors.ctypes.data
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CropNotCachedError or CacheCorruptError if a row of the batch just copied failed."""
@@ -137,13 +146,16 @@ class FetchTargets(Operation):
         n_rows = np.int64(len(self.store))
 
         def fetch(rows, out, metadata, storage_state):
+            control = carray(pointer_u64(np.uint64(address)), (n_parts, N_PART_FIELDS))
             for i in range(n_parts):
-                line = carray(pointer_u64(np.uint64(address + 64 * i)), 8)
-                n_shards = line[2]
-                copy_rows(rows, np.uint64(out.ctypes.data) + line[6], record_bytes, carray(pointer_u64(line[0]), n_shards),
-                          carray(pointer_u64(line[1]), n_shards), np.int64(line[3]), row_bytes[i],
-                          carray(pointer_u8(line[4]), n_rows), np.int64(line[5]),
-                          carray(pointer_i64(line[7]), len(rows)))  # fmt: skip
+                line = control[i]
+                shards = carray(pointer_u64(line[SHARDS]), line[N_SHARDS])
+                sizes = carray(pointer_u64(line[SHARD_SIZES]), line[N_SHARDS])
+                checked = carray(pointer_u8(line[CHECKED]), n_rows)
+                errors = carray(pointer_i64(line[PART_ERRORS]), len(rows))
+                start = np.uint64(out.ctypes.data) + line[OFFSET]
+                copy_rows(rows, start, record_bytes, shards, sizes, np.int64(line[SHARD_ROWS]), row_bytes[i], checked,
+                          np.int64(line[CHECK]), errors)  # fmt: skip
             return out[: len(rows)]
 
         return fetch
