@@ -35,6 +35,17 @@ def teacher_shape(spec: TeacherSpec) -> TeacherShape:
     return TeacherShape(spec.name, spec.grid, spec.dim, spec.depth, spec.has_cls, spec.has_cls, spec.projection_dim)
 
 
+def teacher_head(arrays: dict[str, np.ndarray], device: torch.device) -> TeacherHead:
+    """Final norm and projection, as a store or a teacher keeps them, on the device."""
+    tensors = {name: torch.from_numpy(np.array(values)).to(device) for name, values in arrays.items()}
+    return TeacherHead(tensors["gamma"], tensors["beta"], tensors.get("projection"))
+
+
+def block_numbers(needs: Needs, teacher: TeacherSpec) -> list[int]:
+    """The layers a student needs, counted from its teacher's last block, as block numbers from 1."""
+    return [teacher.depth + 1 + offset for offset in needs.layers]
+
+
 def normalise(images_u8: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], by ImageNet's mean and standard deviation."""
     mean, std = _mean_and_std(images_u8.device)
@@ -103,8 +114,6 @@ class CropSource:
     steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises NotInCacheError for a cache with fewer rows than
     a step takes, or without the views or targets asked for.
     """
-
-    store_name: str | None = None
 
     def __init__(self, cache: Cache, *, batch_size: int, accumulate: int = 1, seed: int = 0, device="cpu",
                  n_views: int | None = None, workers: int | None = None, store_name: str | None = None):  # fmt: skip
@@ -176,7 +185,7 @@ class CachedSource(CropSource):
         super().__init__(cache, store_name=store_name, **options)
         store = self._first_store()
         self.teacher, self.spec = store.teacher, store.spec
-        self.layers = [self.teacher.depth + 1 + offset for offset in needs.layers]  # block numbers from 1
+        self.layers = block_numbers(needs, self.teacher)
         missing = [layer for layer in self.layers if layer not in self.spec.layers]
         if missing or needs.attention and not self.spec.attention:
             what = f"layers {', '.join(map(str, missing))}" if missing else "attention"
@@ -193,8 +202,7 @@ class CachedSource(CropSource):
             "probe_sha256": store.manifest.probe_sha256,
             "dtype": self.spec.dtype,
         }
-        as_tensor = {name: torch.from_numpy(np.array(values)).to(self.device) for name, values in store.head.items()}
-        self.head = TeacherHead(as_tensor["gamma"], as_tensor["beta"], as_tensor.get("projection"))
+        self.head = teacher_head(store.head, self.device)
         statistics = [store.statistics[layer] for layer in self.layers] if self.spec.dtype == "int8" else []
         stacked = lambda name: torch.from_numpy(np.stack([getattr(s, name) for s in statistics])).to(self.device)  # noqa: E731
         self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
@@ -248,10 +256,9 @@ class LiveSource(CropSource):
         if teacher.device.type != self.device.type:
             raise UsageError(f"The teacher is on {teacher.device}, the student on {self.device}.")
         self.teacher, self.needs = teacher, needs
-        self.layers = [teacher.spec.depth + 1 + offset for offset in needs.layers]
+        self.layers = block_numbers(needs, teacher.spec)
         self.identity |= {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256}
-        as_tensor = {name: torch.from_numpy(values).to(self.device) for name, values in teacher.head.items()}
-        self.head = TeacherHead(as_tensor["gamma"], as_tensor["beta"], as_tensor.get("projection"))
+        self.head = teacher_head(teacher.head, self.device)
 
     def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets:
         output = self.teacher(images_u8, self.layers or [self.teacher.spec.depth])
