@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from . import sigbus
 from .crops import CROP_DTYPE, CROP_FORMATS
-from .durable import ASIDE, crc32c, read_npy, read_sealed, sha256_file, sync_folder
+from .durable import crc32c, create_aside, is_sha256, listed_files, open_plain, read_npy, read_sealed, sha256_file, sync_folder
 from .errors import CacheCorruptError, MismatchError, NotInCacheError
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
+MAX_CROP_SIZE = 4096
+"""Side of a crop, pixels, as in crops.CropPlan."""
 
 # FFCV 1.0.2 file format, version 2 (ffcv/types.py), little-endian
 _HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
@@ -45,15 +49,13 @@ def _page_bytes(largest: int) -> int:
     return max(MIN_PAGE, min(MAX_PAGE, wanted), 1 << (largest - 1).bit_length())
 
 
-def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, crop_format: str, data: Iterable[bytes]):
-    """Write `crops.beton` from the encoded crops in row order: aside, fsynced, renamed.
+def layout(sizes: np.ndarray) -> tuple[int, np.ndarray, int]:
+    """Where everything lies: page size, pointers (uint64 [n_rows]), offset of the allocation table.
 
-    crops: CROP_DTYPE [n_rows], for the sizes in bytes. labels: int64 [n_rows]. data: one bytes object a row.
-    The same input gives the same bytes.
+    sizes: uint64 [n_rows], bytes of the encoded crops.
     """
-    n_rows, sizes = len(crops), crops["bytes"].astype("uint64")
-    head_bytes = _HEADER.itemsize + 2 * _FIELD.itemsize + n_rows * _SAMPLE.itemsize
-    pointers = np.empty(n_rows, "uint64")
+    head_bytes = _HEADER.itemsize + 2 * _FIELD.itemsize + len(sizes) * _SAMPLE.itemsize
+    pointers = np.empty(len(sizes), "uint64")
     page = _page_bytes(int(sizes.max()))
     end = -(-head_bytes // page) * page
     for row, n_bytes in enumerate(sizes.tolist()):
@@ -61,7 +63,17 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
             end += page - end % page
         pointers[row] = end
         end += n_bytes
-    table_start = -(-end // 8) * 8
+    return page, pointers, -(-end // 8) * 8
+
+
+def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, crop_format: str, data: Iterable[bytes]):
+    """Write `crops.beton` from the encoded crops in row order: aside, fsynced, renamed.
+
+    crops: CROP_DTYPE [n_rows], for the sizes in bytes. labels: int64 [n_rows]. data: one bytes object a row.
+    The same input gives the same bytes.
+    """
+    n_rows, sizes = len(crops), crops["bytes"].astype("uint64")
+    page, pointers, table_start = layout(sizes)
 
     header = np.zeros(1, _HEADER)
     header["version"], header["num_fields"], header["page_size"] = 2, 2, page
@@ -74,8 +86,7 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
     allocations = np.zeros(n_rows, _ALLOCATION)
     allocations["sample_id"], allocations["ptr"], allocations["size"] = np.arange(n_rows), pointers, sizes
 
-    aside = path.with_name(path.name + ASIDE)
-    with open(aside, "wb", buffering=1 << 20) as file:
+    with create_aside(path, buffering=1 << 20) as file:
         for part in (header, _field(_RGB_IMAGE, "image"), _field(_INT, "label"), samples):
             file.write(part.tobytes())
         n_written = 0
@@ -91,12 +102,33 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
         file.write(allocations.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(file.name, path)
     sync_folder(path.parent)
 
 
 DECODER_CHECKS = 64
 """Crops of a view whose decoded pixels are on record."""
+
+
+def read_checksums(view_dir: Path) -> dict:
+    """checksums.json of a view: `crops_id`, `files`, `crops.beton` and `decoded` (missing while a view is being made).
+
+    Raises FileNotFoundError if there is none, CacheCorruptError if it is not what the format asks for.
+    """
+    path = Path(view_dir) / "checksums.json"
+    value = read_sealed(path)
+    beton, decoded = value.get("crops.beton"), value.get("decoded", {"rows": [], "crc32c": []})
+    if (
+        list(listed_files(value, path)) != ["crops.npy"]
+        or not is_sha256(value.get("crops_id"))
+        or not isinstance(beton, dict)
+        or type(beton.get("bytes")) is not int
+        or not is_sha256(beton.get("tables_sha256"))
+        or not isinstance(decoded, dict)
+        or not all(isinstance(decoded.get(key), list) for key in ("rows", "crc32c"))
+    ):
+        raise CacheCorruptError(f"{path}: it does not say of crops.npy and crops.beton what it should.")
+    return value
 
 
 class CropReader:
@@ -109,22 +141,25 @@ class CropReader:
         self.path = Path(view_dir) / "crops.beton"
         crops_npy = Path(view_dir) / "crops.npy"
         try:
-            self._checksums = read_sealed(Path(view_dir) / "checksums.json")
+            self._checksums = read_checksums(view_dir)
             is_own = sha256_file(crops_npy) == self._checksums["files"]["crops.npy"]
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{error.filename}: is missing.") from None
         if not is_own:
             raise CacheCorruptError(f"{crops_npy}: not the file that checksums.json names.")
         self.crops = read_npy(crops_npy, CROP_DTYPE)
+        if self.crops.ndim != 1:
+            raise CacheCorruptError(f"{crops_npy}: has shape {self.crops.shape}, one record a row is needed.")
         n_rows = len(self.crops)
         try:
-            with open(self.path, "rb") as file:
+            with open_plain(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             n_bytes = len(self._map)
         except (OSError, ValueError) as error:
             raise CacheCorruptError(f"{self.path}: cannot be read ({error}).") from error
         self.bytes = np.frombuffer(self._map, "u1")
         """The whole file, mapped. Its address is what compiled code reads from."""
+        weakref.finalize(self, sigbus.forget, sigbus.watch(self.bytes.ctypes.data, n_bytes, self.path))
         try:
             header = np.frombuffer(self._map, _HEADER, 1)[0]
             if (header["version"], header["num_fields"], header["num_samples"]) != (2, 2, n_rows) or n_rows == 0:
@@ -142,6 +177,7 @@ class CropReader:
                 and (image["mode"] <= _RAW).all()
                 and (image["height"] == image["width"]).all()
                 and len(np.unique(image["height"])) <= 1
+                and 1 <= int(image["height"][0]) <= MAX_CROP_SIZE
             ):
                 raise ValueError("tables")
         except (ValueError, OverflowError) as error:
@@ -171,7 +207,9 @@ class CropReader:
 
         FFCV decodes with the system's libjpeg-turbo, and a teacher's targets hold only for the pixels it saw.
         """
-        before, now = self._checksums["decoded"], self.decoded()
+        before, now = self._checksums.get("decoded"), self.decoded()
+        if before is None:
+            raise CacheCorruptError(f"{self.path.with_name('checksums.json')}: it does not say how the crops were decoded.")
         if before != now:
             differing = sum(a != b for a, b in zip(before["crc32c"], now["crc32c"], strict=False))
             raise MismatchError(

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from .beton import read_checksums
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan
-from .durable import canonical_json, npy_bytes, read_npy, read_sealed, seal, sha256_file, write_whole
-from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError
+from .durable import (
+    canonical_json,
+    inside,
+    is_safe_name,
+    is_sha256,
+    listed_files,
+    npy_bytes,
+    read_npy,
+    read_plain,
+    read_sealed,
+    seal,
+    sha256_file,
+    write_whole,
+)
+from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from .images import ImageList
-from .spec import FORMAT_VERSION, from_json
+from .spare import SPARE, pack_members
+from .spec import FORMAT_VERSION, MAX_ROWS, from_json
 from .store import Manifest, store_file_name
 
 
@@ -41,10 +58,27 @@ class CropsIdentity:
             "n_images": self.n_images,
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, value: dict) -> CropsIdentity:
+        """From cache.json, which has more members. Raises KeyError, TypeError, ValueError or CacheCorruptError."""
+        of_lists = value["names_sha256"], value["labels_sha256"]
+        classes, n_images = value["classes"], value["n_images"]
+        if value["crop_format"] not in CROP_FORMATS or not all(map(is_sha256, of_lists)):
+            raise ValueError(f"crop_format is one of {', '.join(CROP_FORMATS)}, sums are SHA-256")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("classes must be a list of names")
+        if type(n_images) is not int or not 1 <= n_images <= MAX_ROWS:
+            raise ValueError(f"n_images must be 1 to {MAX_ROWS}, not {n_images!r}")
+        return cls(from_json(CropPlan, value["plan"]), value["crop_format"], *of_lists, tuple(classes), n_images)
+
     @property
     def crops_id(self) -> str:
         """64 hex digits that name these crops; every store carries them."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+
+MAX_NAME = 4096
+"""Bytes of an image's path, on average over a list."""
 
 
 def differences(before: dict, now: dict, where: str) -> list[str]:
@@ -61,12 +95,28 @@ def view_path(cache_dir: Path, number: int) -> Path:
     return cache_dir / f"view-{number:03d}"
 
 
+LISTS = ["images.txt", "labels.npy", "skipped.txt"]
+"""The small files of a cache that cache.json vouches for."""
+
+
+def _no_cache(path: Path) -> UsageError | CacheCorruptError:
+    """What to raise for a folder without cache.json."""
+    if (path / "crops.partial").exists():
+        return UsageError(f"{path} is no cache: its crop stage was not finished; run the same teacher-cache command again.")
+    if (path / SPARE).exists():
+        return CacheCorruptError(f"{path} has lost its cache.json. Restore it with teacher-cache crop --repair {path}.")
+    return UsageError(f"{path} is no cache: it has no cache.json.")
+
+
 class View:
-    """One complete pass over the images: a crop an image, and the stores of any number of teachers."""
+    """One complete pass over the images: a crop an image, and the stores of any number of teachers.
+
+    Raises CacheCorruptError if its folder is a symlink that leads out of the cache.
+    """
 
     def __init__(self, cache: Cache, number: int):
         self.cache, self.number = cache, number
-        self.path = view_path(cache.path, number)
+        self.path = inside(cache.path, view_path(cache.path, number).name)
 
     @property
     def is_cropped(self) -> bool:
@@ -75,7 +125,7 @@ class View:
     @cached_property
     def crops_sha256(self) -> str:
         """Of crops.npy, which holds the CRC-32C of every encoded crop: it names the pixels of this view."""
-        return read_sealed(self.path / "checksums.json")["files"]["crops.npy"]
+        return read_checksums(self.path)["files"]["crops.npy"]
 
     def require_own(self, manifest: Manifest) -> None:
         """Raise CacheCorruptError unless a store was made from the crops of this very view."""
@@ -88,21 +138,37 @@ class View:
             )
 
     def crops(self) -> np.ndarray:
-        """CROP_DTYPE [n_images]: box, flip, jitter and checksums of every crop."""
-        return read_npy(self.path / "crops.npy", CROP_DTYPE)
+        """CROP_DTYPE [n_images]: box, flip, jitter and checksums of every crop, as checksums.json vouches for them."""
+        path = self.path / "crops.npy"
+        with _nothing_missing():
+            crops, found = read_npy(path, CROP_DTYPE, (self.cache.n_images,)), sha256_file(path)
+        if found != self.crops_sha256:
+            raise CacheCorruptError(f"{path}: not the file that checksums.json names.")
+        return crops
 
     def store_path(self, name: str) -> Path:
-        return self.path / f"{store_file_name(name)}.zarr"
+        """Where the store `name` is, or would be. CacheCorruptError if it is a symlink that leads out of the cache."""
+        return inside(self.cache.path, f"{self.path.name}/{store_file_name(name)}.zarr")
 
     def store_names(self) -> list[str]:
         """Teachers that have at least a begun store in this view."""
-        return sorted(path.name.removesuffix(".zarr") for path in self.path.glob("*.zarr") if (path / "store.json").exists())
+        return sorted(path.name.removesuffix(".zarr") for path in self.path.glob("*.zarr"))
+
+
+@contextmanager
+def _nothing_missing() -> Iterator[None]:
+    """Turn a missing file of a cache into CacheCorruptError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{error.filename}: is missing. Run teacher-cache crop with --repair.") from None
 
 
 class Cache:
     """An existing cache folder.
 
-    Raises BadInputError if there is no cache at `path`, CacheCorruptError if its identity does not check out.
+    Raises UsageError if there is no cache at `path`, BadInputError if it has another format version, CacheCorruptError if its
+    identity does not check out.
     """
 
     def __init__(self, path: Path):
@@ -110,23 +176,21 @@ class Cache:
         try:
             value = read_sealed(self.path / "cache.json")
         except (FileNotFoundError, NotADirectoryError):
-            begun = (self.path / "crops.partial").exists()
-            unfinished = "its crop stage was not finished; run the same teacher-cache command again"
-            raise BadInputError(f"{self.path} is no cache: {unfinished if begun else 'it has no cache.json'}.") from None
+            raise _no_cache(self.path) from None
         if value.get("format_version") != FORMAT_VERSION:
             raise BadInputError(
                 f"{self.path} has format version {value.get('format_version')}; this program reads version {FORMAT_VERSION}. "
                 "Use the version of teacher-cache that wrote it."
             )
+        self.files = listed_files(value, self.path / "cache.json")
         try:
-            plan = from_json(CropPlan, value["plan"])
-            self.identity = CropsIdentity(plan, value["crop_format"], value["names_sha256"], value["labels_sha256"],
-                                          tuple(value["classes"]), int(value["n_images"]))  # fmt: skip
-            self.n_skipped = int(value["n_skipped"])
-            self.files = dict(value["files"])
-            if self.identity.crops_id != value["crops_id"] or self.identity.crop_format not in CROP_FORMATS:
+            self.identity = CropsIdentity.from_json(value)
+            self.n_skipped = value["n_skipped"]
+            if value["crops_id"] != self.identity.crops_id:
                 raise ValueError("its identity does not fit its content")
-        except (KeyError, TypeError, ValueError) as error:
+            if sorted(self.files) != LISTS or type(self.n_skipped) is not int:
+                raise ValueError(f"it must list {', '.join(LISTS)} and count what was skipped")
+        except (KeyError, TypeError, ValueError, CacheCorruptError) as error:
             raise CacheCorruptError(f"{self.path / 'cache.json'}: {error!r}.") from error
 
     @property
@@ -159,12 +223,17 @@ class Cache:
         return view
 
     def images(self) -> ImageList:
-        """Names and labels of the rows, checked against the identity."""
-        names = tuple((self.path / "images.txt").read_bytes().decode().split("\n")[:-1])
-        labels = read_npy(self.path / "labels.npy", "int64")
+        """Names and labels of the rows, checked against the identity. No name leads out of the folder of the images."""
+        path = self.path / "images.txt"
+        with _nothing_missing():
+            data = read_plain(path, self.n_images * MAX_NAME)
+            labels = read_npy(self.path / "labels.npy", "int64", (self.n_images,))
+        names = tuple(data.decode(errors="replace").split("\n")[:-1])  # what was replaced does not fit the identity
         images = ImageList(names, labels, self.identity.classes)
         if CropsIdentity.of(images, self.plan, self.identity.crop_format) != self.identity:
             raise CacheCorruptError(f"{self.path}: images.txt or labels.npy is not the one this cache was made with.")
+        if not all(map(is_safe_name, names)):
+            raise CacheCorruptError(f"{path}: {next(name for name in names if not is_safe_name(name))!r} is no name of an image.")
         return images
 
     def require_same(self, identity: CropsIdentity) -> None:
@@ -178,15 +247,17 @@ class Cache:
 
 
 def write_cache(path: Path, images: ImageList, plan: CropPlan, crop_format: str, skipped: list[str]) -> None:
-    """Publish the identity of a new cache: the lists first, cache.json last."""
+    """Publish the identity of a new cache: the lists first, then their spare, cache.json last."""
     files = {
         "images.txt": "".join(f"{name}\n" for name in images.names).encode(),
         "labels.npy": npy_bytes(images.labels),
         "skipped.txt": "".join(f"{line}\n" for line in skipped).encode(),
     }
+    identity = CropsIdentity.of(images, plan, crop_format)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    value = {**identity.to_json(), "crops_id": identity.crops_id, "n_skipped": len(skipped), "files": hashes}
+    declaration = seal(value)
     for name, data in files.items():
         write_whole(path / name, data)
-    identity = CropsIdentity.of(images, plan, crop_format)
-    hashes = {name: sha256_file(path / name) for name in files}
-    value = {**identity.to_json(), "crops_id": identity.crops_id, "n_skipped": len(skipped), "files": hashes}
-    write_whole(path / "cache.json", seal(value))
+    write_whole(path / SPARE, pack_members({**files, "cache.json": declaration}))
+    write_whole(path / "cache.json", declaration)

@@ -1,23 +1,33 @@
-"""Small files that are either whole or absent, and JSON that notices a changed bit.
+"""Small files that are either whole or absent, JSON that notices a changed bit, and names that cannot lead elsewhere.
 
-Every file of a cache that is not written row by row goes through `write_whole`: aside, fsync, rename, fsync of the folder.
+Every file of a cache that is not written row by row goes through `write_whole`: aside, fsync, rename, fsync of the folder. What
+is read from a cache is not trusted: before memory is taken for a file it has to be a plain one of a size that makes sense, and a
+name that metadata gives becomes a path through `inside` only.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import math
 import os
+import re
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 
-from .errors import CacheCorruptError
+from .errors import BadInputError, CacheCorruptError
 
 ASIDE = ".partial"
 """Suffix of a file or folder that is still being written. Nothing reads one; a new writer replaces it."""
+MAX_JSON = 32 << 20
+"""Bytes of a JSON file. The largest that are written list the classes of a cache, a few hundred thousand would fit."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def crc32c(data, previous: int = 0) -> int:
@@ -25,9 +35,68 @@ def crc32c(data, previous: int = 0) -> int:
     return google_crc32c.extend(previous, bytes(data) if isinstance(data, memoryview) else data)
 
 
+def is_sha256(text) -> bool:
+    """Whether `text` is a SHA-256 as caches spell it: 64 lower-case hex digits."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- names and files ---------------------------------------------------------------------------------------------------
+
+
+def is_safe_name(name) -> bool:
+    """Whether `name` is a relative path with `/` between its parts that cannot step out of the folder it is joined to."""
+    return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path `root`/`name`, which need not exist.
+
+    Raises CacheCorruptError for a name that is absolute or steps up, and if a symlink on the way leads out of `root`. `root`
+    itself may be reached through a symlink.
+    """
+    if not is_safe_name(name):
+        raise CacheCorruptError(f"{root}: {name!r} is no name of a file in it.")
+    path = root / name
+    try:
+        leads_out = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks is a RuntimeError; surrogates are a ValueError
+        raise CacheCorruptError(f"{root}: {name!r} leads nowhere ({error}).") from error
+    if leads_out:
+        raise CacheCorruptError(f"{path} is, or lies behind, a symlink that leads out of {root}. Put the folder itself there.")
+    return path
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file of a cache for reading, unbuffered.
+
+    Raises FileNotFoundError if there is none, CacheCorruptError if it is a symlink, a folder, a pipe or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not make us wait
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        reason = "it is a symlink" if error.errno == errno.ELOOP else error.strerror
+        raise CacheCorruptError(f"{path}: cannot be read ({reason}).") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CacheCorruptError(f"{path}: cannot be read (it is no plain file).")
+    return open(descriptor, "rb", buffering=0)
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """The bytes of a file of a cache; CacheCorruptError, before they are read, if there are more than `most`."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise CacheCorruptError(f"{path}: has {size} bytes; a sound one has at most {most}.")
+        with io.BufferedReader(file) as whole:
+            return whole.read()
 
 
 def sync_folder(path: Path) -> None:
@@ -39,16 +108,40 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless they are there. Their names survive a power cut."""
+    path = Path(path)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder is needed", str(path))
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)  # another process may be as fast
+    sync_folder(path.parent)
+
+
+def create_aside(path: Path, buffering: int = -1) -> BinaryIO:
+    """A new file for writing beside `path`, under the name that `path` + ASIDE; what stood there before is gone.
+
+    Never follows a symlink that somebody left under that name.
+    """
+    aside = path.with_name(path.name + ASIDE)
+    aside.unlink(missing_ok=True)
+    return open(aside, "xb", buffering=buffering)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write `path` so that a crash at any moment leaves the old file, the new one or none, never a part."""
     path = Path(path)
-    aside = path.with_name(path.name + ASIDE)
-    with open(aside, "wb") as file:
+    with create_aside(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(file.name, path)
     sync_folder(path.parent)
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------------
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -58,15 +151,31 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_npy(path: Path, dtype=None) -> np.ndarray:
-    """Load a .npy that `npy_bytes` wrote; a foreign dtype or a damaged file raises CacheCorruptError."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except Exception as error:  # a damaged header is parsed as Python text, and numpy lets nearly anything through
-        raise CacheCorruptError(f"{path}: not a readable .npy file ({error}).") from error
-    if dtype is not None and array.dtype != dtype:
-        raise CacheCorruptError(f"{path}: expected dtype {np.dtype(dtype)}, found {array.dtype}.")
-    return array
+def read_npy(path: Path, dtype, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Load a .npy that `npy_bytes` wrote: version 1.0, C order, of this dtype and, if given, shape.
+
+    Raises CacheCorruptError for any other file, also one whose header promises more or less than the file holds, before memory is
+    taken for it; FileNotFoundError for none.
+    """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("version")
+            found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # the header is parsed as Python text, and numpy lets nearly anything through
+            raise CacheCorruptError(f"{path}: not a readable .npy file ({error}).") from error
+        if found_dtype != np.dtype(dtype) or fortran_order:
+            raise CacheCorruptError(f"{path}: expected dtype {np.dtype(dtype)}, found {found_dtype}.")
+        if shape is not None and found_shape != tuple(shape):
+            raise CacheCorruptError(f"{path}: has shape {found_shape}, {tuple(shape)} is needed.")
+        n_bytes = math.prod(found_shape) * found_dtype.itemsize
+        if min(found_shape, default=0) < 0 or size - file.tell() != n_bytes:
+            raise CacheCorruptError(f"{path}: its header promises {n_bytes} bytes of values, {size - file.tell()} are there.")
+        return np.fromfile(file, found_dtype, math.prod(found_shape)).reshape(found_shape)
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------------
 
 
 def canonical_json(value) -> bytes:
@@ -75,14 +184,15 @@ def canonical_json(value) -> bytes:
 
 
 def seal(value: dict) -> bytes:
-    """The bytes of a JSON file that carries the CRC-32C of its own content."""
-    return canonical_json({**value, "crc32c": crc32c(canonical_json(value))})
+    """The bytes of a JSON file that carries the CRC-32C of its own content. BadInputError if no reader would take it."""
+    data = canonical_json({**value, "crc32c": crc32c(canonical_json(value))})
+    if len(data) > MAX_JSON:
+        raise BadInputError(f"{len(data):,} bytes of JSON, at most {MAX_JSON:,} are read: there are too many classes or names.")
+    return data
 
 
-def read_sealed(path: Path) -> dict:
-    """Read what `seal` wrote. Any changed bit, cut or foreign file raises CacheCorruptError; a missing one
-    FileNotFoundError."""
-    data = Path(path).read_bytes()
+def unseal(data: bytes, path: Path | str) -> dict:
+    """The value of a sealed JSON file. Any changed bit, cut or foreign file raises CacheCorruptError, which names `path`."""
     try:
         value = json.loads(data)
         claimed = value.pop("crc32c")
@@ -92,3 +202,21 @@ def read_sealed(path: Path) -> dict:
     if not intact:
         raise CacheCorruptError(f"{path}: its own checksum does not fit; the file was damaged or edited by hand.")
     return value
+
+
+def read_sealed(path: Path) -> dict:
+    """Read what `seal` wrote; as `unseal`, and FileNotFoundError for a missing file."""
+    return unseal(read_plain(path, MAX_JSON), path)
+
+
+def listed_files(value: dict, path: Path) -> dict[str, str]:
+    """The member `files` of sealed JSON, name -> SHA-256 of the small files beside it; `path` is for the message.
+
+    Raises CacheCorruptError unless all names are safe, of at most 100 bytes (tar holds no more), and all sums are SHA-256.
+    """
+    files = value.get("files")
+    if not isinstance(files, dict) or not all(
+        is_safe_name(name) and name.isascii() and len(name) <= 100 and is_sha256(sum_) for name, sum_ in files.items()
+    ):
+        raise CacheCorruptError(f"{path}: `files` must give the SHA-256 of files in this folder, by their names.")
+    return files

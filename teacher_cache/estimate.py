@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import NoSpaceError
+from .shards import HEADER_BYTES, index_bytes
 from .spec import StoreSpec, TeacherSpec
 
 
@@ -22,9 +23,9 @@ def human(n_bytes: float) -> str:
 
 
 def shard_bytes(spec: StoreSpec, teacher: TeacherSpec, shard: int) -> int:
-    """Bytes of all files of a shard if no codec saves anything: rows, CRC-32C of each, index."""
-    n_rows = len(spec.rows_of(shard))
-    return sum(n_rows * (spec.row_bytes(array, teacher) + 4) + 16 * spec.shard_rows + 4 for array in spec.array_names)
+    """Bytes of all files of a shard if no codec saves anything: header, rows, CRC-32C of each, index."""
+    n_rows, around = len(spec.rows_of(shard)), HEADER_BYTES + index_bytes(spec.shard_rows)
+    return sum(around + n_rows * (spec.row_bytes(array, teacher) + 4) for array in spec.array_names)
 
 
 def store_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:

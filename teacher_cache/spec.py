@@ -9,9 +9,20 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from .errors import CacheCorruptError
+from .errors import CacheCorruptError, UsageError
 
 FORMAT_VERSION = 1
+
+MAX_SIDE = 1 << 14
+"""Of images and patches in pixels, of grids in patches."""
+MAX_WIDTH = 1 << 16
+"""Of teachers and projections, channels; of blocks, heads and registers, too."""
+MAX_ROWS = 1 << 32
+MAX_SHARD_ROWS = 1 << 20
+MAX_SHARD_FILES = 1 << 24
+"""Shards times row arrays: shards.npy then has at most 200 MB."""
+MAX_ROW_BYTES = 1 << 30
+"""Of one row of one array. A reader takes memory for rows before it has seen them."""
 
 
 def from_json(cls, value: dict):
@@ -23,8 +34,18 @@ def from_json(cls, value: dict):
     tupled = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     try:
         return cls(**tupled)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CacheCorruptError(f"{cls.__name__}: {error}") from error
+
+
+def _require_count(name: str, value, most: int, least: int = 1) -> None:
+    """Raise UsageError unless `value` is an integer from `least` to `most`. True is none."""
+    if type(value) is not int or not least <= value <= most:
+        raise UsageError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+
+
+def _are_numbers(values) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -40,14 +61,15 @@ class TeacherSpec:
     image_size: int
     """Side of the teacher's square input, pixels."""
     patch_size: int
-    """Side of a patch, pixels."""
+    """Side of what one token stands for, pixels of the input."""
     grid: tuple[int, int]
     """(rows, columns) of patches; N = rows * columns."""
     dim: int
     """Width D of the residual stream."""
     depth: int
-    """Number of blocks; block numbers count from 1."""
+    """Blocks that can be asked for, numbered from 1; of a Swin those of the last stage."""
     heads: int
+    """Of the last block."""
     has_cls: bool
     """C = 1: the CLS token is stored, first. Else C = 0 and there is no attention."""
     n_registers: int
@@ -63,15 +85,26 @@ class TeacherSpec:
     """How a crop of another size becomes `image_size`, and how the position table follows."""
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "dim", "depth", "heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
-        if len(self.grid) != 2 or not all(isinstance(side, int) and side > 0 for side in self.grid):
-            raise ValueError(f"grid must be (rows, columns), not {self.grid!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            raise ValueError(f"mean and std must have 3 channels and std be positive: {self.mean!r}, {self.std!r}")
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise ValueError(f"norm_eps must be positive, not {self.norm_eps!r}")
+        for name in ("name", "weights", "weights_sha256", "resize"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be text, not {getattr(self, name)!r}")
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise UsageError(f"grid must be (rows, columns), not {self.grid!r}")
+        sides = {"image_size": self.image_size, "patch_size": self.patch_size, "grid rows": self.grid[0],
+                 "grid columns": self.grid[1]}  # fmt: skip
+        for name, side in sides.items():
+            _require_count(name, side, MAX_SIDE)
+        for name in ("dim", "depth", "heads"):
+            _require_count(name, getattr(self, name), MAX_WIDTH)
+        _require_count("n_registers", self.n_registers, MAX_WIDTH, least=0)
+        if self.projection_dim is not None:
+            _require_count("projection_dim", self.projection_dim, MAX_WIDTH)
+        if not isinstance(self.has_cls, bool):
+            raise UsageError(f"has_cls must be true or false, not {self.has_cls!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not _are_numbers(self.mean + self.std) or not min(self.std) > 0:
+            raise UsageError(f"mean and std must have 3 channels and std be positive: {self.mean!r}, {self.std!r}")
+        if not (_are_numbers([self.norm_eps]) and self.norm_eps > 0):
+            raise UsageError(f"norm_eps must be positive, not {self.norm_eps!r}")
 
     @property
     def n_patches(self) -> int:
@@ -116,17 +149,34 @@ class StoreSpec:
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "codecs", tuple(tuple(pair) for pair in self.codecs))
-        for name in ("n_rows", "shard_rows"):
-            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) < 2**40:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        _require_count("n_rows", self.n_rows, MAX_ROWS)
+        _require_count("shard_rows", self.shard_rows, MAX_SHARD_ROWS)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
-            raise ValueError(f"layers must be ascending block numbers from 1, not {self.layers!r}")
-        if not isinstance(self.group, int) or (self.group < 1) != (self.dtype == "float16"):
-            raise ValueError(f"group must be positive for int8 and 0 for float16, not {self.group!r}")
+            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not self.layers or not all(type(layer) is int for layer in self.layers) or self.layers[0] < 1:
+            raise UsageError(f"layers must be block numbers from 1, not {self.layers!r}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UsageError(f"layers must be ascending, not {self.layers!r}")
+        _require_count("group", self.group, *((0, 0) if self.dtype == "float16" else (MAX_WIDTH,)))
+        if not isinstance(self.attention, bool):
+            raise UsageError(f"attention must be true or false, not {self.attention!r}")
         if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS[1:]):
-            raise ValueError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
+            raise UsageError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
+        if self.n_shards * len(self.codecs) > MAX_SHARD_FILES:
+            raise UsageError(
+                f"{self.n_rows:,} rows in shards of {self.shard_rows:,} make {self.n_shards * len(self.codecs):,} files; at most "
+                f"{MAX_SHARD_FILES:,} are allowed. Give more --shard-rows."
+            )
+
+    def require_fit(self, teacher: TeacherSpec) -> None:
+        """Raise UsageError unless a store like this can hold what `teacher` says."""
+        if self.layers[-1] > teacher.depth:
+            raise UsageError(f"layers {self.layers} of a teacher with {teacher.depth} blocks")
+        if self.attention and not teacher.has_cls:
+            raise UsageError("attention of a teacher without CLS token")
+        largest = max(self.row_bytes(array, teacher) for array in self.array_names)
+        if largest > MAX_ROW_BYTES:
+            raise UsageError(f"rows of {largest:,} bytes; at most {MAX_ROW_BYTES:,} are allowed")
 
     @property
     def array_names(self) -> list[str]:
@@ -183,6 +233,12 @@ class LayerFidelity:
     p99: float
     worst: float
     n_tokens: int
+
+    def __post_init__(self):
+        _require_count("layer", self.layer, MAX_WIDTH)
+        _require_count("n_tokens", self.n_tokens, 2**62, least=0)
+        if not _are_numbers([self.median, self.p99, self.worst]):
+            raise UsageError(f"errors of layer {self.layer} must be numbers, not {self.median!r}, {self.p99!r}, {self.worst!r}")
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

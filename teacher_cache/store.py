@@ -6,6 +6,7 @@ clip-b16.zarr/
   tokens/08 ...   row arrays (spec.StoreSpec.array_names), one shard file c.SHARD.0.0 each
   quant/08/centre, spread     head/gamma, beta, projection     probe
   commits/, then shards.npy and complete.json
+  spare.tar       a second copy of every small file above (spare.py)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,9 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-from .durable import ASIDE, crc32c, read_sealed, seal, sync_folder, write_whole
+from .durable import (
+    ASIDE,
+    MAX_JSON,
+    crc32c,
+    inside,
+    is_sha256,
+    listed_files,
+    read_plain,
+    read_sealed,
+    seal,
+    sync_folder,
+    write_whole,
+)
 from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
+from .spare import SPARE, pack_members
 from .spec import FORMAT_VERSION, LayerFidelity, StoreSpec, TeacherSpec
 
 FILL = {"int8": -128, "float16": "NaN", "float32": "NaN"}
@@ -53,6 +68,18 @@ class Manifest:
     """Of the teacher's mean token per layer on the probe image (array `probe`)."""
     software: dict
 
+    def __post_init__(self):
+        if type(self.view) is not int or not 0 <= self.view < 2**31:
+            raise ValueError(f"view must be a number from 0, not {self.view!r}")
+        for name in ("crops_id", "crops_sha256", "probe_sha256"):
+            if not is_sha256(getattr(self, name)):
+                raise ValueError(f"{name} must be 64 hex digits, not {getattr(self, name)!r}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, not {self.precision!r}")
+        if not isinstance(self.software, dict) or not all(isinstance(v, str) for pair in self.software.items() for v in pair):
+            raise ValueError(f"software must give versions by name, not {self.software!r}")
+        self.store.require_fit(self.teacher)
+
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
         return {"format_version": FORMAT_VERSION, **value}
@@ -71,42 +98,84 @@ class Manifest:
             value["store"] = StoreSpec.from_json(value["store"])
             value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
             return cls(**value)
-        except (KeyError, TypeError) as error:
+        except BadInputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise CacheCorruptError(f"manifest: {error!r}.") from error
+
+
+def is_begun(store: Path) -> bool:
+    """Whether a store is there. One without its store.json was never written like that: CacheCorruptError."""
+    if (store / "store.json").exists():
+        return True
+    if store.exists():
+        raise CacheCorruptError(
+            f"{store} has lost its store.json. Run the same teacher-cache extract command with --repair, which restores it from "
+            "spare.tar, or delete that folder to extract it again."
+        )
+    return False
+
+
+def _small_files_of(store: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files a store was begun with, from store.json."""
+    return listed_files(read_sealed(store / "store.json"), store / "store.json")
 
 
 def read_manifest(store: Path) -> Manifest:
     """The manifest of a begun store, from JSON alone.
 
-    Raises NotInCacheError if the store was never begun, CacheCorruptError if its zarr.json is not the one it was begun with.
+    Raises NotInCacheError if the store was never begun, CacheCorruptError if its zarr.json is not the one it was begun with or
+    one of its folders lies elsewhere.
     """
+    if not is_begun(store):
+        raise NotInCacheError(f"{store}: no such store.")
+    manifest = manifest_of(_read_listed(store, _small_files_of(store), "zarr.json"), store / "zarr.json")
+    for array in manifest.store.array_names:
+        inside(store, array)
+    return manifest
+
+
+def manifest_of(root_json: bytes, path: Path) -> Manifest:
+    """The manifest in the bytes of a store's zarr.json. Errors name `path`."""
     try:
-        files = read_sealed(store / "store.json")["files"]
-    except FileNotFoundError:
-        raise NotInCacheError(f"{store}: no such store.") from None
-    root = _read_listed(store, files, "zarr.json")
-    try:
-        return Manifest.from_json(json.loads(root)["attributes"]["teacher_cache"])
+        return Manifest.from_json(json.loads(root_json)["attributes"]["teacher_cache"])
     except BadInputError as error:
-        raise BadInputError(f"{store}: {error}") from None
-    except (KeyError, TypeError, ValueError, CacheCorruptError) as error:
-        raise CacheCorruptError(f"{store / 'zarr.json'}: {error}") from error
+        raise BadInputError(f"{path.parent}: {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError, CacheCorruptError) as error:
+        raise CacheCorruptError(f"{path}: {error}") from error
 
 
-def _read_listed(store: Path, files: dict[str, str], name: str) -> bytes:
-    """A small file of a store, or CacheCorruptError if it is not the one that store.json lists."""
+def manifest_sha256(store: Path) -> str:
+    """SHA-256 of the store's zarr.json: what the header of each of its shards names (shards.header)."""
+    return _small_files_of(store).get("zarr.json", "")
+
+
+def _read_listed(store: Path, files: dict[str, str], name: str, most: int = MAX_JSON) -> bytes:
+    """A small file of a store, of at most `most` bytes, or CacheCorruptError if it is not the one that store.json lists."""
     try:
-        data = (store / name).read_bytes()
-    except OSError as error:
-        raise CacheCorruptError(f"{store / name}: cannot be read ({error.strerror}).") from error
+        data = read_plain(inside(store, name), most)
+    except FileNotFoundError:
+        raise CacheCorruptError(f"{store / name}: cannot be read (it is missing).") from None
     if hashlib.sha256(data).hexdigest() != files.get(name):
         raise CacheCorruptError(f"{store / name}: not the file this store was begun with.")
     return data
 
 
 def check_array_json(store: Path, array: str) -> None:
-    """Raise CacheCorruptError if a row array's zarr.json was changed: zarr would believe it."""
-    _read_listed(store, read_sealed(store / "store.json")["files"], f"{array}/zarr.json")
+    """Raise CacheCorruptError if a row array's zarr.json is not what the manifest asks for: zarr would believe it."""
+    manifest = read_manifest(store)
+    expected = _row_array_json(manifest.store, manifest.teacher, array, dict(manifest.store.codecs)[array])
+    _check_array_json(store, array, _read_listed(store, _small_files_of(store), f"{array}/zarr.json"), expected)
+
+
+def _check_array_json(store: Path, array: str, found: bytes, expected: bytes) -> None:
+    """Raise CacheCorruptError unless two array descriptions are the same value, however it is spelled."""
+    try:
+        same = json.loads(found) == json.loads(expected)
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise CacheCorruptError(f"{store / array / 'zarr.json'}: does not describe the array that the store's manifest does.")
 
 
 def _dump(value: dict) -> bytes:
@@ -152,18 +221,10 @@ def _small_array(name: str, values: np.ndarray) -> dict[str, bytes]:
     }
 
 
-def create_store(
-    path: Path,
-    manifest: Manifest,
-    statistics: dict[int, ChannelStatistics],
-    head: dict[str, np.ndarray],
-    probe: np.ndarray,
-) -> None:
-    """Begin a store: all its small files, in a folder aside that is renamed into place.
-
-    statistics: per layer (int8 only). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
-    probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
-    """
+def small_files(
+    manifest: Manifest, statistics: dict[int, ChannelStatistics], head: dict[str, np.ndarray], probe: np.ndarray
+) -> dict[str, bytes]:
+    """Every file of a store as it is begun but store.json, by name. Arguments as for `create_store`."""
     spec, teacher = manifest.store, manifest.teacher
     files = {"zarr.json": _group_json({"teacher_cache": manifest.to_json()})}
     for layer, channel in statistics.items():
@@ -175,7 +236,24 @@ def create_store(
     for array, codec in spec.codecs:
         files[f"{array}/zarr.json"] = _row_array_json(spec, teacher, array, codec)
     groups = {parent.as_posix() for name in files for parent in Path(name).parents} - {".", *(str(Path(n).parent) for n in files)}
-    files |= {f"{group}/zarr.json": _group_json() for group in sorted(groups)}
+    return files | {f"{group}/zarr.json": _group_json() for group in sorted(groups)}
+
+
+def create_store(
+    path: Path,
+    manifest: Manifest,
+    statistics: dict[int, ChannelStatistics],
+    head: dict[str, np.ndarray],
+    probe: np.ndarray,
+) -> None:
+    """Begin a store: all its small files and their spare, in a folder aside that is renamed into place.
+
+    statistics: per layer (int8 only). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
+    probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
+    """
+    files = small_files(manifest, statistics, head, probe)
+    files["store.json"] = seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}})
+    files[SPARE] = pack_members(files)
 
     aside = path.with_name(path.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
@@ -183,41 +261,44 @@ def create_store(
     for name, data in files.items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(aside / name, data)
-    write_whole(aside / "store.json", seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}))
     for folder in [aside, *(entry for entry in aside.rglob("*") if entry.is_dir())]:
         sync_folder(folder)
     os.rename(aside, path)
     sync_folder(path.parent)
 
 
+def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every small array of a store."""
+    teacher, spec = manifest.teacher, manifest.store
+    shapes = {"probe": (len(spec.layers), teacher.dim), "head/gamma": (teacher.dim,), "head/beta": (teacher.dim,)}
+    if teacher.projection_dim is not None:
+        shapes["head/projection"] = (teacher.dim, teacher.projection_dim)
+    for layer in spec.layers if spec.dtype == "int8" else ():
+        shapes |= {f"quant/{layer:02d}/{name}": (teacher.dim,) for name in ("centre", "spread")}
+    return shapes
+
+
 def read_small_array(store: Path, name: str) -> np.ndarray:
-    """A small float32 array (`quant/08/centre`, `head/gamma`, `probe`), checked against store.json.
+    """A small float32 array (`quant/08/centre`, `head/gamma`, `probe`), checked against store.json and the manifest.
 
     Read without zarr: one chunk of little-endian float32, then its CRC-32C.
     """
-    files = read_sealed(store / "store.json")["files"]
-    shape = json.loads(_read_listed(store, files, f"{name}/zarr.json"))["shape"]
-    chunk = _read_listed(store, files, f"{name}/" + ".".join(["c", *["0"] * len(shape)]))
-    return np.frombuffer(chunk[:-4], "<f4").reshape(shape)
-
-
-def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
-    """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
-    weights, name = manifest.teacher.weights, manifest.teacher.name
-    with_weights = "" if weights == "built-in" or weights.startswith("timm pretrained") else f" --weights {weights}"
-    with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
-    return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {cache}"
-
-
-def store_file_name(name: str) -> str:
-    """A teacher's name as the name of its store: `timm:vit` -> `timm_vit`."""
-    return name.replace(":", "_").replace("/", "_")
+    shape = small_array_shapes(read_manifest(store))[name]
+    files, n_bytes = _small_files_of(store), 4 * math.prod(shape) + 4
+    chunk = _read_listed(store, files, f"{name}/" + ".".join(["c", *["0"] * len(shape)]), n_bytes)
+    expected = _array_json(shape, shape, "float32", _codecs("float32"))
+    _check_array_json(store, name, _read_listed(store, files, f"{name}/zarr.json"), expected)
+    if len(chunk) != n_bytes:
+        raise CacheCorruptError(f"{store / name}: has {len(chunk)} bytes; the manifest asks for {shape} of float32.")
+    values = np.frombuffer(chunk[:-4], "<f4").reshape(shape)
+    if not np.isfinite(values).all():
+        raise CacheCorruptError(f"{store / name}: holds numbers that are not finite.")
+    return values
 
 
 def shared_sha256(store: Path) -> dict[str, str]:
     """SHA-256 of the files that all views of a teacher share: quantiser, head and probe."""
-    files = read_sealed(store / "store.json")["files"]
-    return {name: sha256 for name, sha256 in files.items() if name.split("/")[0] in ("quant", "head", "probe")}
+    return {name: sum_ for name, sum_ in _small_files_of(store).items() if name.split("/")[0] in ("quant", "head", "probe")}
 
 
 def read_statistics(store: Path, spec: StoreSpec) -> dict[int, ChannelStatistics]:
@@ -232,3 +313,16 @@ def read_head(store: Path, teacher: TeacherSpec) -> dict[str, np.ndarray]:
     """Final norm (`gamma`, `beta` [D]) and `projection` [D, E] where the teacher has one. float32."""
     names = ["gamma", "beta"] + ["projection"] * (teacher.projection_dim is not None)
     return {name: read_small_array(store, f"head/{name}") for name in names}
+
+
+def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
+    """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
+    weights, name = manifest.teacher.weights, manifest.teacher.name
+    with_weights = "" if weights == "built-in" or weights.startswith("timm pretrained") else f" --weights {weights}"
+    with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
+    return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {cache}"
+
+
+def store_file_name(name: str) -> str:
+    """A teacher's name as the name of its store: `timm:vit` -> `timm_vit`."""
+    return name.replace(":", "_").replace("/", "_")

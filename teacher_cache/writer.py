@@ -1,7 +1,6 @@
 """Filling a store, shard by shard. Rows are appended to files aside as they come; memory is bounded by the batch.
 
-A shard file is zarr v3's: the inner chunks of its rows back to back, then an index of (offset, length) for every slot, then the
-index's CRC-32C. It is fsynced and renamed when whole; the commit record comes last.
+What stands in a shard file, shards.py says. It is fsynced and renamed when whole; the commit record comes last.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .commits import FILE_DTYPE, read_commits, shard_file, write_commit
-from .durable import ASIDE, crc32c, sync_folder
+from .commits import FILE_DTYPE, read_commits, write_commit
+from .durable import crc32c, create_aside, sync_folder
 from .errors import UsageError
 from .estimate import shard_bytes, store_bytes
+from .shards import EMPTY_SLOT, header, shard_file
 from .spec import StoreSpec, TeacherSpec
-from .store import read_manifest
-
-EMPTY_SLOT = 0xFFFFFFFFFFFFFFFF
+from .store import is_begun, manifest_sha256, read_manifest
 
 
 def encoder(codec: str) -> Callable[[bytes], bytes]:
@@ -41,20 +39,21 @@ class _ShardFile:
     """One array's file of one shard, being written."""
 
     def __init__(self, path: Path, n_slots: int, codec: str):
-        self.path, self.aside = path, path.with_name(path.name + ASIDE)
+        self.path = path
         self.index = np.full((n_slots, 2), EMPTY_SLOT, "<u8")
         self.encode = encoder(codec)
-        self.file = open(self.aside, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by finish or abandon
         self.n_rows = self.n_bytes = self.crc = 0
+        self.file = create_aside(path, buffering=1 << 20)
+        self.aside = Path(self.file.name)
 
     def append(self, row: np.ndarray) -> None:
         payload = self.encode(row.tobytes())
         chunk = payload + crc32c(payload).to_bytes(4, "little")
         self.index[self.n_rows] = self.n_bytes, len(chunk)
         self.n_rows += 1
-        self._write(chunk)
+        self.write(chunk)
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         self.file.write(data)
         self.n_bytes += len(data)
         self.crc = zlib.crc32(data, self.crc)
@@ -62,7 +61,7 @@ class _ShardFile:
     def finish(self) -> tuple[int, int]:
         """Write the index and make the file durable, still aside; returns its bytes and CRC-32 (commits.FILE_DTYPE)."""
         index = self.index.tobytes()
-        self._write(index + crc32c(index).to_bytes(4, "little"))
+        self.write(index + crc32c(index).to_bytes(4, "little"))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -89,10 +88,16 @@ class ShardWriter:
         self.store, self.spec, self.shard = store, spec, shard
         self.n_rows = len(spec.rows_of(shard))
         self.shapes = {array: (spec.row_shape(array, teacher), spec.row_dtype(array)) for array in spec.array_names}
-        self.files = {
-            array: _ShardFile(shard_file(store, array, shard, 1 + len(self.shapes[array][0])), spec.shard_rows, codec)
-            for array, codec in spec.codecs
-        }
+        self.files: dict[str, _ShardFile] = {}
+        store_sha256 = manifest_sha256(store)
+        try:
+            for column, (array, codec) in enumerate(spec.codecs):
+                path = shard_file(store, array, shard, 1 + len(self.shapes[array][0]))
+                self.files[array] = _ShardFile(path, spec.shard_rows, codec)
+                self.files[array].write(header(store_sha256, column, shard))
+        except BaseException:
+            self._abandon()
+            raise
 
     def append(self, rows: dict[str, np.ndarray]) -> None:
         """Append the next rows. rows: array name -> [n, *row shape] in the store's dtype."""
@@ -112,8 +117,11 @@ class ShardWriter:
             if kind is None:
                 self._commit()
         finally:
-            for file in self.files.values():
-                file.abandon()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        for file in self.files.values():
+            file.abandon()
 
     def _commit(self) -> None:
         for array, file in self.files.items():
@@ -125,12 +133,14 @@ class ShardWriter:
         write_commit(self.store, self.shard, sizes)
 
 
-def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec) -> int:
-    """Bytes that finishing a store takes at most. spec: of the store if it was not begun yet."""
-    if not (store / "store.json").exists():
-        return store_bytes(spec, teacher)
+def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec, shards: range | None = None) -> int:
+    """Bytes that finishing a store, or the shards of a range, takes at most. spec: of the store if it was not begun yet."""
+    if not is_begun(store):
+        if shards is None:
+            return store_bytes(spec, teacher)
+        return sum(shard_bytes(spec, teacher, shard) for shard in shards if shard < spec.n_shards)
     begun = read_manifest(store).store
-    return sum(shard_bytes(begun, teacher, shard) for shard in missing_shards(store, begun))
+    return sum(shard_bytes(begun, teacher, shard) for shard in missing_shards(store, begun) if shards is None or shard in shards)
 
 
 def missing_shards(store: Path, spec: StoreSpec) -> list[int]:

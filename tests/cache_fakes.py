@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from teacher_cache.cache import Cache
-from teacher_cache.cropping import make_crops, plan_job
+from teacher_cache.cropping import make_crops, plan_job, remove_left_over
 from teacher_cache.crops import CropPlan
 
 PLAN = CropPlan(size=32, scale=(0.3, 1.0))
@@ -20,7 +24,10 @@ def crop_folder(cache_dir: Path, images: Path | None, n_views: int = 1, plan: Cr
                 skip_bad: bool = False, workers: int = 2) -> Cache:  # fmt: skip
     """What `teacher-cache crop` does."""
     job = plan_job(cache_dir, images, plan, crop_format, n_views)
-    return make_crops(job, skip_bad, workers) if job else Cache(cache_dir)
+    if job is not None:
+        return make_crops(job, skip_bad, workers)
+    remove_left_over(cache_dir)
+    return Cache(cache_dir)
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -29,6 +36,45 @@ def flip_bit(path: Path, bit: int) -> None:
     bit %= 8 * len(data)
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
+
+
+CHANGES = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+
+
+def kills(act: Callable[[], None], every: int = 1) -> Iterator[None]:
+    """Run `act`, killed before its first change of the disk, then before the one `every` changes later, and so on.
+
+    Changes are fsync, rename and making or removing a name. Yields after each death; the caller puts back what `act` starts from.
+    Ends, having done all of `act`, when there is no further change to die before.
+    """
+    call = 1
+    while _dies(act, call):
+        yield
+        call += every
+
+
+def _dies(act: Callable[[], None], call: int) -> bool:
+    """Whether `act`, run until its `call`-th change of the disk, did not come to its end."""
+    left = call
+
+    def mortal(change):
+        def wrapper(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return change(*arguments, **options)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, mortal(getattr(os, name)))
+        try:
+            act()
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
 def failing_at(function, call: int, error: BaseException):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from teacher_cache.beton import MAX_PAGE, MIN_PAGE, CropReader, tables_sha256, write_beton
 from teacher_cache.crops import CROP_DTYPE
-from teacher_cache.durable import crc32c, npy_bytes, read_npy, seal, sha256_file
+from teacher_cache.durable import crc32c, npy_bytes, read_npy, read_sealed, seal, sha256_file
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError
 
 
@@ -37,7 +37,9 @@ def write(folder, encoded: list[bytes], size=32, crop_format="jpeg95"):
     crops["bytes"], crops["crc32c"] = [len(data) for data in encoded], [crc32c(data) for data in encoded]
     write_beton(folder / "crops.beton", crops, -np.arange(len(encoded)), size, crop_format, iter(encoded))
     (folder / "crops.npy").write_bytes(npy_bytes(crops))
-    (folder / "checksums.json").write_bytes(seal({"files": {"crops.npy": sha256_file(folder / "crops.npy")}}))
+    sums = {"bytes": (folder / "crops.beton").stat().st_size, "tables_sha256": tables_sha256(folder / "crops.beton")}
+    files = {"crops.npy": sha256_file(folder / "crops.npy")}
+    (folder / "checksums.json").write_bytes(seal({"crops_id": "0" * 64, "files": files, "crops.beton": sums}))
     return folder / "crops.beton"
 
 
@@ -249,3 +251,29 @@ def test_another_decoder(view, monkeypatch):
     monkeypatch.setattr(reader, "read", lambda rows: read(rows) ^ (np.arange(len(rows)) == 3)[:, None, None, None])
     with pytest.raises(MismatchError, match="1 of 24 crops decode to other pixels here than where they were made"):
         reader.require_same_decoder()
+
+
+def test_a_view_that_does_not_say_how_it_decodes(tmp_path):
+    """Without recorded pixels nothing can be compared: the view is not taken for one that decodes alike."""
+    write(tmp_path, [bytes(32 * 32 * 3)], crop_format="raw")
+    with pytest.raises(CacheCorruptError, match="checksums.json: it does not say how the crops were decoded"):
+        CropReader(tmp_path).require_same_decoder()
+
+
+@pytest.mark.parametrize("size", [0, 4097, 65535])
+def test_crops_of_an_absurd_size(tmp_path, size):
+    """Sides beyond those a plan may have are refused when the view is opened, before memory is taken for a crop."""
+    write(tmp_path, [b"x"], size=size)
+    with pytest.raises(CacheCorruptError, match="header or tables do not fit"):
+        CropReader(tmp_path)
+
+
+def test_records_of_another_shape(view):
+    """A crops.npy that is vouched for but no list of records is refused."""
+    crops = np.load(view / "crops.npy")
+    for shape in ((4, 6), (24, 1), ()):
+        (view / "crops.npy").write_bytes(npy_bytes(crops[0] if shape == () else crops.reshape(shape)))
+        sums = read_sealed(view / "checksums.json")
+        (view / "checksums.json").write_bytes(seal({**sums, "files": {"crops.npy": sha256_file(view / "crops.npy")}}))
+        with pytest.raises(CacheCorruptError, match="crops.npy: has shape"):
+            CropReader(view)

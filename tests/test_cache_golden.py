@@ -8,12 +8,14 @@ format gets a new version and a golden cache of its own beside this one.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import shutil
 import struct
 import sys
+import tarfile
 import tempfile
 import warnings
 import zlib
@@ -25,6 +27,7 @@ import torch
 from fakes import FakeTeacher, image_of
 from PIL import Image, __version__, features
 
+from teacher_cache import extract
 from teacher_cache.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.cache import Cache, write_cache
 from teacher_cache.commits import fold
@@ -32,7 +35,8 @@ from teacher_cache.cropping import make_crops, plan_job
 from teacher_cache.crops import CROP_FORMATS, CropPlan
 from teacher_cache.durable import npy_bytes, read_sealed, seal, sha256_file, write_whole
 from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.reader import StoreReader
+from teacher_cache.reader import READERS, StoreReader
+from teacher_cache.spare import write_spare
 from teacher_cache.store import create_store, read_small_array
 from teacher_cache.verify import verify
 from teacher_cache.writer import ShardWriter
@@ -48,6 +52,8 @@ STORES = {
     "fake": ExtractPlan(layers="last2", shard_rows=3, batch_size=2),  # the last of its 3 shards has an empty slot
     "fake16": ExtractPlan(layers="last", dtype="float16", shard_rows=4),
 }
+NAME_SOFTWARE = ("zarr.json", "store.json", "complete.json", "shards.npy", "spare.tar")
+"""Files of a store that follow from the versions in its manifest. The header of a shard, 64 bytes, does so too."""
 ROW, TOKEN = 7, 3
 """What NUMBERS writes out: the last row, which stands in the short shard; CLS and the third patch."""
 
@@ -74,7 +80,7 @@ def numbers_of(cache: Path) -> dict:
     final_norm = last * teacher.head["gamma"] + teacher.head["beta"]
     stores = {}
     for name in STORES:
-        reader = StoreReader(view.store_path(name), route="zarr")
+        reader = StoreReader(view.store_path(name), reader="zarr")
         stores[name] = {array: _picked(reader.read(array, [ROW])[0]) for array in reader.spec.array_names}
     return {
         "made_with": software(),
@@ -168,6 +174,11 @@ def stored_row(store: Path, array: str, row: int) -> np.ndarray:
     column = [name for name, _ in manifest["store"]["codecs"]].index(array)
     assert (len(data), zlib.crc32(data)) == tuple(np.load(store / "shards.npy")[shard, column])
 
+    head, zarr_json = data[:64], (store / "zarr.json").read_bytes()
+    assert struct.unpack("<8s32sIQ8sI", head) == (
+        b"TCSHARD1", hashlib.sha256(zarr_json).digest(), column, shard, bytes(8), crc32c(head[:-4])
+    )  # fmt: skip
+
     index = data[-16 * n_slots - 4 :]
     assert crc32c(index[:-4]) == int.from_bytes(index[-4:], "little")
     offset, n_bytes = struct.unpack_from("<QQ", index, 16 * slot)
@@ -226,6 +237,21 @@ def test_a_reader_written_from_the_document_reads_the_targets(numbers):
     )
 
 
+def test_a_reader_written_from_the_document_finds_the_spares():
+    """Each folder has a tar with its small files as they are; every other file is a crop, a shard or a spare."""
+    spared = {folder / "spare.tar" for folder in (GOLDEN, GOLDEN / "view-000", *GOLDEN.glob("view-000/*.zarr"))}
+    for folder in {path.parent for path in spared}:
+        with tarfile.open(folder / "spare.tar") as tar:
+            assert tar.getnames() == sorted(tar.getnames())
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+                assert tar.extractfile(member).read() == (folder / member.name).read_bytes()
+                spared.add(folder / member.name)
+    others = {path for path in GOLDEN.rglob("*") if path.is_file()} - spared
+    assert {path.relative_to(GOLDEN / "view-000").parts[1] for path in others if "c." in path.name} >= {"tokens", "attention"}
+    assert {path.name for path in others if not path.name.startswith("c.")} == {"crops.beton"}
+
+
 def test_the_examples_of_the_document_run(monkeypatch):
     """Both Python examples of docs/format.md run as they stand there, and agree with the reader above."""
     monkeypatch.chdir(DOCUMENT.parents[1])
@@ -240,21 +266,21 @@ def test_the_examples_of_the_document_run(monkeypatch):
 # --- this project's reader and writers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("route", ["direct", "zarr"])
-def test_the_golden_cache_is_readable(numbers, route):
-    """Cache and StoreReader read the committed cache; both routes give the numbers beside it and every row."""
+@pytest.mark.parametrize("reader", READERS)
+def test_the_golden_cache_is_readable(numbers, reader):
+    """Cache and StoreReader read the committed cache; every reader gives the numbers beside it and every row."""
     cache = Cache(GOLDEN)
     assert cache.images().names[ROW] == numbers["name"] and cache.plan == PLAN
     view = cache.finished_view(0)
     assert view.store_names() == sorted(STORES)
     for name, arrays in numbers["stores"].items():
-        reader = StoreReader(view.store_path(name), route=route)
-        assert reader.is_complete
+        store = StoreReader(view.store_path(name), reader=reader)
+        assert store.is_complete
         for array, expected in arrays.items():
-            rows = reader.read(array, range(N_IMAGES))
+            rows = store.read(array, range(N_IMAGES))
             assert _picked(rows[ROW]) == expected
-            np.testing.assert_array_equal(rows, [stored_row(reader.path, array, row) for row in range(N_IMAGES)])
-        np.testing.assert_array_equal(reader.tokens([ROW], 6)[0], whitened(reader.path, 6, ROW))
+            np.testing.assert_array_equal(rows, [stored_row(store.path, array, row) for row in range(N_IMAGES)])
+        np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
 
 
 def test_the_golden_crops_decode(numbers):
@@ -289,9 +315,10 @@ def test_the_writers_give_the_same_bytes_again(tmp_path):
     decoded = read_sealed(view.path / "checksums.json")["decoded"]  # what the machine's own decoder made of them
     checksums = {"crops_id": golden.crops_id, "files": files, "crops.beton": record, "decoded": decoded}
     write_whole(again / "checksums.json", seal(checksums))
+    write_spare(again)
 
     for name in STORES:
-        reader, store = StoreReader(view.store_path(name), route="zarr"), again / f"{name}.zarr"
+        reader, store = StoreReader(view.store_path(name), reader="zarr"), again / f"{name}.zarr"
         create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(reader.path, "probe"))
         for shard in range(reader.spec.n_shards):
             rows = reader.spec.rows_of(shard)
@@ -319,6 +346,14 @@ def test_another_encoder_is_noticed_and_compared_by_value(tmp_path, numbers, mon
     assert len(reasons) == 1 and "encodes" in reasons[0]
 
 
+def test_other_software_is_no_other_cache(tmp_path, numbers, monkeypatch):
+    """A cache that other versions made differs in its manifests and what names them, and is compared by bytes all the same."""
+    monkeypatch.setattr(extract, "software", lambda: {"python": "4.0"})
+    again = make_cache(tmp_path)
+    assert compare_with_golden(again, numbers) == compare_with_golden(GOLDEN, numbers)
+    assert (again / "view-000/fake.zarr/zarr.json").read_bytes() != (GOLDEN / "view-000/fake.zarr/zarr.json").read_bytes()
+
+
 def compare_with_golden(again: Path, numbers: dict) -> list[str]:
     """Assert that a cache made again is the golden one. Returns why it had to be compared by value; none: it was by bytes.
 
@@ -343,16 +378,21 @@ def compare_with_golden(again: Path, numbers: dict) -> list[str]:
             reasons.append(f"torch {torch.__version__} computes {name} otherwise on this machine")
 
     if not reasons:
-        manifests = {f"view-000/{name}.zarr/{file}" for name in STORES for file in ("zarr.json", "store.json")}
-        assert set(changed(old, new)) <= manifests
+        follow = {f"view-000/{name}.zarr/{file}" for name in STORES for file in NAME_SOFTWARE}
+        assert {name for name in changed(old, new) if _behind_header(name, old) != _behind_header(name, new)} <= follow
     assert np.abs(pixels[0].astype(int) - pixels[1]).mean() < 2
     for name in STORES:
-        readers = [StoreReader(view.store_path(name), route="zarr") for view in views]
+        readers = [StoreReader(view.store_path(name), reader="zarr") for view in views]
         same_manifest(*(reader.manifest.to_json() for reader in readers), exactly=not reasons)
         for layer in readers[0].spec.layers:
             before, after = (reader.tokens(range(N_IMAGES), layer) for reader in readers)
             assert np.linalg.norm(after - before) < 0.1 * np.linalg.norm(before)
     return reasons
+
+
+def _behind_header(name: str, files: dict[str, bytes]) -> bytes:
+    """All bytes of a file; of a shard file those behind its header."""
+    return files[name][64 if "c." in name and re.search("/(tokens|scale|attention)/", name) else 0 :]
 
 
 def same_manifest(old: dict, new: dict, exactly: bool) -> None:

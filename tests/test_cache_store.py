@@ -1,213 +1,32 @@
-"""Stores: two routes with equal bytes, plain zarr can read all of it, and no damage or hole is ever answered with numbers."""
+"""Stores as they are written: whole at every moment, foldable and unfoldable, and no damaged record is ever believed."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
-from cache_fakes import contents, failing_at, flip_bit
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from cache_fakes import contents, failing_at, flip_bit, kills
+from store_fakes import TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache import writer
-from teacher_cache.commits import count_commits, fold, is_complete
-from teacher_cache.errors import BadInputError, CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.quantize import ChannelStatistics, dequantise
+from teacher_cache import commits, spare, writer
+from teacher_cache.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
+from teacher_cache.durable import read_sealed, seal, sha256_file
+from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
+from teacher_cache.estimate import store_bytes
 from teacher_cache.reader import StoreReader
-from teacher_cache.spec import StoreSpec, TeacherSpec
-from teacher_cache.store import Manifest, create_store, read_manifest
-from teacher_cache.writer import ShardWriter, missing_shards
-
-TEACHER = TeacherSpec(
-    name="t", weights="random:0", weights_sha256="0" * 64, image_size=16, patch_size=8, grid=(2, 2), dim=6, depth=3, heads=1,
-    has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=4, resize="none",
-)  # fmt: skip
-ROUTES, CODECS = ("direct", "zarr"), ("none", "zstd", "lz4")
-
-
-def spec_of(n_rows=7, shard_rows=3, layers=(1, 3), dtype="int8", codec="none") -> StoreSpec:
-    names = [f"tokens/{layer:02d}" for layer in layers] + ["scale"] * (dtype == "int8") + ["attention"]
-    group = 4 if dtype == "int8" else 0
-    return StoreSpec(n_rows, shard_rows, layers, dtype, group, True, tuple((name, codec) for name in names))
-
-
-def values_of(spec: StoreSpec, seed=0) -> dict[str, np.ndarray]:
-    """Random content of every row array; half of it compressible."""
-    rng, arrays = np.random.default_rng(seed), {}
-    for array in spec.array_names:
-        shape, dtype = (spec.n_rows, *spec.row_shape(array, TEACHER)), spec.row_dtype(array)
-        levels = rng.integers(-127, 128, shape) * (rng.random(shape) < 0.5)
-        arrays[array] = levels.astype(dtype) if dtype == "int8" else (levels / 8).astype(dtype)
-    return arrays
-
-
-def begin(path: Path, spec: StoreSpec) -> None:
-    statistics = ChannelStatistics(np.arange(6, dtype="float32"), np.arange(1, 7, dtype="float32"))
-    head = {"gamma": np.full(6, 2, "float32"), "beta": np.ones(6, "float32"), "projection": np.eye(6, 4, dtype="float32")}
-    manifest = Manifest(TEACHER, spec, 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {})
-    probe = np.arange(6 * len(spec.layers), dtype="float32").reshape(-1, 6)
-    create_store(path, manifest, dict.fromkeys(spec.layers, statistics) if spec.group else {}, head, probe)
-
-
-def fill(path: Path, spec: StoreSpec, arrays: dict[str, np.ndarray], shards=None, batch=2) -> None:
-    for shard in range(spec.n_shards) if shards is None else shards:
-        rows = spec.rows_of(shard)
-        with ShardWriter(path, spec, TEACHER, shard) as out:
-            for start in range(rows.start, rows.stop, batch):
-                out.append({name: values[start : min(start + batch, rows.stop)] for name, values in arrays.items()})
-
-
-def make_store(path: Path, spec: StoreSpec, seed=0) -> dict[str, np.ndarray]:
-    arrays = values_of(spec, seed)
-    begin(path, spec)
-    fill(path, spec, arrays)
-    fold(path, spec)
-    return arrays
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    """{(dtype, codec, shard_rows): (path, spec, arrays)}: 7 rows in shards that divide them and that do not."""
-    made = {}
-    for dtype in ("int8", "float16"):
-        for codec in CODECS:
-            for shard_rows in (1, 3, 7):
-                path, spec = tmp_path_factory.mktemp("stores") / "t.zarr", spec_of(7, shard_rows, dtype=dtype, codec=codec)
-                made[dtype, codec, shard_rows] = path, spec, make_store(path, spec)
-    return made
+from teacher_cache.shards import HEADER_BYTES, header, require_header
+from teacher_cache.spare import is_current
+from teacher_cache.store import manifest_sha256, read_manifest, read_small_array
+from teacher_cache.writer import ShardWriter, missing_bytes, missing_shards
 
 
 @pytest.fixture
-def store(tmp_path):
+def finished(tmp_path) -> Path:
     """A finished store, uncompressed, that a test may damage."""
-    arrays = make_store(tmp_path / "t.zarr", spec_of())
-    return tmp_path / "t.zarr", arrays
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.sampled_from(["int8", "float16"]), st.sampled_from(CODECS), st.sampled_from([1, 3, 7]),
-    st.lists(st.integers(0, 6), max_size=12), st.sampled_from(["never", "first", "always"]),
-)  # fmt: skip
-def test_routes_are_equal(stores, dtype, codec, shard_rows, rows, check):
-    """Any rows, in any order, repeated or none: both routes give the bytes that were written."""
-    path, spec, arrays = stores[dtype, codec, shard_rows]
-    for route in ROUTES:
-        reader = StoreReader(path, route, check)
-        for array in spec.array_names:
-            assert same(reader.read(array, rows), arrays[array][rows])
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("dtype", ["int8", "float16"])
-@pytest.mark.parametrize("shard_rows", [1, 3, 7])
-def test_plain_zarr_reads_everything(stores, dtype, codec, shard_rows):
-    """Nothing needs our code: zarr.open finds every array with its values, and the manifest in the attributes."""
-    path, spec, arrays = stores[dtype, codec, shard_rows]
-    group = zarr.open_group(path, mode="r")
-    for name, values in arrays.items():
-        assert same(group[name][...], values) and group[name].shards[0] == shard_rows and group[name].chunks[0] == 1
-    assert group["probe"][...].tolist() == np.arange(12).reshape(2, 6).tolist()
-    assert same(group["head/projection"][...], np.eye(6, 4, dtype="float32")) and set(group["head/gamma"][...]) == {2}
-    if dtype == "int8":
-        assert same(group["quant/03/spread"][...], np.arange(1, 7, dtype="float32"))
-    attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["teacher_cache"]
-    assert Manifest.from_json(attributes) == read_manifest(path) and read_manifest(path).store == spec
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_out_is_filled(stores, route):
-    """Rows land in the caller's array, in a slice of one too, and nowhere else."""
-    path, _, arrays = stores["int8", "none", 3]
-    out = np.full((5, 5, 6), 77, "int8")
-    returned = StoreReader(path, route).read("tokens/01", [6, 2], out[1:3])
-    assert returned.base is out and same(out[1:3], arrays["tokens/01"][[6, 2]]) and set(out[[0, 3, 4]].flat) == {77}
-
-
-UNFIT = [np.empty((2, 5, 6), "uint8"), np.empty((3, 5, 6), "int8"), np.empty((2, 6, 5), "int8").swapaxes(1, 2)]
-
-
-@pytest.mark.parametrize("out", UNFIT, ids=["dtype", "shape", "layout"])
-def test_unfit_out_is_refused(stores, out):
-    """An array of another dtype, shape or layout is refused, saying what is needed."""
-    with pytest.raises(UsageError, match=r"tokens/01: out must be C-contiguous int8 \(2, 5, 6\)"):
-        StoreReader(stores["int8", "none", 3][0]).read("tokens/01", [0, 1], out)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float16"])
-def test_tokens_are_dequantised(stores, dtype):
-    """`tokens` gives float32 values: (int8 * scale) * spread + centre, or the float16 as they are."""
-    path, _, arrays = stores[dtype, "zstd", 3]
-    tokens = StoreReader(path).tokens([5, 0], 3)
-    expected = arrays["tokens/03"][[5, 0]].astype("float32")
-    if dtype == "int8":
-        statistics = ChannelStatistics(np.arange(6, dtype="float32"), np.arange(1, 7, dtype="float32"))
-        expected = dequantise(arrays["tokens/03"][[5, 0]], arrays["scale"][[5, 0], 1], statistics, 4)
-    assert same(tokens, expected)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_what_is_not_there(stores, route):
-    """Rows out of range, unknown layers, routes and stores are refused with what there is."""
-    path = stores["int8", "none", 3][0]
-    reader = StoreReader(path, route)
-    for rows in ([7], [-1], [0, 10**12]):
-        with pytest.raises(NotInCacheError, match="it has 0 to 6"):
-            reader.read("tokens/01", rows)
-    with pytest.raises(NotInCacheError, match="no tokens/02; it has tokens/01, tokens/03, scale, attention"):
-        reader.read("tokens/02", [0])
-    with pytest.raises(NotInCacheError, match="no such store"):
-        StoreReader(path.with_name("other.zarr"), route)
-    with pytest.raises(UsageError, match="direct or zarr"):
-        StoreReader(path, "http")
-    with pytest.raises(UsageError, match="never, first, always"):
-        StoreReader(path, route, "sometimes")
-
-
-# --- holes -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("codec", CODECS)
-def test_holes_are_never_numbers(tmp_path, route, codec):
-    """A row that was never extracted raises CropNotCachedError on both routes; finished shards are readable meanwhile."""
-    spec = spec_of(7, 3, codec=codec)
-    path, arrays = tmp_path / "t.zarr", values_of(spec)
-    begin(path, spec)
-    with pytest.raises(CropNotCachedError, match="row 0 was never extracted"):
-        StoreReader(path, route).read("attention", [0])
-    fill(path, spec, arrays, shards=[2, 0])
-    reader = StoreReader(path, route)
-    assert not reader.is_complete and reader.finished.tolist() == [True, False, True] and missing_shards(path, spec) == [1]
-    for array in spec.array_names:
-        assert same(reader.read(array, [6, 0]), arrays[array][[6, 0]])
-        with pytest.raises(CropNotCachedError, match=r"row 4 was never extracted \(1 of 2 asked for\). Run teacher-cache"):
-            reader.read(array, [0, 4])
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_interrupted_extraction_has_holes(cache, teacher, monkeypatch, route):
-    """After an interrupted extraction the finished rows are there and the others say so."""
-    monkeypatch.setattr(writer, "write_commit", failing_at(writer.write_commit, 2, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        extract_view(cache.view(0), "new", teacher, ExtractPlan(shard_rows=8, layers="last"))
-    reader = StoreReader(cache.view(0).store_path("new"), route)
-    finished = StoreReader(cache.view(0).store_path("fake"), route)
-    assert same(reader.read("attention", range(8)), finished.read("attention", range(8)))
-    with pytest.raises(CropNotCachedError, match="row 8 was never extracted .16 of 24"):
-        reader.read("tokens/06", range(24))
+    make_store(tmp_path / "t.zarr", spec_of())
+    return tmp_path / "t.zarr"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -248,6 +67,17 @@ def test_a_failed_shard_leaves_no_trace(tmp_path):
     assert contents(path) == before
 
 
+def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
+    """If a shard's second file cannot even be made, the first does not stay aside."""
+    path = tmp_path / "t.zarr"
+    begin(path, spec_of())
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(writer, "create_aside", failing_at(writer.create_aside, 2, full))
+    with pytest.raises(OSError, match="No space left"):
+        ShardWriter(path, spec_of(), TEACHER, 0)
+    assert not list(path.rglob("*.partial"))
+
+
 @pytest.mark.parametrize("call", range(1, 6))
 def test_a_disk_that_fills_up_at_the_end(tmp_path, monkeypatch, call):
     """If a shard cannot be made durable, whichever of its files it is, nothing is committed and nothing stays aside."""
@@ -269,138 +99,218 @@ def test_fold_needs_every_shard(tmp_path):
     assert not is_complete(path) and count_commits(path, spec) == 2
 
 
-@pytest.mark.parametrize("name", ["write_whole-2", "write_whole-1", "rmtree-1"])
-def test_killed_while_folding(tmp_path, monkeypatch, name):
-    """Killed at any point of the last step, folding again gives the same store."""
-    from teacher_cache import commits
+def test_creating_is_all_or_nothing(tmp_path):
+    """A store whose creation is killed anywhere is not there or whole, and can be created again."""
+    path, spec = tmp_path / "t.zarr", spec_of()
+    begin(tmp_path / "whole.zarr", spec)
+    whole = contents(tmp_path / "whole.zarr")
+    for _ in kills(lambda: begin(path, spec), every=13):
+        assert not path.exists() or contents(path) == whole
+        shutil.rmtree(path, ignore_errors=True)
+    assert contents(path) == whole and not list(tmp_path.glob("*.partial"))
 
-    spec, path = spec_of(), tmp_path / "t.zarr"
-    arrays = make_store(tmp_path / "whole.zarr", spec)
+
+def test_a_store_is_not_begun_where_one_lost_its_declaration(finished):
+    """A store folder without store.json is neither "no store" nor a place for a new one."""
+    (finished / "store.json").unlink()
+    for ask in (read_manifest, lambda path: writer.missing_bytes(path, spec_of(), TEACHER)):
+        with pytest.raises(CacheCorruptError, match=r"t.zarr has lost its store.json. .*--repair"):
+            ask(finished)
+
+
+def test_a_planted_symlink_is_not_written_through(tmp_path):
+    """A symlink under the name that a writer uses aside is replaced; what it leads to is not touched."""
+    spec, path, precious = spec_of(), tmp_path / "t.zarr", tmp_path / "precious"
     begin(path, spec)
-    fill(path, spec, arrays)
-    function, call = name.split("-")
-    owner = commits if function == "write_whole" else commits.shutil
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, function, failing_at(getattr(owner, function), int(call), KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            fold(path, spec)
-    assert same(StoreReader(path).read("tokens/03", range(7)), arrays["tokens/03"])
+    precious.write_text("mine")
+    for name in ("tokens/01/c.0.0.0.partial", "commits/000000.json.partial", "shards.npy.partial", "spare.tar.partial"):
+        (path / name).symlink_to(precious)
+    fill(path, spec, values_of(spec))
     fold(path, spec)
+    assert precious.read_text() == "mine" and not list(path.rglob("*.partial"))
+
+
+# --- headers ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_shard_file_says_what_it_is(finished):
+    """Every shard begins with the 64 bytes that name its store, array and number, and its rows follow."""
+    spec, store_sha256 = spec_of(), sha256_file(finished / "zarr.json")
+    assert manifest_sha256(finished) == store_sha256
+    for column, array in enumerate(spec.array_names):
+        for shard in range(3):
+            data = shard_of(finished, array, shard).read_bytes()
+            assert data[:HEADER_BYTES] == header(store_sha256, column, shard)
+            index = np.frombuffer(data[-16 * 3 - 4 : -4], "<u8").reshape(3, 2)
+            assert index[0].tolist() == [64, spec.row_bytes(array, TEACHER) + 4]
+            require_header(shard_of(finished, array, shard), data[:64], header(store_sha256, column, shard))
+
+
+def test_swapped_shards_have_other_headers(finished):
+    """A file in the place of another, of another array or store, and a flipped bit in a header are told apart."""
+    path, sha256 = shard_of(finished, "tokens/01", 1), manifest_sha256(finished)
+    here = header(sha256, 0, 1)
+    cases = {
+        r"is shard 2 of array 0, in the place of shard 1 of array 0\.": header(sha256, 0, 2),
+        r"is shard 1 of array 3, in the place of shard 1 of array 0\.": header(sha256, 3, 1),
+        r"is a shard of another store\.": header("0" * 64, 0, 1),
+        r"its header is damaged\.": here[:-1],
+    }  # fmt: skip
+    for reason, found in cases.items():
+        with pytest.raises(CacheCorruptError, match=rf"tokens/01/c\.1\.0\.0: {reason} Run teacher-cache verify"):
+            require_header(path, found, here)
+    for bit in range(8 * HEADER_BYTES):
+        flipped = bytearray(here)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CacheCorruptError, match="its header is damaged"):
+            require_header(path, bytes(flipped), here)
+
+
+def test_bytes_are_estimated_with_headers(finished):
+    """The estimate of a store without compression is what its shard files have, to the byte."""
+    files, _ = read_commits(finished, spec_of())
+    assert store_bytes(spec_of(), TEACHER) == files["bytes"].sum() == sum(
+        path.stat().st_size for array in spec_of().array_names for path in (finished / array).glob("c.*")
+    )  # fmt: skip
+    begin(finished.with_name("new.zarr"), spec_of())
+    assert missing_bytes(finished.with_name("new.zarr"), spec_of(), TEACHER, range(1, 9)) == files["bytes"][1:].sum()
+    assert missing_bytes(finished.with_name("none.zarr"), spec_of(), TEACHER, range(1, 9)) == files["bytes"][1:].sum()
+
+
+# --- folding and unfolding -------------------------------------------------------------------------------------------
+
+
+def restore(path: Path, original: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(original, path)
+
+
+def test_killed_while_folding(tmp_path):
+    """Killed anywhere in the last step, every row can be read, and folding again gives the same store."""
+    spec, path, filled = spec_of(), tmp_path / "t.zarr", tmp_path / "filled.zarr"
+    arrays = make_store(tmp_path / "whole.zarr", spec)
+    begin(filled, spec)
+    fill(filled, spec, arrays)
+    restore(path, filled)
+    n_deaths = 0
+    for _ in kills(lambda: fold(path, spec)):
+        n_deaths += 1
+        assert not is_folded(path) and same(StoreReader(path, "zarr").read("scale", range(7)), arrays["scale"])
+        fold(path, spec)
+        assert contents(path) == contents(tmp_path / "whole.zarr") and is_folded(path)
+        restore(path, filled)
+    assert contents(path) == contents(tmp_path / "whole.zarr") and n_deaths > 12
+
+
+def test_folding_mends_the_spare_of_sound_files_only(finished):
+    """A finished store whose spare is gone gets it again, but a damaged small file never replaces its sound copy."""
+    spec, original = spec_of(), (finished / "spare.tar").read_bytes()
+    (finished / "spare.tar").unlink()
+    assert not is_folded(finished)
+    fold(finished, spec)
+    assert (finished / "spare.tar").read_bytes() == original and is_folded(finished)
+    flip_bit(finished / "head/gamma/c.0", 9)
+    with pytest.raises(CacheCorruptError, match="head/gamma/c.0: its SHA-256 is not the recorded one. .*--repair"):
+        fold(finished, spec)
+    assert (finished / "spare.tar").read_bytes() == original
+
+
+SOUND = np.array([True, False, True])
+
+
+def test_unfolding(finished):
+    """A finished store goes back to records of its sound shards; making the others again gives the same store."""
+    spec, before = spec_of(), contents(finished)
+    unfold(finished, spec, np.ones(3, bool))
+    assert contents(finished) == before  # sound altogether
+    unfold(finished, spec, SOUND)
+    assert not is_complete(finished) and missing_shards(finished, spec) == [1] and is_current(finished)
+    assert not {"complete.json", "shards.npy"} & set(spare.read_spare(finished))
+    unfold(finished, spec, SOUND)
+    assert missing_shards(finished, spec) == [1]
+    fill(finished, spec, values_of(spec), [1])
+    fold(finished, spec)
+    assert contents(finished) == before
+
+
+def test_unfolding_an_unfinished_store(tmp_path):
+    """Of an unfinished store the records of unsound shards go, and those that are damaged, misnamed or foreign."""
+    spec, path = spec_of(13), tmp_path / "t.zarr"
+    make_store(tmp_path / "whole.zarr", spec)
+    begin(path, spec)
+    fill(path, spec, values_of(spec), [0, 1, 3, 4])
+    flip_bit(path / "commits/000003.json", 30)
+    shutil.copy(path / "commits/000000.json", path / "commits/000002.json")
+    (path / "commits/notes.json").write_text("{}")
+    unfold(path, spec, np.array([True, False, False, True, True]))
+    assert missing_shards(path, spec) == [1, 2, 3] and count_commits(path, spec) == 2
+    fill(path, spec, values_of(spec), [1, 2, 3])
     fold(path, spec)
     assert contents(path) == contents(tmp_path / "whole.zarr")
 
 
-def test_creating_is_all_or_nothing(tmp_path, monkeypatch):
-    """A store whose creation was interrupted is not there, and can be created again."""
-    from teacher_cache import store
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_whole", failing_at(store.write_whole, 1, KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            begin(tmp_path / "t.zarr", spec_of())
-    assert not (tmp_path / "t.zarr").exists()
-    begin(tmp_path / "t.zarr", spec_of())
-    assert not list(tmp_path.glob("*.partial"))
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def shard_of(path: Path, array: str, shard: int) -> Path:
-    return next((path / array).glob(f"c.{shard}.*"))
-
-
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_first_checks_once_and_always_each_time(tmp_path, codec):
-    """With `first` a row is checked the first time only, with `always` every time, with `never` not at all."""
-    spec = spec_of(codec=codec)
-    arrays = make_store(tmp_path / "t.zarr", spec)
-    readers = {check: StoreReader(tmp_path / "t.zarr", check=check) for check in ("first", "always", "never")}
-    for reader in readers.values():
-        reader.read("attention", [4])
-    shard = shard_of(tmp_path / "t.zarr", "attention", 1)
-    with open(shard, "r+b") as file:  # in place: the readers' maps see it; the payload of the shard's third row, its last byte
-        offset, length = np.frombuffer(shard.read_bytes()[-52:-4], "<u8").reshape(3, 2)[2].tolist()
-        file.seek(offset + length - 5)
-        file.write(bytes([shard.read_bytes()[offset + length - 5] ^ 1]))
-    for check, reader in readers.items():
-        assert same(reader.read("attention", [4]), arrays["attention"][[4]])
-        if check == "never" and codec == "none":
-            assert not same(reader.read("attention", [5]), arrays["attention"][[5]])
-        elif check != "never":
-            with pytest.raises(CacheCorruptError, match="attention: row 5 is damaged"):
-                reader.read("attention", [5])
-    with open(shard, "r+b") as file:
-        file.seek(np.frombuffer(shard.read_bytes()[-52:-4], "<u8")[2] + 2)
-        file.write(b"\x55\xaa\x55")
-    if codec == "none":
-        readers["first"].read("attention", [4])  # found right before: not looked at again
-    with pytest.raises(CacheCorruptError, match="attention: row 4 is damaged"):
-        readers["always"].read("attention", [4])
+@pytest.mark.parametrize("leftover", [False, True], ids=["", "with records that a fold had left"])
+def test_killed_while_unfolding(tmp_path, leftover):
+    """Killed anywhere, the store is complete as before or unfinished as asked for, and unfolding again does the rest."""
+    spec, path, whole = spec_of(), tmp_path / "t.zarr", tmp_path / "whole.zarr"
+    arrays = make_store(whole, spec)
+    before = contents(whole)
+    if leftover:
+        shutil.copytree(whole, tmp_path / "killed.zarr")
+        whole = tmp_path / "killed.zarr"
+        (whole / "commits").mkdir()
+        files, _ = read_commits(whole, spec)
+        commits.write_commit(whole, 1, files[1])
+    restore(path, whole)
+    n_deaths = n_complete = 0
+    for _ in kills(lambda: unfold(path, spec, SOUND)):
+        n_deaths, n_complete = n_deaths + 1, n_complete + is_complete(path)
+        assert missing_shards(path, spec) == ([] if is_complete(path) else [1])
+        assert is_complete(path) or "complete.json" not in spare.read_spare(path)
+        unfold(path, spec, SOUND)
+        assert missing_shards(path, spec) == [1]
+        fill(path, spec, arrays, [1])
+        fold(path, spec)
+        assert contents(path) == before
+        restore(path, whole)
+    assert missing_shards(path, spec) == [1] and 8 < n_complete < n_deaths
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("check", ["never", "first", "always"])
-def test_no_bit_of_a_shard_leads_astray(tmp_path, route, codec, check):
-    """Whatever bit of a shard is flipped: the right bytes or an error naming the file; unchecked, only that row differs."""
-    spec = spec_of(6, 6, layers=(1,), codec=codec)
-    path = tmp_path / "t.zarr"
-    arrays = make_store(path, spec)
-    shard = shard_of(path, "tokens/01", 0)
-    n_bits, n_found = 8 * shard.stat().st_size, 0
-    for bit in [*range(0, n_bits - 8 * 100, 97), *range(n_bits - 8 * 100, n_bits, 23)]:
-        flip_bit(shard, bit)
-        try:
-            got = StoreReader(path, route, check).read("tokens/01", range(6))
-            if check != "never" or route == "zarr":
-                assert same(got, arrays["tokens/01"]), bit
-            else:
-                assert (got != arrays["tokens/01"]).reshape(6, -1).any(1).sum() <= 1
-        except CacheCorruptError as error:
-            assert "tokens/01" in str(error)
-            n_found += 1
-        flip_bit(shard, bit)
-    assert n_found > 30
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "grown", "emptied", "a folder"])
-def test_shard_files(tmp_path, route, codec, damage):
-    """A committed shard that is gone, shorter, longer or something else is named, never answered with fill values."""
-    path = tmp_path / "t.zarr"
-    make_store(path, spec_of(codec=codec))
-    shard = shard_of(path, "tokens/03", 1)
-    data = shard.read_bytes()
-    shard.unlink()
-    if damage == "a folder":
-        shard.mkdir()
-    elif damage != "deleted":
-        shard.write_bytes({"truncated": data[:-1], "grown": data + b"x", "emptied": b""}[damage])
-    with pytest.raises(CacheCorruptError, match=r"tokens/03/c\.1\.0\.0: (has \d+ bytes|a committed shard cannot be opened)"):
-        StoreReader(path, route).read("tokens/03", [0])
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_sound_checksum_around_wrong_data(tmp_path, monkeypatch, codec):
-    """Rows whose checksum fits but which are too short, or no compressed data at all, are refused."""
-    spec, path = spec_of(3, 3, layers=(1,), codec=codec), tmp_path / "t.zarr"
+@pytest.mark.parametrize("ask", [read_commits, count_commits])
+@pytest.mark.parametrize("moment", ["is_complete", "_records", "read_record"])
+def test_folded_by_another_process_meanwhile(tmp_path, monkeypatch, ask, moment):
+    """Whoever looks at a store while another process folds it sees a complete store."""
+    spec, path, original = spec_of(), tmp_path / "t.zarr", getattr(commits, moment)
+    arrays = make_store(tmp_path / "whole.zarr", spec)
     begin(path, spec)
-    monkeypatch.setattr(writer, "encoder", lambda _: lambda row: b"garbage, but not compressed"[:20])
-    fill(path, spec, values_of(spec))
-    for check in ("first", "never"):
-        with pytest.raises(CacheCorruptError, match="tokens/01: (row 0|a row)"):
-            StoreReader(path, check=check).read("tokens/01", [0])
+    fill(path, spec, arrays)
+
+    def folded_behind(*arguments):
+        answer = original(*arguments) if moment != "read_record" else None
+        monkeypatch.setattr(commits, moment, original)
+        fold(path, spec)
+        return original(*arguments) if moment == "read_record" else answer
+
+    monkeypatch.setattr(commits, moment, folded_behind)
+    found, expected = ask(path, spec), ask(tmp_path / "whole.zarr", spec)
+    assert found == expected if ask is count_commits else all(map(np.array_equal, found, expected))
+
+
+def test_neither_complete_nor_begun(finished):
+    """A store that has lost complete.json says so, instead of asking for all of its shards again."""
+    (finished / "complete.json").unlink()
+    for ask in (read_commits, count_commits, missing_shards, fold):
+        with pytest.raises(CacheCorruptError, match="has lost the list of its shards. .* --repair"):
+            ask(finished, spec_of())
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["complete.json", "shards.npy", "store.json", "zarr.json"])
-def test_damaged_records_of_a_finished_store(store, name):
+def test_damaged_records_of_a_finished_store(finished, name):
     """A flipped bit anywhere in a record of a store, or an empty one, is refused when the store is opened, naming it."""
-    path, _ = store
+    path = finished
     data = (path / name).read_bytes()
     for bit in range(0, 8 * len(data), max(1, len(data) // 40) * 3):
         flip_bit(path / name, bit)
@@ -413,9 +323,9 @@ def test_damaged_records_of_a_finished_store(store, name):
 
 
 @pytest.mark.parametrize("name", ["shards.npy", "zarr.json", "quant/01/spread/c.0", "head/beta/zarr.json"])
-def test_missing_records(store, name):
+def test_missing_records(finished, name):
     """A missing record is named when what it holds is needed."""
-    path, _ = store
+    path = finished
     (path / name).unlink()
     with pytest.raises(CacheCorruptError, match=name):
         reader = StoreReader(path)
@@ -423,26 +333,15 @@ def test_missing_records(store, name):
 
 
 @pytest.mark.parametrize("name", ["quant/03/centre", "head/projection", "probe"])
-def test_damaged_small_arrays(store, name):
+def test_damaged_small_arrays(finished, name):
     """A flipped bit in values or shape of a small array is found before it is used."""
-    from teacher_cache.store import read_small_array
-
-    path, _ = store
+    path = finished
     for file in (path / name).iterdir():
         for bit in range(0, 8 * file.stat().st_size, 97):
             flip_bit(file, bit)
             with pytest.raises(CacheCorruptError, match=f"{name}.*not the file this store was begun with"):
                 read_small_array(path, name)
             flip_bit(file, bit)
-
-
-def test_edited_array_description(store):
-    """zarr.json of an array that was edited is not believed by the zarr route."""
-    path, arrays = store
-    file = path / "tokens/01/zarr.json"
-    file.write_text(file.read_text().replace('"int8"', '"uint8"').replace("-128", "128"))
-    with pytest.raises(CacheCorruptError, match="tokens/01/zarr.json: not the file this store was begun with"):
-        StoreReader(path, "zarr").read("tokens/01", [0])
 
 
 def test_damaged_commit_records(tmp_path):
@@ -466,23 +365,11 @@ def test_damaged_commit_records(tmp_path):
         StoreReader(path)
 
 
-def test_other_format_version(store):
+def test_other_format_version(finished):
     """A store of a later format says so instead of being misread."""
-    from teacher_cache.durable import read_sealed, seal, sha256_file
-
-    path, _ = store
+    path = finished
     (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format_version": 1', '"format_version": 2'))
     files = {**read_sealed(path / "store.json")["files"], "zarr.json": sha256_file(path / "zarr.json")}
     (path / "store.json").write_bytes(seal({"files": files}))
     with pytest.raises(BadInputError, match="t.zarr: a store of format version 2; this program reads version 1. Use the version"):
         StoreReader(path)
-
-
-def test_a_store_can_be_moved_and_deleted(store, tmp_path):
-    """A reader keeps working while its store is moved: files are mapped, names are not looked up again."""
-    path, arrays = store
-    reader = StoreReader(path)
-    reader.read("tokens/01", [0])
-    shutil.move(path, tmp_path / "moved.zarr")
-    assert same(reader.read("tokens/01", range(7)), arrays["tokens/01"])
-    assert same(StoreReader(tmp_path / "moved.zarr").read("scale", range(7)), arrays["scale"])
