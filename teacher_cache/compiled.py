@@ -7,19 +7,20 @@ codes in an array, because an exception cannot leave compiled code that FFCV run
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 
-os.environ.setdefault("NUMBA_THREADING_LAYER", "threadsafe")  # tbb or omp: two live loaders abort under "workqueue"
+from .pointers import load_u8, load_u64  # isort: skip - before numba, whose threading layer it chooses
 
-import numba  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from llvmlite import ir  # noqa: E402
-from numba import njit, prange, types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
-from .errors import CacheCorruptError, CropNotCachedError  # noqa: E402
+from .errors import CacheCorruptError, CropNotCachedError
+from .shards import EMPTY_SLOT
+from .window import CLOSED
 
 _torch_threads = torch.get_num_threads()
 from ffcv.libffcv import ctypes_imdecode  # noqa: E402
@@ -28,7 +29,7 @@ from ffcv.libffcv import ctypes_imdecode  # noqa: E402
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
-OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING = 0, 1, 2, 3, 4
+OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING, CUT_SHORT, NOT_OPEN = range(7)
 """Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
 
 
@@ -56,44 +57,6 @@ def _crc32c_word(typingctx, crc, word):
     return types.uint64(types.uint64, types.uint64), codegen
 
 
-@intrinsic
-def _load_u64(typingctx, address):
-    """The little-endian 64-bit word at any address, aligned or not."""
-
-    def codegen(context, builder, signature, arguments):
-        i64 = ir.IntType(64)
-        word = builder.load(builder.inttoptr(arguments[0], i64.as_pointer()))
-        word.align = 1
-        return word
-
-    return types.uint64(types.uint64), codegen
-
-
-@intrinsic
-def _load_u8(typingctx, address):
-    def codegen(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
-
-    return types.uint8(types.uint64), codegen
-
-
-def _pointer_to(kind):
-    """A compiled function from an address to a pointer, for numba.carray."""
-
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.uint64), codegen
-
-    return pointer
-
-
-pointer_u8, pointer_u32 = _pointer_to(types.uint8), _pointer_to(types.uint32)
-pointer_u64, pointer_i64 = _pointer_to(types.uint64), _pointer_to(types.int64)
-
-
 if _HARDWARE:
 
     @njit(nogil=True)
@@ -102,9 +65,9 @@ if _HARDWARE:
         crc = np.uint64(0xFFFFFFFF)
         n_words = n_bytes // np.uint64(8)
         for i in range(n_words):
-            crc = _crc32c_word(crc, _load_u64(address + np.uint64(8) * np.uint64(i)))
+            crc = _crc32c_word(crc, load_u64(address + np.uint64(8) * np.uint64(i)))
         for i in range(n_words * np.uint64(8), n_bytes):
-            byte = np.uint64(_load_u8(address + np.uint64(i)))
+            byte = np.uint64(load_u8(address + np.uint64(i)))
             crc = np.uint64(_TABLE[(crc ^ byte) & np.uint64(255)]) ^ (crc >> np.uint64(8))
         return np.uint32(crc ^ np.uint64(0xFFFFFFFF))
 
@@ -115,14 +78,15 @@ else:
         """CRC-32C of `n_bytes` at `address`, a byte at a time (this processor has no instruction that we use)."""
         crc = np.uint64(0xFFFFFFFF)
         for i in range(n_bytes):
-            byte = np.uint64(_load_u8(address + np.uint64(i)))
+            byte = np.uint64(load_u8(address + np.uint64(i)))
             crc = np.uint64(_TABLE[(crc ^ byte) & np.uint64(255)]) ^ (crc >> np.uint64(8))
         return np.uint32(crc ^ np.uint64(0xFFFFFFFF))
 
 
-_memcpy = ctypes.CDLL(None).memcpy
-_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_memcpy.restype = ctypes.c_void_p
+_libc = ctypes.CDLL(None)
+_memcpy, _pread = _libc.memcpy, _libc.pread
+_memcpy.argtypes, _memcpy.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
+_pread.argtypes, _pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_ssize_t
 
 
 @njit(nogil=True)
@@ -150,47 +114,94 @@ def decode_rows(rows, out, base, pointers, sizes, crcs, is_jpeg, errors):
 
 
 @njit(nogil=True)
-def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
-    """Copy one uncompressed inner chunk out of a mapped zarr shard to address `out`; returns a code.
-
-    shard: address of the shard, whose last 16 * n_slots + 4 bytes are its index (offset and length of each inner chunk,
-    then a CRC-32C of the index). A chunk is `row_bytes` of data and their CRC-32C.
-    """
-    entry = shard + shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(n_slots - slot)
-    offset, n_bytes = _load_u64(entry), _load_u64(entry + np.uint64(8))
-    if offset == np.uint64(0xFFFFFFFFFFFFFFFF):
+def _judge_entry(offset, n_bytes, shard_bytes, row_bytes):
+    """A code for one entry of a shard's index: whether it can be that of an uncompressed row."""
+    if offset == np.uint64(EMPTY_SLOT):
         return MISSING
     if n_bytes != row_bytes + np.uint64(4) or offset > shard_bytes or n_bytes > shard_bytes - offset:
         return BAD_SIZE
+    return OK
+
+
+@njit(nogil=True)
+def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
+    """Copy one uncompressed row out of a shard mapped at address `shard` to address `out`; returns a code.
+
+    The last 16 * n_slots + 4 bytes of a shard are its index (shards.py). A row is followed by its CRC-32C.
+    """
+    entry = shard + shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(n_slots - slot)
+    offset, n_bytes = load_u64(entry), load_u64(entry + np.uint64(8))
+    code = _judge_entry(offset, n_bytes, shard_bytes, row_bytes)
+    if code != OK:
+        return code
     source = shard + offset
     _memcpy(out, source, row_bytes)
     if check:
         tail = source + row_bytes
         stored = np.uint64(0)
         for i in range(4):
-            stored |= np.uint64(_load_u8(tail + np.uint64(i))) << np.uint64(8 * i)
+            stored |= np.uint64(load_u8(tail + np.uint64(i))) << np.uint64(8 * i)
         # of the copy: what was handed out is what was checked, and it is in the processor's cache
         if np.uint64(crc32c_at(np.uint64(out), row_bytes)) != stored:
             return BAD_CRC
     return OK
 
 
-@njit(nogil=True, parallel=True)
-def copy_rows(rows, out, out_stride, shards, shard_sizes, shard_rows, row_bytes, checked, check, errors):
-    """Copy `rows` of one array into `out` (address), `out_stride` bytes apart.
+@njit(nogil=True)
+def _fill(out, n_bytes, descriptor, offset):
+    """Read `n_bytes` at `offset` of a file to address `out`; False if they are not there or cannot be read."""
+    done = np.uint64(0)
+    while done < n_bytes:
+        n_read = _pread(descriptor, out + done, n_bytes - done, offset + done)
+        if n_read <= 0:
+            return False
+        done += np.uint64(n_read)
+    return True
 
-    shards: uint64 addresses of the mapped shards, 0 where a shard is not there. checked: uint8 [n_rows], rows whose
-    CRC-32C has been found right by this process. check: 0 never, 1 first time, 2 always. errors: int64 [len(rows)].
+
+@njit(nogil=True)
+def read_one(descriptor, shard_bytes, slot, n_slots, row_bytes, check, out):
+    """What `copy_one` does, with pread of an open file: one that was cut short is a code and not the end of the process."""
+    words = np.zeros(2, np.uint64)
+    at = np.uint64(words.ctypes.data)
+    entry = shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(n_slots - slot)
+    if not _fill(at, np.uint64(16), descriptor, entry):
+        return CUT_SHORT
+    offset, n_bytes = words[0], words[1]
+    code = _judge_entry(offset, n_bytes, shard_bytes, row_bytes)
+    if code != OK:
+        return code
+    if not _fill(out, row_bytes, descriptor, offset):
+        return CUT_SHORT
+    if check:
+        words[0] = 0
+        if not _fill(at, np.uint64(4), descriptor, offset + row_bytes):
+            return CUT_SHORT
+        if np.uint64(crc32c_at(np.uint64(out), row_bytes)) != words[0]:
+            return BAD_CRC
+    return OK
+
+
+@njit(nogil=True, parallel=True)
+def copy_rows(rows, out, out_stride, handles, shard_sizes, by_pread, shard_rows, row_bytes, checked, check, errors):
+    """Copy `rows` of one uncompressed array into `out` (address), `out_stride` bytes apart.
+
+    handles: uint64 [n_shards], addresses of mapped shards or, if `by_pread`, file descriptors; CLOSED where a shard is not open.
+    checked: uint8 [n_rows], rows whose CRC-32C has been found right by this process. check: 0 never, 1 first time, 2 always.
+    errors: int64 [len(rows)] receives codes.
     """
     for i in prange(len(rows)):
         row = rows[i]
-        shard = row // shard_rows
-        if shards[shard] == 0:
-            errors[i] = MISSING
+        shard, slot = row // shard_rows, row % shard_rows
+        if handles[shard] == np.uint64(CLOSED):
+            errors[i] = NOT_OPEN
             continue
         verify = check == 2 or (check == 1 and checked[row] == 0)
-        errors[i] = copy_one(shards[shard], shard_sizes[shard], row % shard_rows, shard_rows, row_bytes, verify,
-                             np.uint64(out) + np.uint64(i) * np.uint64(out_stride))  # fmt: skip
+        target = np.uint64(out) + np.uint64(i) * np.uint64(out_stride)
+        if by_pread:
+            errors[i] = read_one(handles[shard], shard_sizes[shard], slot, shard_rows, row_bytes, verify, target)
+        else:
+            errors[i] = copy_one(handles[shard], shard_sizes[shard], slot, shard_rows, row_bytes, verify, target)
         if verify and errors[i] == OK:
             checked[row] = 1
 
@@ -208,10 +219,14 @@ def check_crops(errors: np.ndarray, rows: np.ndarray, path) -> None:
 def check_rows(errors: np.ndarray, rows: np.ndarray, path) -> None:
     """Raise for the first row of an array that failed, if any did: CropNotCachedError or CacheCorruptError."""
     for i in np.flatnonzero(errors)[:1]:
+        assert errors[i] != NOT_OPEN, f"{path}: the shard of row {rows[i]} was not opened"
         if errors[i] == MISSING:
             raise CropNotCachedError(f"{path}: row {rows[i]} was never extracted. Run teacher-cache extract to finish the store.")
-        reason = "its CRC-32C does not fit" if errors[i] == BAD_CRC else "the shard's index is wrong"
-        raise CacheCorruptError(f"{path}: row {rows[i]} is damaged ({reason}). Run teacher-cache verify on this cache.")
+        reason = {BAD_CRC: "its CRC-32C does not fit", BAD_SIZE: "the shard's index is wrong",
+                  CUT_SHORT: "its shard was cut short, or its disk failed, while it was read"}  # fmt: skip
+        raise CacheCorruptError(
+            f"{path}: row {rows[i]} is damaged ({reason[int(errors[i])]}). Run teacher-cache verify on this cache."
+        )
 
 
 def use_threads(n_threads: int) -> None:
