@@ -1,47 +1,39 @@
 """The crop stage: originals in, `crops.beton` of every missing view out. Deterministic and resumable.
 
-Steps: list the images; cut and encode them in parts of 512, each original decoded once for all views; commit each part as it
+Steps: list the images; cut and encode them in parts (parts.py), each original decoded once for all views; commit each part as it
 is done; when all are there, publish each view by rename, then the cache's identity. A part that was committed is not made again,
-unless it has bad images that have been mended since.
-
-    CACHE/crops.partial/     job.json                                  what is being made, from which images
-        view-000/            000007.bad.json  000007.bin  000007.npy   one part: what is wrong, encoded crops, records
+unless it has bad images that have been mended since. A view that is added later is cut from the very files that the others were.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from .beton import CropReader, tables_sha256, write_beton
-from .cache import Cache, CropsIdentity, differences, view_path, write_cache
-from .claims import claimed
+from .cache import Cache, CropsIdentity, View, view_path, write_cache
+from .claims import ClaimHeldError, claimed
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
-from .durable import (
-    ASIDE,
-    crc32c,
-    npy_bytes,
-    read_npy,
-    read_sealed,
-    seal,
-    sha256_file,
-    sync_folder,
-    write_whole,
-)
+from .durable import ASIDE, crc32c, make_folder, npy_bytes, read_sealed, seal, sha256_file, sync_folder, write_whole
 from .errors import BadInputError, CacheCorruptError, MismatchError
-from .estimate import full_disk_explained
-from .images import ImageList, scan
+from .estimate import full_disk_explained, human
+from .images import ImageList, read_image, scan
+from .parts import WORK, WorkFolder, is_left_over
 from .progress import progress
+from .spare import SPARE, write_spare
 
-PART_ROWS = 512
-WORK = "crops.partial"
 CLAIM = "crops.claim"
+CHANGED = "is not the file that this cache was cut from"
+SHOWN = 50
+"""Bad images that an error names; the rest stand in bad.txt."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +48,31 @@ class CropJob:
     crop_format: str
     views: tuple[int, ...]
     """The missing views."""
-    n_ignored: int
+    ignored: tuple[str, ...]
     """Files of the folder that are no images by name."""
+    finished: View | None
+    """A view that is there, of a cache that exists."""
 
     @property
-    def work_dir(self) -> Path:
-        return self.cache_dir / WORK
-
-    def describe(self) -> dict:
-        """What job.json says: parts on disk serve a later run only if it says the same."""
-        return {**CropsIdentity.of(self.images, self.plan, self.crop_format).to_json(), "part_rows": PART_ROWS}
+    def is_new(self) -> bool:
+        return self.finished is None
 
     @property
-    def n_parts(self) -> int:
-        return -(-len(self.images.names) // PART_ROWS)
+    def identity(self) -> CropsIdentity:
+        return CropsIdentity.of(self.images, self.plan, self.crop_format)
 
-    @property
-    def n_missing_crops(self) -> int:
-        """Crops, over all views, that no committed part holds yet."""
-        return sum(len(_part_names(self, part)) * len(self.missing_views(part)) for part in range(self.n_parts))
+    @cached_property
+    def work(self) -> WorkFolder:
+        return WorkFolder(self.cache_dir, self.images.names, self.views)
 
-    def part_path(self, view: int, part: int, suffix: str) -> Path:
-        return self.work_dir / f"view-{view:03d}" / f"{part:06d}{suffix}"
-
-    def missing_views(self, part: int) -> list[int]:
-        return [view for view in self.views if not self.part_path(view, part, ".npy").exists()]
+    @cached_property
+    def sources(self) -> np.ndarray | None:
+        """CROP_DTYPE [n_images] of the view that is there: length and CRC-32C of every original."""
+        if self.finished is None:
+            return None
+        if sha256_file(self.finished.path / "crops.npy") != self.finished.crops_sha256:
+            raise CacheCorruptError(f"{self.finished.path / 'crops.npy'} is damaged. Run the same command with --repair.")
+        return self.finished.crops()
 
 
 def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_format: str, n_views: int) -> CropJob | None:
@@ -101,22 +93,26 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
         for view in views:
             if cache.view(view).path.exists():
                 raise CacheCorruptError(
-                    f"{cache.view(view).path} has lost its checksums.json. Restore it, or delete that folder."
+                    f"{cache.view(view).path} has lost its checksums.json. Run the same command with --repair, which restores it "
+                    "from spare.tar, or delete that folder to make it again."
                 )
     else:
         if cache_dir.exists() and not cache_dir.is_dir():
             raise BadInputError(f"{cache_dir} is a file. Give a folder for the cache, new or begun.")
         entries = {entry.name for entry in cache_dir.iterdir()} if cache_dir.exists() else set()
+        if SPARE in entries and WORK not in entries:
+            Cache(cache_dir)  # raises, because it has lost its cache.json
         if entries - {CLAIM} and WORK not in entries:
             raise BadInputError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
         views = tuple(range(n_views))
     if images_dir is None:
         raise BadInputError(f"{cache_dir} lacks view {views[0]}, and making it needs the originals: give --images DIR.")
 
-    images, n_ignored = scan(images_dir)
+    images, ignored = scan(images_dir)
     images = images.permuted(plan.seed) if cache is None else _same_images(cache, images, images_dir)
-    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, n_ignored)
-    _require_begun_alike(job)
+    finished = next(iter(cache.views()), None) if cache else None
+    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, tuple(ignored), finished)
+    job.work.require_begun_alike(job.identity)
     return job
 
 
@@ -139,99 +135,93 @@ def estimate_crop_bytes(job: CropJob, n_samples: int = 16) -> int:
     sizes = []
     for name in job.images.names[:: max(1, len(job.images.names) // n_samples)][:n_samples]:
         try:
-            sizes.append(len(_cut_views(job, name, job.views[:1])[0][1]))
+            sizes.append(len(cut_image(job.images_dir, name, job.plan, job.crop_format, job.views[0])[1]))
         except BadInputError:
             continue  # counted and named when the stage itself meets it
     return round(float(np.mean(sizes))) if sizes else job.plan.size**2
 
 
+def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
+    """What the job takes on disk from now on: the parts and, at the end, the files they are joined into."""
+    n_unpublished = sum(not view_path(job.cache_dir, view).exists() for view in job.views)
+    return crop_bytes * (job.work.n_missing_crops + n_unpublished * len(job.images.names))
+
+
 def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None) -> Cache:
     """Make the job's views; returns the cache.
 
-    All undecodable images are reported together in one BadInputError; `skip_bad` leaves them out of a new cache instead and
-    lists them in its skipped.txt.
+    All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
+    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
     """
-    job.cache_dir.mkdir(parents=True, exist_ok=True)
-    is_new = not (job.cache_dir / "cache.json").exists()
-    kept = "Finished crops are kept; make room and run the same command again."
-    with claimed(job.cache_dir / CLAIM, f"The crop stage of {job.cache_dir}"), full_disk_explained(job.cache_dir, lambda: kept):
-        _begin(job)
+    make_folder(job.cache_dir)
+    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
+        job.work.begin(job.identity)
         _take_back_mended(job)
         _cut_all(job, workers or os.cpu_count() or 1)
-        bad = _bad_images(job)
-        if bad and not (skip_bad and is_new):
-            raise BadInputError(
-                f"{len(bad)} of {len(job.images.names)} images cannot be decoded:\n  " + "\n  ".join(bad.values()) + "\n" +
-                ("Mend them and run the same command again, or leave them out with --skip-bad. Finished crops are kept."
-                 if is_new else "A view must hold every image of its cache: restore them and run the same command again.")
-            )  # fmt: skip
+        bad = job.work.bad()
+        if bad and not (skip_bad and job.is_new):
+            raise BadInputError(_complaint(job, bad))
         _publish(job, bad)
-        shutil.rmtree(job.work_dir)
+        job.work.remove()
     return Cache(job.cache_dir)
 
 
-def remove_finished_work(cache_dir: Path) -> None:
-    """Remove the work folder of a crop stage that was killed after its last view was published."""
-    if _is_finished(cache_dir):
-        with claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}"):
-            shutil.rmtree(cache_dir / WORK)
+def remove_left_over(cache_dir: Path) -> None:
+    """Remove the claim and the work folder of a crop stage that was killed after its last view was published."""
+    if is_left_over(cache_dir) or (cache_dir / CLAIM).exists():
+        with suppress(ClaimHeldError), _claimed(cache_dir):  # a stage that is at work clears up itself
+            if is_left_over(cache_dir):
+                shutil.rmtree(cache_dir / WORK)
 
 
-def _is_finished(cache_dir: Path) -> bool:
-    """Whether a work folder is there although the cache has every view that was begun in it."""
-    views = [view.name for view in (cache_dir / WORK).glob("view-*")]
-    is_published = all((cache_dir / view / "checksums.json").exists() for view in views)
-    return (cache_dir / WORK).exists() and (cache_dir / "cache.json").exists() and is_published
+def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
+    return claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}")
 
 
-def _require_begun_alike(job: CropJob) -> None:
-    """Raise MismatchError, naming what differs, if an unfinished crop stage stands there that was to make something else."""
-    path = job.work_dir / "job.json"
-    if not path.exists() or _is_finished(job.cache_dir):
-        return
-    differing = differences(read_sealed(path), job.describe(), "begun")
-    if differing:
-        raise MismatchError(
-            f"{job.work_dir} was begun with other images or parameters:\n  " + "\n  ".join(differing) +
-            "\nContinue with the same ones, or delete that folder to start the crop stage over."
-        )  # fmt: skip
+def _kept(job: CropJob) -> str:
+    """What a full disk leaves of the stage."""
+    to_write = human(bytes_to_write(job, estimate_crop_bytes(job)))
+    return f"Finished crops are kept; about {to_write} are still to be written. Make room and run the same command again."
 
 
-def _begin(job: CropJob) -> None:
-    """Record what is being made, or check that a stage begun earlier makes the same."""
-    _require_begun_alike(job)
-    if _is_finished(job.cache_dir):
-        shutil.rmtree(job.work_dir)
-    job.work_dir.mkdir(exist_ok=True)
-    for view in job.views:
-        (job.work_dir / f"view-{view:03d}").mkdir(exist_ok=True)
-    if not (job.work_dir / "job.json").exists():
-        write_whole(job.work_dir / "job.json", seal(job.describe()))
+def _complaint(job: CropJob, bad: dict[str, str]) -> str:
+    reasons = list(bad.values())
+    n_changed = sum(reason.endswith(CHANGED) for reason in reasons)
+    counts = [f"{n_changed} have changed since this cache was made"] * (n_changed > 0)
+    counts += [f"{len(bad) - n_changed} cannot be decoded"] * (len(bad) > n_changed)
+    if len(reasons) > SHOWN:
+        reasons = [*reasons[:SHOWN], f"... and {len(bad) - SHOWN:,} more, all of them in {job.work.list_bad(bad)}"]
+    what_now = "Mend them and run the same command again, or leave them out with --skip-bad."
+    if not job.is_new:
+        what_now = "A view must hold every image of its cache, unchanged: restore them and run the same command again."
+    elif n_changed:
+        what_now += f" To take the images as they are now, delete {job.work.path} first."
+    return (
+        f"Of {len(job.images.names):,} images {' and '.join(counts)}:\n  " + "\n  ".join(reasons) +
+        f"\n{what_now} Finished crops are kept."
+    )  # fmt: skip
 
 
-def _take_back_mended(job: CropJob) -> None:
-    """Declare unfinished every committed part one of whose bad images can be decoded by now."""
-    for part in range(job.n_parts):
-        for view in job.views:
-            records = job.part_path(view, part, ".npy")
-            if records.exists():
-                bad = read_sealed(job.part_path(view, part, ".bad.json"))
-                if any(not isinstance(_try_cut(job, name, [view]), str) for name in bad):
-                    records.unlink()
+# --- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
-    """Decode one original and return, per view, its record and its encoded crop."""
-    try:
-        data = (job.images_dir / name).read_bytes()
-    except OSError as error:
-        raise BadInputError(f"{name}: {error.strerror}") from error
+def cut_image(images_dir: Path, name: str, plan: CropPlan, crop_format: str, view: int) -> tuple[np.void, bytes]:
+    """Read one original and cut its crop of one view: its record (CROP_DTYPE) and its encoded bytes.
+
+    Raises BadInputError with the name and the reason if it cannot be read or decoded.
+    """
+    return _cut_views(images_dir, name, plan, crop_format, [view])[0]
+
+
+def _cut_views(images_dir: Path, name: str, plan: CropPlan, crop_format: str, views) -> list[tuple[np.void, bytes]]:
+    """`cut_image` for several views, decoding once."""
+    data = read_image(images_dir, name)
     image = load_image(data, name)
     results = []
     for view in views:
-        crop = draw(job.plan, name, view, image.height, image.width)
+        crop = draw(plan, name, view, image.height, image.width)
         try:
-            encoded = encode(cut(job.plan, image, crop), job.crop_format)
+            encoded = encode(cut(plan, image, crop), crop_format)
         except BadInputError as error:
             raise BadInputError(f"{name}: {error}") from error
         record = np.zeros((), CROP_DTYPE)
@@ -244,59 +234,55 @@ def _cut_views(job: CropJob, name: str, views) -> list[tuple[np.void, bytes]]:
     return results
 
 
+def _try_cut(job: CropJob, views: list[int], name: str, known: np.void | None) -> list[tuple[np.void, bytes]] | str:
+    """Record and crop of every view, or why the image cannot be used. known: its record in a view that has been cut before."""
+    try:
+        cut_now = _cut_views(job.images_dir, name, job.plan, job.crop_format, views)
+    except BadInputError as error:
+        return str(error)
+    source = ["source_bytes", "source_crc32c"]
+    if known is not None and known["source_bytes"] and known[source] != cut_now[0][0][source]:
+        return f"{name}: {CHANGED}"
+    return cut_now
+
+
+def _known(job: CropJob, part: int) -> Sequence[np.void | None]:
+    """For each image of a part its record in a view that has been cut before, if there is one."""
+    if job.sources is not None:
+        return job.sources[job.work.rows_of(part)]
+    cut_before = job.work.finished_views(part)
+    return job.work.records_of(part, cut_before[0]) if cut_before else [None] * len(job.images.names[job.work.rows_of(part)])
+
+
+def _take_back_mended(job: CropJob) -> None:
+    """Declare unfinished every committed part one of whose bad images can be used by now."""
+    for part in range(job.work.n_parts):
+        for view in job.work.finished_views(part):
+            bad = job.work.bad_of(part, view)
+            if bad:
+                known = dict(zip(job.images.names[job.work.rows_of(part)], _known(job, part), strict=True))
+                if any(not isinstance(_try_cut(job, [view], name, known[name]), str) for name in bad):
+                    job.work.take_back(part, view)
+
+
 def _cut_all(job: CropJob, workers: int) -> None:
     """Cut and commit every part that is not there yet. Pillow works without the GIL, so threads are enough."""
-    parts = [(part, job.missing_views(part)) for part in range(job.n_parts)]
-    n_done = sum(len(_part_names(job, part)) for part, views in parts if not views)
+    parts = [(part, job.images.names[job.work.rows_of(part)], job.work.missing_views(part)) for part in range(job.work.n_parts)]
+    n_done = sum(len(names) for _, names, views in parts if not views)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="crop")
     try:
         with progress("cropping", len(job.images.names), "images", n_done) as advance:
-            for part, views in parts:
+            for part, names, views in parts:
                 if views:
-                    names = _part_names(job, part)
-                    _commit_part(job, part, views, list(pool.map(lambda name, views=views: _try_cut(job, name, views), names)))
+                    results = pool.map(partial(_try_cut, job, views), names, _known(job, part))
+                    job.work.commit(part, views, list(results))
                     advance(len(names))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _part_names(job: CropJob, part: int) -> tuple[str, ...]:
-    return job.images.names[part * PART_ROWS : (part + 1) * PART_ROWS]
-
-
-def _try_cut(job: CropJob, name: str, views: list[int]) -> list[tuple[np.void, bytes]] | str:
-    try:
-        return _cut_views(job, name, views)
-    except BadInputError as error:
-        return str(error)
-
-
-def _commit_part(job: CropJob, part: int, views: list[int], results: list) -> None:
-    """Write one part of every missing view: bad.json, then crops, then the records, which say that it is done."""
-    names = _part_names(job, part)
-    bad = {name: reason for name, reason in zip(names, results, strict=True) if isinstance(reason, str)}
-    for index, view in enumerate(views):
-        records = np.zeros(len(results), CROP_DTYPE)
-        encoded = []
-        for i, result in enumerate(results):
-            if not isinstance(result, str):
-                records[i], crop = result[index]
-                encoded.append(crop)
-        write_whole(job.part_path(view, part, ".bad.json"), seal(bad))
-        write_whole(job.part_path(view, part, ".bin"), b"".join(encoded))
-        write_whole(job.part_path(view, part, ".npy"), npy_bytes(records))
-
-
-def _bad_images(job: CropJob) -> dict[str, str]:
-    """Name -> `name: reason` of every candidate that could not be decoded, in row order."""
-    bad = {}
-    for part in range(job.n_parts):
-        of_part = {}
-        for view in job.views:
-            of_part |= read_sealed(job.part_path(view, part, ".bad.json"))
-        bad |= {name: of_part[name] for name in _part_names(job, part) if name in of_part}
-    return bad
+# --- publishing ------------------------------------------------------------------------------------------------------
 
 
 def _publish(job: CropJob, bad: dict[str, str]) -> None:
@@ -314,41 +300,24 @@ def _publish(job: CropJob, bad: dict[str, str]) -> None:
 
 
 def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, crops_id: str) -> None:
-    """Write crops.npy, crops.beton and checksums.json into a folder aside, then rename it into place."""
+    """Write the files of a view into a folder aside, then rename it into place."""
     path = view_path(job.cache_dir, view)
+    aside = path.with_name(path.name + ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():  # an interrupted run came this far; with other bad images than now, its crops are others
         if read_sealed(path / "checksums.json")["crops_id"] == crops_id:
             return
-        shutil.rmtree(path)
-    crops = np.concatenate([_records(job, view, part) for part in range(job.n_parts)])[ok]
-    aside = path.with_name(path.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside)
     aside.mkdir()
+    crops = job.work.records(view)[ok]
     write_whole(aside / "crops.npy", npy_bytes(crops))
-    write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, _encoded(job, view, ok))
+    write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, job.work.encoded(view, ok))
     files = {"crops.npy": sha256_file(aside / "crops.npy")}
     beton = {"bytes": (aside / "crops.beton").stat().st_size, "tables_sha256": tables_sha256(aside / "crops.beton")}
     checksums = {"crops_id": crops_id, "files": files, "crops.beton": beton}
     write_whole(aside / "checksums.json", seal(checksums))
     write_whole(aside / "checksums.json", seal({**checksums, "decoded": CropReader(aside).decoded()}))
+    write_spare(aside)
     os.rename(aside, path)
     sync_folder(path.parent)
-
-
-def _records(job: CropJob, view: int, part: int) -> np.ndarray:
-    return read_npy(job.part_path(view, part, ".npy"), CROP_DTYPE)
-
-
-def _encoded(job: CropJob, view: int, ok: np.ndarray) -> Iterator[bytes]:
-    """The encoded crops of a view in row order, each checked against its record; rows that are not `ok` are left out."""
-    for part in range(job.n_parts):
-        data, position = job.part_path(view, part, ".bin").read_bytes(), 0
-        for keep, record in zip(ok[part * PART_ROWS :], _records(job, view, part), strict=False):
-            encoded = data[position : position + int(record["bytes"])]
-            position += len(encoded)
-            if crc32c(encoded) != record["crc32c"]:
-                raise CacheCorruptError(
-                    f"{job.part_path(view, part, '.bin')} was damaged. Delete it with its .npy and run the command again."
-                )
-            if keep:
-                yield encoded

@@ -22,6 +22,9 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 CROP_FORMATS = {"jpeg95": 95, "jpeg90": 90, "raw": None}
 """Name -> JPEG quality (always 4:4:4), or None for plain RGB bytes."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+"""What is decoded, whatever the file is called. Others are seldom meant, and Pillow hands some to outside programs (EPS)."""
+
 CROP_DTYPE = np.dtype([
     ("image_height", "<i4"), ("image_width", "<i4"),  # of the upright original, pixels
     ("top", "<i4"), ("left", "<i4"), ("height", "<i4"), ("width", "<i4"),  # box on the upright original, pixels
@@ -172,23 +175,22 @@ def load_image(data: bytes, name: str) -> Image.Image:
     """Decode an image file's bytes to upright 8-bit RGB, or raise BadInputError with the reason.
 
     EXIF orientation is applied. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped, of an animation the
-    first frame is taken.
+    first frame is taken. Pixels of 32 bits are refused: whether white is 1, 255 or something else, no file says.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
+            is_16_bit = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM"
             upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-                levels = np.asarray(upright, "float64")
-                if not np.isfinite(levels).all():
-                    raise ValueError("it has pixels that are no numbers")
-                top = 65535 if upright.mode.startswith("I;16") or levels.max() > 255 else 255  # I holds both depths
-                upright = Image.fromarray((levels.clip(0, top) * (255 / top) + 0.5).astype("uint8"))
+            if is_16_bit:
+                upright = Image.fromarray((np.asarray(upright, "float64") * (255 / 65535) + 0.5).astype("uint8"))
+            if upright.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no agreed range. Save it with 8 or 16 bits")
             if upright.mode == "P":
                 upright = upright.convert("RGBA")  # Pillow warns of every palette with alpha that goes straight to RGB
             return upright.convert("RGB")
     except UnidentifiedImageError as error:  # its own text holds an address
-        raise BadInputError(f"{name}: no image format that Pillow knows") from error
+        raise BadInputError(f"{name}: none of the formats {', '.join(FORMATS)}, or damaged at its beginning") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on malformed files
         raise BadInputError(f"{name}: {type(error).__name__}: {error}") from error
 

@@ -1,7 +1,8 @@
 """Extraction: the crops of each view, the frozen teacher, a store. Run once; interrupted, run again.
 
 A shard is the unit of work: decode its crops, run the teacher, quantise, append, commit. Batches restart at each shard, so the
-same inputs give the same bytes, interrupted or not. The quantiser is fitted once, on view 0, before any shard.
+same inputs give the same bytes, interrupted or not, by one process or by several that share the shards out. The quantiser is
+fitted once, on view 0, by one process, before any shard.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +22,15 @@ import torch
 from . import writer
 from .beton import CropReader
 from .cache import View
-from .claims import claimed
-from .commits import count_commits, fold, is_complete
-from .errors import BadInputError, MismatchError, NotInCacheError, UsageError
-from .estimate import full_disk_explained
-from .progress import progress
-from .quantize import GROUP, ChannelStatistics, dequantise, quantise, token_errors
-from .spec import ARRAY_NAME, CODECS, DTYPES, LayerFidelity, StoreSpec, TeacherSpec
-from .store import Manifest, create_store, read_head, read_manifest, read_small_array, read_statistics
+from .claims import claimed, claimed_range, store_claim, store_claims
+from .commits import count_commits, fold, is_complete, is_folded
+from .errors import BadInputError, MismatchError, NotInCacheError
+from .estimate import full_disk_explained, human
+from .planning import ExtractPlan, own_shards
+from .progress import progress, waiting
+from .quantize import ChannelStatistics, dequantise, quantise, token_errors
+from .spec import ARRAY_NAME, LayerFidelity, StoreSpec
+from .store import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
 
 FIT_ROWS = 2048
 """Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
@@ -41,81 +44,74 @@ PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative L2 difference of the probe's output that another machine may show."""
 
 
-@dataclass(frozen=True)
-class ExtractPlan:
-    """What of the teacher to keep, and how."""
-
-    layers: str = "last5"
-    """`last5` (or last1, last12 ...), `last`, or block numbers from 1: `8,10,12`."""
-    dtype: str = "int8"
-    codec: str = "auto"
-    shard_rows: int = 2048
-    batch_size: int = 64
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES or self.codec not in CODECS:
-            raise UsageError(
-                f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}."
-            )
-        if self.shard_rows < 1 or self.batch_size < 1:
-            raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
-
-    def layers_of(self, teacher: TeacherSpec) -> tuple[int, ...]:
-        """Block numbers, ascending. Raises UsageError for blocks the teacher does not have."""
-        text = self.layers.strip()
-        if text == "last" or text.startswith("last") and text[4:].isdecimal() and int(text[4:]) > 0:
-            n = int(text[4:] or 1)
-            return tuple(range(max(1, teacher.depth - n + 1), teacher.depth + 1))
-        try:
-            layers = tuple(sorted({int(number) for number in text.split(",")}))
-        except ValueError:
-            layers = ()
-        if not layers or layers[0] < 1 or layers[-1] > teacher.depth:
-            raise UsageError(
-                f"--layers {self.layers}: {teacher.name} has blocks 1 to {teacher.depth}. Give numbers such as "
-                f"{teacher.depth - 1},{teacher.depth}, or last, or last5."
-            )
-        return layers
-
-    def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
-        """The store this plan asks for; `codecs` as decided on a trial, by default none."""
-        layers = self.layers_of(teacher)
-        names = [ARRAY_NAME.format(i) for i in layers] + ["scale"] * (self.dtype == "int8") + ["attention"] * teacher.has_cls
-        codecs = codecs or dict.fromkeys(names, "none")
-        return StoreSpec(
-            n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUP if self.dtype == "int8" else 0, attention=teacher.has_cls,
-            codecs=tuple((name, codecs[name]) for name in names),
-        )  # fmt: skip
-
-
-def extract_view(view: View, name: str, teacher, plan: ExtractPlan) -> bool:
-    """Finish the store `name` of one view; returns False if there was nothing to do.
+def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: range | None = None) -> bool:
+    """Finish the store `name` of one view, or those of its shards that are in `shards`; returns False if there was nothing to do.
 
     teacher: a teachers.base.Teacher. View 0 has to be begun before any other, because they share its quantiser.
-    Raises MismatchError if a store of that name was made with anything else than what is given now.
+    shards: several processes may work on one store if each is given its own range. One of them begins it, the others wait for
+    that; the one that makes the last shard completes it.
+    Raises MismatchError if a store of that name was made with anything else than what is given now, or if another process works
+    on the same shards; UsageError if `shards` begins behind the last shard.
     """
     store = view.store_path(name)
-    if (store / "store.json").exists():
+    own = own_shards(shards, plan.store_spec(teacher.spec, view.cache.n_images))
+    if is_begun(store):
         _require_same(store, view, teacher, plan)
-        if is_complete(store):
-            fold(store, read_manifest(store).store)
-            return False
-        _require_same_probe(store, teacher)
-    with claimed(view.path / f"{store.name}.claim", f"The store {store}"), full_disk_explained(store, lambda: _kept(store)):
+        if is_folded(store) and not (store_claim(store).exists() or store_claims(store).exists()):
+            return False  # else what follows clears away the claims of the dead
+    wait = None if shards is None else waiting(f"view {view.number}: {name}")
+    with full_disk_explained(store, lambda: _kept(store, teacher, plan, view, own)):
         crops = CropReader(view.path)
         crops.require_same_decoder()
-        if not (store / "store.json").exists():
-            _begin(view, name, teacher, plan, crops)
-        manifest = read_manifest(store)
-        n_done = count_commits(store, manifest.store)
-        done_rows = min(len(crops), n_done * manifest.store.shard_rows)
-        missing = writer.missing_shards(store, manifest.store)
-        with progress(f"view {view.number}: {name}", len(crops), "crops", done_rows) as advance:
-            for shard in missing:
-                _extract_shard(store, manifest, crops, teacher, shard, plan.batch_size, advance)
-        fold(store, manifest.store)
-    return True
+        is_new = _begin_once(view, name, teacher, plan, crops, wait)
+        with _loss_explained(store), claimed_range(store_claims(store), own.start, own.stop, f"The store {store}"):
+            manifest = read_manifest(store)
+            missing = [shard for shard in writer.missing_shards(store, manifest.store) if shard in own]
+            if missing and not is_new:
+                require_same_probe(store, teacher)
+            n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
+            with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
+                for shard in missing:
+                    _extract_shard(store, manifest, crops, teacher, shard, plan.batch_size, advance)
+            return _complete(store, manifest.store, wait) or bool(missing)
+
+
+def _begin_once(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader, wait: Callable | None) -> bool:
+    """Begin the store unless it was begun, perhaps by another process that is at it; returns whether this one did."""
+    store = view.store_path(name)
+    if is_begun(store):
+        return False
+    with claimed(store_claim(store), f"The store {store}", wait):
+        if is_begun(store):
+            _require_same(store, view, teacher, plan)
+            return False
+        _begin(view, name, teacher, plan, crops)
+        return True
+
+
+def _complete(store: Path, spec: StoreSpec, wait: Callable | None) -> bool:
+    """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
+    with claimed(store_claim(store), f"The store {store}", wait):
+        if writer.missing_shards(store, spec):
+            return False
+        is_news = not is_complete(store)
+        fold(store, spec)
+        return is_news
+
+
+@contextmanager
+def _loss_explained(store: Path) -> Iterator[None]:
+    """Say so if a store goes away under the hands of its writer."""
+    try:
+        yield
+    except (OSError, NotInCacheError) as error:
+        gone = next((folder for folder in (store.parent.parent, store.parent, store) if not folder.exists()), None)
+        if gone is None:
+            raise
+        raise NotInCacheError(
+            f"{gone} was deleted or moved while the teacher's targets were being written to it. Put it back, or begin it anew; "
+            "then run the same command again."
+        ) from error
 
 
 def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
@@ -138,7 +134,7 @@ def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
         )  # fmt: skip
 
 
-def _require_same_probe(store: Path, teacher) -> None:
+def require_same_probe(store: Path, teacher) -> None:
     """Raise MismatchError if the teacher does not answer to the probe image as it did when the store was begun."""
     manifest = read_manifest(store)
     before, now = read_small_array(store, "probe"), probe_output(teacher, manifest.store.layers)
@@ -176,7 +172,7 @@ def _batches(crops: CropReader, rows: range, batch_size: int) -> Iterator[tuple[
             yield chunk, images
 
 
-def _run(teacher, images: np.ndarray, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+def run_teacher(teacher, images: np.ndarray, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite or BadInputError naming the row."""
     output = teacher(torch.from_numpy(images).to(teacher.device), layers)
     finite = output.tokens.isfinite().flatten(1).all(1)
@@ -207,7 +203,7 @@ def _extract_shard(store: Path, manifest: Manifest, crops: CropReader, teacher, 
     spec, statistics = manifest.store, read_statistics(store, manifest.store)
     with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
         for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
-            tokens, attention = _run(teacher, images, rows, spec.layers)
+            tokens, attention = run_teacher(teacher, images, rows, spec.layers)
             arrays = _stored(tokens, spec, statistics)
             if spec.attention:
                 arrays["attention"] = attention
@@ -215,13 +211,12 @@ def _extract_shard(store: Path, manifest: Manifest, crops: CropReader, teacher, 
             advance(len(rows))
 
 
-def _kept(store: Path) -> str:
-    """What a full disk leaves of a store."""
-    if not (store / "store.json").exists():
-        return "Make room and run the same command again."
-    spec = read_manifest(store).store
-    done = count_commits(store, spec)
-    return f"{done} of {spec.n_shards} shards are finished and kept; make room and run the same command again."
+def _kept(store: Path, teacher, plan: ExtractPlan, view: View, own: range) -> str:
+    """What a full disk leaves of a store, and what its own shards still need."""
+    spec = plan.store_spec(teacher.spec, view.cache.n_images)
+    needed = f"{human(writer.missing_bytes(store, spec, teacher.spec, own))} are still to be written"
+    kept = f"{count_commits(store, spec)} of {spec.n_shards} shards are finished and kept; " if is_begun(store) else ""
+    return f"{kept}{needed}. Make room and run the same command again."
 
 
 def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
@@ -233,7 +228,7 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
         spec = plan.store_spec(teacher.spec, len(crops), codecs)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
-        if not (first / "store.json").exists():
+        if not is_begun(first):
             raise NotInCacheError(
                 f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
             )
@@ -266,7 +261,7 @@ def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
     samples, trial, trial_attention = [], [], []
     with progress("fitting the quantiser", n_rows, "crops") as advance:
         for rows, images in _batches(crops, range(n_rows), plan.batch_size):
-            tokens, attention = _run(teacher, images, rows, spec.layers)
+            tokens, attention = run_teacher(teacher, images, rows, spec.layers)
             n_tokens = tokens.shape[2]
             for row, row_tokens in zip(rows, tokens, strict=True):
                 drawn = np.argsort(draws.random_raw(n_tokens), kind="stable")[:FIT_TOKENS]

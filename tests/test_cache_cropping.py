@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from dataclasses import replace
 
@@ -11,18 +12,19 @@ import pytest
 from cache_fakes import PLAN, contents, crop_folder, failing_at, flip_bit
 from fakes import image_of
 
-from teacher_cache import cropping
+from teacher_cache import cropping, parts
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
+from teacher_cache.claims import claimed
 from teacher_cache.crops import CropPlan, cut, draw, load_image
-from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, NoSpaceError
+from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, NoSpaceError, UsageError
 from teacher_cache.verify import verify
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """24 images are 5 parts."""
-    monkeypatch.setattr(cropping, "PART_ROWS", 5)
+    monkeypatch.setattr(parts, "PART_ROWS", 5)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def folder(image_folder, tmp_path):
 def undisturbed(image_folder, tmp_path_factory):
     """The files of a cache of two views that was made in one go by one worker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cropping, "PART_ROWS", 5)
+        patch.setattr(parts, "PART_ROWS", 5)
         return contents(crop_folder(tmp_path_factory.mktemp("undisturbed") / "c", image_folder, 2, workers=1).path)
 
 
@@ -53,7 +55,7 @@ def mend(folder, *numbers):
 
 def part_times(cache_dir):
     """When each committed part was written."""
-    return {path: path.stat().st_mtime_ns for path in (cache_dir / "crops.partial").glob("view-*/*.npy")}
+    return {path: path.stat().st_mtime_ns for path in (cache_dir / "crops.partial").glob("view-*/*.json")}
 
 
 # --- the crops -------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def test_workers_do_not_matter(tmp_path, image_folder, undisturbed, workers):
 @pytest.mark.parametrize("part_rows", [1, 7, 512])
 def test_parts_do_not_matter(tmp_path, image_folder, undisturbed, part_rows, monkeypatch):
     """How the work is cut into parts does not show in the cache."""
-    monkeypatch.setattr(cropping, "PART_ROWS", part_rows)
+    monkeypatch.setattr(parts, "PART_ROWS", part_rows)
     assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
 
@@ -115,29 +117,30 @@ def test_one_decode_serves_all_missing_views(tmp_path, image_folder, monkeypatch
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 CRASHES = {  # a part of two views is six files; job.json comes before the first
-    "before the first part": ("_commit_part", 1),
-    "before the third part": ("_commit_part", 3),
-    "inside a part, after its first view": ("write_whole", 1 + 2 * 6 + 4),
-    "between crops and records": ("write_whole", 1 + 6 + 3),
-    "before publishing": ("_publish", 1),
-    "between two views": ("_publish_view", 2),
-    "while a view is written": ("write_beton", 2),
-    "before the identity": ("write_cache", 1),
-    "before the work is removed": ("Cache", 1),
+    "before the first part": (parts.WorkFolder, "commit", 1),
+    "before the third part": (parts.WorkFolder, "commit", 3),
+    "inside a part, after its first view": (parts, "write_whole", 1 + 2 * 6 + 4),
+    "between records and commit": (parts, "write_whole", 1 + 6 + 3),
+    "before publishing": (cropping, "_publish", 1),
+    "between two views": (cropping, "_publish_view", 2),
+    "while a view is written": (cropping, "write_beton", 2),
+    "before the spare of a view": (cropping, "write_spare", 1),
+    "before the identity": (cropping, "write_cache", 1),
+    "before the work is removed": (parts.WorkFolder, "remove", 1),
 }
 
 
 @pytest.mark.parametrize("case", CRASHES)
 def test_interrupted_anywhere(tmp_path, image_folder, undisturbed, monkeypatch, case):
     """Stopped at any point, the same command goes on, leaves finished parts alone, and ends with the same bytes."""
-    name, call = CRASHES[case]
+    owner, name, call = CRASHES[case]
     with monkeypatch.context() as patch:
-        patch.setattr(cropping, name, failing_at(getattr(cropping, name), call, KeyboardInterrupt()))
+        patch.setattr(owner, name, failing_at(getattr(owner, name), call, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", image_folder, 2)
     before = part_times(tmp_path / "c")
-    again, times, commit, publish = [], [], cropping._commit_part, cropping._publish
-    monkeypatch.setattr(cropping, "_commit_part", lambda job, part, *r: again.append(part) or commit(job, part, *r))
+    again, times, commit, publish = [], [], parts.WorkFolder.commit, cropping._publish
+    monkeypatch.setattr(parts.WorkFolder, "commit", lambda work, part, *r: again.append(part) or commit(work, part, *r))
     monkeypatch.setattr(cropping, "_publish", lambda job, bad: times.append(part_times(job.cache_dir)) or publish(job, bad))
     assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
     n_whole = sum(1 for path in before if "view-001" in str(path))  # view 1 is the last of a part
@@ -145,16 +148,16 @@ def test_interrupted_anywhere(tmp_path, image_folder, undisturbed, monkeypatch, 
     assert all(before.items() <= after.items() for after in times)
 
 
-@pytest.mark.parametrize("call", range(1, 4))
+@pytest.mark.parametrize("call", range(1, 5))
 def test_killed_while_the_lists_are_written(tmp_path, image_folder, undisturbed, monkeypatch, call):
-    """A process that dies between images.txt, labels.npy, skipped.txt and cache.json can be run again."""
+    """A process that dies between images.txt, labels.npy, skipped.txt, spare.tar and cache.json can be run again."""
     from teacher_cache import cache
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "write_whole", failing_at(cache.write_whole, call + 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", image_folder, 2)
-    with pytest.raises(BadInputError, match="its crop stage was not finished; run the same teacher-cache command again"):
+    with pytest.raises(UsageError, match="its crop stage was not finished; run the same teacher-cache command again"):
         Cache(tmp_path / "c")
     assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
@@ -162,50 +165,77 @@ def test_killed_while_the_lists_are_written(tmp_path, image_folder, undisturbed,
 def test_killed_before_the_work_folder_is_removed(tmp_path, image_folder, undisturbed, monkeypatch):
     """Work left behind by a process killed at the very end is removed, and does not stand in the way of another view."""
     with monkeypatch.context() as patch:
-        patch.setattr(cropping.shutil, "rmtree", failing_at(shutil.rmtree, 3, KeyboardInterrupt()))  # two view folders come first
+        patch.setattr(parts.WorkFolder, "remove", failing_at(parts.WorkFolder.remove, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", image_folder, 2)
     assert [f.kind for f in verify(Cache(tmp_path / "c"))[0]] == ["unfinished"]
     left = shutil.copytree(tmp_path / "c", tmp_path / "d")
-    cropping.remove_finished_work(tmp_path / "c")
+    cropping.remove_left_over(tmp_path / "c")
     assert contents(tmp_path / "c") == undisturbed
     assert crop_folder(left, image_folder, 3).view(2).is_cropped and verify(Cache(left))[0] == []
+
+
+def test_a_claim_left_at_the_end(tmp_path, image_folder, undisturbed):
+    """The claim of a process that was killed at the very end goes away; that of a living one stays and is no obstacle."""
+    crop_folder(tmp_path / "c", image_folder, 2)
+    with claimed(tmp_path / "c" / cropping.CLAIM, "x"):
+        crop_folder(tmp_path / "c", image_folder, 2)
+        assert (tmp_path / "c" / cropping.CLAIM).exists()
+    (tmp_path / "c" / cropping.CLAIM).touch()
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
 
 def test_unfinished_work_is_not_removed(tmp_path, image_folder, monkeypatch):
     """Half of an added view is kept when the cache is used meanwhile."""
     crop_folder(tmp_path / "c", image_folder, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        patch.setattr(parts.WorkFolder, "commit", failing_at(parts.WorkFolder.commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", image_folder, 2)
-    cropping.remove_finished_work(tmp_path / "c")
+    cropping.remove_left_over(tmp_path / "c")
     assert len(part_times(tmp_path / "c")) == 2
 
 
 def test_full_disk(tmp_path, image_folder, undisturbed, monkeypatch):
-    """A disk that fills up is a NoSpaceError that says what to do; afterwards the work goes on and ends with the same bytes."""
+    """A disk that fills up is a NoSpaceError with the bytes that are left to write; afterwards the work goes on as if nothing
+    had been."""
+    whole = cropping.bytes_to_write(cropping.plan_job(tmp_path / "c", image_folder, PLAN, "jpeg95", 2), 1000)
+    assert whole == 1000 * 24 * 2 * 2  # parts, and the files they are joined into
+    monkeypatch.setattr(cropping, "estimate_crop_bytes", lambda job: 1000)
     with monkeypatch.context() as patch:
         full = OSError(errno.ENOSPC, "No space left on device")
-        patch.setattr(cropping, "write_whole", failing_at(cropping.write_whole, 9, full))
-        with pytest.raises(NoSpaceError, match="is full. Finished crops are kept; make room and run the same command again"):
+        patch.setattr(parts, "write_whole", failing_at(parts.write_whole, 1 + 6 + 5, full))
+        words = "is full. Finished crops are kept; about 81 kB are still to be written. Make room and run"
+        with pytest.raises(NoSpaceError, match=words):
             crop_folder(tmp_path / "c", image_folder, 2)
-    assert len(part_times(tmp_path / "c")) == 2
+    assert len(part_times(tmp_path / "c")) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "write_beton", failing_at(cropping.write_beton, 2, full))
+        with pytest.raises(NoSpaceError, match="about 24 kB are still to be written"):
+            crop_folder(tmp_path / "c", image_folder, 2)
     assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
 
-def test_damaged_part(tmp_path, image_folder, monkeypatch):
-    """A part that was damaged between two runs is found and named, not published."""
+@pytest.mark.parametrize("suffix", [".bin", ".npy", ".json"])
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_damaged_part(tmp_path, image_folder, undisturbed, monkeypatch, suffix, damage):
+    """A part that was damaged between two runs is named with the file to delete, not published; then it is made again."""
     with monkeypatch.context() as patch:
         patch.setattr(cropping, "_publish", failing_at(cropping._publish, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            crop_folder(tmp_path / "c", image_folder)
-    flip_bit(tmp_path / "c/crops.partial/view-000/000002.bin", 999)
-    with pytest.raises(CacheCorruptError, match="000002.bin was damaged. Delete it with its .npy"):
-        crop_folder(tmp_path / "c", image_folder)
-    for suffix in (".bin", ".npy"):
-        (tmp_path / f"c/crops.partial/view-000/000002{suffix}").unlink()
-    assert verify(crop_folder(tmp_path / "c", image_folder))[0] == []
+            crop_folder(tmp_path / "c", image_folder, 2)
+    commit = tmp_path / "c/crops.partial/view-001/000002.json"
+    file = commit.with_suffix(suffix)
+    if damage == "flipped":
+        flip_bit(file, file.stat().st_size * 4)
+    else:
+        file.unlink()
+    if file != commit or damage == "flipped":
+        words = f"000002{suffix} was damaged. Delete .*view-001/000002.json and run the same command again: this part alone"
+        with pytest.raises(CacheCorruptError, match=words):
+            crop_folder(tmp_path / "c", image_folder, 2)
+        commit.unlink()
+    assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
 
 # --- bad images ------------------------------------------------------------------------------------------------------
@@ -217,7 +247,7 @@ def test_all_bad_images_are_named_together(tmp_path, folder):
     with pytest.raises(BadInputError) as caught:
         crop_folder(tmp_path / "c", folder)
     message = str(caught.value)
-    assert message.startswith("3 of 24 images cannot be decoded:") and "--skip-bad. Finished crops are kept." in message
+    assert message.startswith("Of 24 images 3 cannot be decoded:\n  class-") and "--skip-bad. Finished crops are kept." in message
     for name in ("class-0/image-003.png: ", "class-1/image-011.png: ", "class-2/image-020.png: "):
         assert name in message
     assert len(part_times(tmp_path / "c")) == 5
@@ -230,7 +260,7 @@ def test_mended_images_are_made_good(tmp_path, folder, undisturbed):
         crop_folder(tmp_path / "c", folder, 2)
     before = part_times(tmp_path / "c")
     mend(folder, 3)
-    with pytest.raises(BadInputError, match="1 of 24 images cannot be decoded:\n  class-1/image-011.png"):
+    with pytest.raises(BadInputError, match="Of 24 images 1 cannot be decoded:\n  class-1/image-011.png"):
         crop_folder(tmp_path / "c", folder, 2)
     assert len(before.items() & part_times(tmp_path / "c").items()) == 2 * 4
     mend(folder, 11)
@@ -294,10 +324,35 @@ def test_vanished_image(tmp_path, folder, monkeypatch):
         crop_folder(tmp_path / "c", folder)
 
 
+def test_very_many_bad_images(tmp_path, folder, monkeypatch):
+    """The error names the first of very many bad images and the file that lists them all."""
+    monkeypatch.setattr(cropping, "SHOWN", 5)
+    damage(folder, *range(9))
+    with pytest.raises(
+        BadInputError, match="24 images 9 cannot(.|\n)*4 more, all of them in .*crops.partial/bad.txt\nMend"
+    ) as caught:
+        crop_folder(tmp_path / "c", folder)
+    listed = (tmp_path / "c" / "crops.partial" / "bad.txt").read_text().splitlines()
+    assert len(listed) == 9 and str(caught.value).count(".png: ") == 5
+    assert sorted(line.split(": ")[0][-7:] for line in listed) == [f"00{i}.png" for i in range(9)]
+
+
+def test_what_poses_as_an_image_is_named(tmp_path, folder):
+    """A pipe, a broken link and a folder called like images stand among the bad images, and none of them is waited for."""
+    os.mkfifo(folder / "class-0" / "pipe.png")
+    (folder / "class-1" / "gone.png").symlink_to("nowhere.png")
+    (folder / "class-2" / "x.jpg").mkdir()
+    with pytest.raises(BadInputError) as caught:
+        crop_folder(tmp_path / "c", folder)
+    for line in ("class-0/pipe.png: is a pipe", "class-1/gone.png: is a link to nowhere", "class-2/x.jpg: Is a directory"):
+        assert f"\n  {line}" in str(caught.value)
+    assert crop_folder(tmp_path / "c", folder, skip_bad=True).n_skipped == 3
+
+
 def test_hairs_are_named(tmp_path, folder):
     """An image too narrow for a centre crop is one of the bad ones."""
     image_of(0).resize((40000, 1)).save(folder / "class-0/hair.png")
-    with pytest.raises(BadInputError, match="1 of 25 images (.|\n)* class-0/hair.png: 40000 x 1 pixels are too narrow"):
+    with pytest.raises(BadInputError, match="Of 25 images 1 cannot(.|\n)* class-0/hair.png: 40000 x 1 pixels are too narrow"):
         crop_folder(tmp_path / "c", folder, plan=CropPlan.center(224))
 
 
@@ -326,7 +381,7 @@ def test_another_plan_is_refused_half_way(tmp_path, image_folder, monkeypatch, c
     """An unfinished crop stage refuses other parameters too, and says what was begun and how to start over."""
     options, words = OTHER[case]
     with monkeypatch.context() as patch:
-        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        patch.setattr(parts.WorkFolder, "commit", failing_at(parts.WorkFolder.commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", image_folder)
     before = contents(tmp_path / "c")
@@ -339,7 +394,7 @@ def test_another_plan_is_refused_half_way(tmp_path, image_folder, monkeypatch, c
 def test_other_images_half_way(tmp_path, folder, monkeypatch):
     """An unfinished crop stage refuses a folder with other images."""
     with monkeypatch.context() as patch:
-        patch.setattr(cropping, "_commit_part", failing_at(cropping._commit_part, 3, KeyboardInterrupt()))
+        patch.setattr(parts.WorkFolder, "commit", failing_at(parts.WorkFolder.commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             crop_folder(tmp_path / "c", folder)
     (folder / "class-0/image-000.png").unlink()
@@ -358,6 +413,36 @@ def test_a_foreign_folder_is_left_alone(tmp_path, image_folder):
     assert set(contents(tmp_path / "c")) == {"thesis.tex"}
 
 
+def test_a_cache_without_its_identity_is_no_new_one(tmp_path, image_folder):
+    """A cache that has lost cache.json is to be repaired, and is not taken for an empty folder or a stranger's."""
+    crop_folder(tmp_path / "c", image_folder)
+    (tmp_path / "c" / "cache.json").unlink()
+    with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with teacher-cache crop --repair"):
+        crop_folder(tmp_path / "c", image_folder)
+
+
+@pytest.mark.parametrize("name", ["crops.partial", "crops.partial/view-000"])
+def test_a_file_where_a_folder_should_be(tmp_path, image_folder, name):
+    """Something that stands in the way of the work folder is named."""
+    file = tmp_path / "c" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(NotADirectoryError, match=f"a file stands where a folder is needed: '.*{name}'"):
+        crop_folder(tmp_path / "c", image_folder)
+
+
+@pytest.mark.parametrize("name", ["crops.partial", "crops.partial/view-000"])
+def test_a_work_folder_that_lies_elsewhere(tmp_path, image_folder, name):
+    """A symlink that leads out of the cache is refused, and nothing is written behind it."""
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "c" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheCorruptError, match="a symlink that leads out of"):
+        crop_folder(tmp_path / "c", image_folder)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_adding_a_view(tmp_path, image_folder, undisturbed):
     """A view can be added later: view 0 keeps its bytes, and the result is what both at once would have been."""
     before = contents(crop_folder(tmp_path / "c", image_folder, 1).path)
@@ -371,7 +456,7 @@ def test_a_deleted_view_comes_back(tmp_path, image_folder, undisturbed):
     """A deleted view is made again to the same bytes; one that lost its checksums is not overwritten."""
     cache = crop_folder(tmp_path / "c", image_folder, 2)
     (cache.view(0).path / "checksums.json").unlink()
-    with pytest.raises(CacheCorruptError, match="view-000 has lost its checksums.json. Restore it, or delete that folder"):
+    with pytest.raises(CacheCorruptError, match="view-000 has lost its checksums.json. Run the same command with --repair"):
         crop_folder(cache.path, image_folder, 2)
     shutil.rmtree(cache.view(0).path)
     assert contents(crop_folder(cache.path, image_folder, 2).path) == undisturbed
@@ -392,6 +477,48 @@ def test_adding_a_view_needs_every_image(tmp_path, folder):
     assert before.items() <= contents(tmp_path / "c").items()
     image_of(9).save(mend_to)
     assert verify(crop_folder(tmp_path / "c", folder, 2))[0] == []
+
+
+def test_a_view_is_cut_from_the_same_files(tmp_path, folder, undisturbed):
+    """Images that have changed since the cache was made are counted and named when a view is added, even if they show the same
+    picture; restored, the stage goes on where it stopped."""
+    before = contents(crop_folder(tmp_path / "c", folder, 1).path)
+    image_of(99).save(folder / "class-0/image-002.png")
+    image_of(12).save(folder / "class-1/image-012.png", compress_level=1)
+    damage(folder, 20)
+    with pytest.raises(BadInputError) as caught:
+        crop_folder(tmp_path / "c", folder, 2, skip_bad=True)
+    message = str(caught.value)
+    assert message.startswith("Of 24 images 2 have changed since this cache was made and 1 cannot be decoded:\n  class-")
+    for name in ("class-0/image-002.png", "class-1/image-012.png"):
+        assert f"\n  {name}: is not the file that this cache was cut from\n" in message
+    assert "restore them and run the same command again. Finished crops are kept." in message
+    assert before.items() <= contents(tmp_path / "c").items() and len(part_times(tmp_path / "c")) == 5
+    mend(folder, 2, 12, 20)
+    assert contents(crop_folder(tmp_path / "c", folder, 2).path) == undisturbed
+
+
+def test_views_of_one_stage_are_cut_from_the_same_files(tmp_path, folder, undisturbed, monkeypatch):
+    """A view that joins an unfinished stage is held to the files that the first was cut from."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cropping, "_publish", failing_at(cropping._publish, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", folder, 1)
+    image_of(99).save(folder / "class-0/image-002.png")
+    with pytest.raises(
+        BadInputError, match="1 have changed(.|\n)*image-002.png: is not(.|\n)*as they are now, delete .*partial first"
+    ):
+        crop_folder(tmp_path / "c", folder, 2)
+    mend(folder, 2)
+    assert contents(crop_folder(tmp_path / "c", folder, 2).path) == undisturbed
+
+
+def test_a_damaged_record_is_not_believed(tmp_path, folder):
+    """Originals are compared with sound records only."""
+    view = crop_folder(tmp_path / "c", folder, 1).view(0)
+    flip_bit(view.path / "crops.npy", 9999)
+    with pytest.raises(CacheCorruptError, match="crops.npy is damaged. Run the same command with --repair"):
+        crop_folder(tmp_path / "c", folder, 2)
 
 
 def test_nothing_to_do(tmp_path, image_folder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -198,6 +200,20 @@ def test_exif_orientation(orientation):
 
 
 GREY = np.arange(256, dtype="uint8").reshape(16, 16)
+
+
+def png_16(colour_type: int, levels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write. levels: uint8 [H, W, channels], each times 257."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = levels.shape
+    lines = b"".join(b"\0" + (line.astype(">u2") * 257).tobytes() for line in levels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
 PALETTE = Image.fromarray(GREY).convert("RGB").quantize(64)
 MODES = {
     "grey": (file_of(Image.fromarray(GREY), "PNG"), GREY),
@@ -208,9 +224,11 @@ MODES = {
     "palette with alpha": (file_of(PALETTE, "PNG", transparency=bytes(range(64))), np.asarray(PALETTE.convert("L"))),
     "RGBA": (file_of(Image.merge("RGBA", [Image.fromarray(GREY)] * 3 + [Image.fromarray(255 - GREY)]), "PNG"), GREY),
     "16-bit grey": (file_of(Image.fromarray(GREY.astype("uint16") * 257), "PNG"), GREY),
-    "32-bit integer TIFF": (file_of(Image.fromarray(GREY.astype("int32")), "TIFF"), GREY),
-    "float TIFF": (file_of(Image.fromarray(GREY.astype("float32")), "TIFF"), GREY),
+    "16-bit grey TIFF": (file_of(Image.fromarray(GREY.astype("uint16") * 257), "TIFF"), GREY),
+    "16-bit RGB": (png_16(2, GREY[..., None].repeat(3, 2)), GREY),
+    "16-bit grey with alpha": (png_16(4, np.stack([GREY, 255 - GREY], -1)), GREY),
     "PGM": (file_of(Image.fromarray(GREY), "PPM"), GREY),
+    "dark 16-bit PGM": (b"P5 2 1 65535\n" + struct.pack(">2H", 257, 0), np.array([[1, 0]])),
     "BMP": (file_of(Image.fromarray(GREY), "BMP"), GREY),
     "one pixel": (file_of(Image.fromarray(GREY[:1, 7:8]), "PNG"), GREY[:1, 7:8]),
 }
@@ -255,7 +273,13 @@ BROKEN = {
     "header only": file_of(picture(60, 60), "PNG")[:33],
     "zeros": bytes(4096),
     "damaged PNG": file_of(picture(60, 60), "PNG").replace(b"IDAT", b"IDAX"),
+    "float TIFF": file_of(Image.fromarray(GREY.astype("float32")), "TIFF"),
+    "32-bit integer TIFF": file_of(Image.fromarray(GREY.astype("int32")), "TIFF"),
     "not a number TIFF": file_of(Image.fromarray(np.full((4, 4), math.nan, "float32")), "TIFF"),
+    "truncated WebP": file_of(picture(60, 60), "WEBP")[:-900],
+    "truncated GIF": file_of(picture(60, 60).quantize(64), "GIF")[:-900],
+    "truncated progressive JPEG": file_of(picture(60, 60), "JPEG", progressive=True)[:-99],
+    "EPS": file_of(picture(60, 60), "EPS"),
 }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import socket
-import subprocess
-import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -16,17 +16,17 @@ import torch
 from cache_fakes import contents, failing_at
 from fakes import FakeTeacher
 
-from teacher_cache import extract, writer
+from teacher_cache import claims, extract, progress, writer
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed
+from teacher_cache.claims import claimed, claimed_range, store_claim, store_claims
 from teacher_cache.commits import is_complete
 from teacher_cache.errors import BadInputError, MismatchError, NoSpaceError, NotInCacheError, UsageError
+from teacher_cache.estimate import human, shard_bytes
 from teacher_cache.extract import ExtractPlan, extract_view, probe_image
 from teacher_cache.reader import StoreReader
 from teacher_cache.store import read_manifest
 from teacher_cache.teachers.base import TeacherOutput
-from teacher_cache.verify import verify
 
 PLAN = ExtractPlan(shard_rows=8, batch_size=5)
 
@@ -354,9 +354,14 @@ def test_full_disk(crops, teacher, undisturbed, monkeypatch, call):
             return getattr(self.file, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "open", lambda *a, **k: FullFile(open(*a, **k)), raising=False)  # noqa: SIM115
-        with pytest.raises(NoSpaceError, match="fake.zarr is full. [01] of 3 shards are finished and kept; make room and run"):
+        create_aside = writer.create_aside
+        patch.setattr(writer, "create_aside", lambda *a, **k: FullFile(create_aside(*a, **k)))
+        words = "fake.zarr is full. ([01]) of 3 shards are finished and kept; (.*) are still to be written. Make room and run"
+        with pytest.raises(NoSpaceError, match=words) as caught:
             extract_view(crops.view(0), "fake", teacher, PLAN)
+    done, needed = re.search(words, str(caught.value)).groups()
+    spec = read_manifest(crops.view(0).store_path("fake")).store
+    assert needed == human(sum(shard_bytes(spec, teacher.spec, shard) for shard in range(int(done), 3)))
     assert not list(crops.path.rglob("*.partial"))
     extract_view(crops.view(0), "fake", teacher, PLAN)
     assert contents(crops.view(0).store_path("fake")) == undisturbed[0]
@@ -365,90 +370,145 @@ def test_full_disk(crops, teacher, undisturbed, monkeypatch, call):
 def test_full_disk_before_anything_is_there(crops, teacher, monkeypatch):
     """A disk too full to begin a store is the same error."""
     monkeypatch.setattr(extract, "create_store", failing_at(extract.create_store, 1, OSError(122, "Disk quota exceeded")))
-    with pytest.raises(NoSpaceError, match="is full. Make room and run the same command again"):
+    with pytest.raises(NoSpaceError, match=r"is full. [\d.]+ kB are still to be written. Make room and run"):
         extract_view(crops.view(0), "fake", teacher, PLAN)
 
 
-# --- claims ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_living_process_keeps_its_claim(tmp_path):
-    """While one process writes, another is refused with its process number and host; afterwards it may."""
-    script = f"""
-from pathlib import Path
-from teacher_cache.claims import claimed
-with claimed(Path({str(tmp_path / "claim")!r}), "x"):
-    print("held", flush=True)
-    input()
-"""
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        words = f"The store is being written by process {holder.pid} on host {socket.gethostname()}. Wait for it, or stop it"
-        with pytest.raises(MismatchError, match=words), claimed(tmp_path / "claim", "The store"):
-            pass
-        holder.kill()
-        holder.wait()
-    assert (tmp_path / "claim").exists()  # killed, it could not remove its claim
-    with claimed(tmp_path / "claim", "The store"):
-        assert json.loads((tmp_path / "claim").read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
-    assert not (tmp_path / "claim").exists()
-
-
-def test_a_process_refuses_itself(tmp_path):
-    """Two threads of one process cannot hold the same claim, and the refused one leaves it in place."""
-    with claimed(tmp_path / "claim", "x"):
-        with pytest.raises(MismatchError, match=f"by process {os.getpid()} "), claimed(tmp_path / "claim", "x"):
-            pass
-        assert (tmp_path / "claim").exists()
-
-
-@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"host": "here"}', json.dumps({"host": socket.gethostname(), "pid": 1})])
-def test_dead_claims_are_taken_over(tmp_path, text):
-    """A claim that nobody holds is taken over, whatever stands in it, even if another process has its number now."""
-    (tmp_path / "claim").write_text(text)
-    with claimed(tmp_path / "claim", "x"):
-        pass
-    assert not (tmp_path / "claim").exists()
-
-
-def test_a_claim_of_another_host_is_explained(tmp_path):
-    """A claim from another host, whose processes cannot be asked, is refused with host, process and the file to delete."""
-    (tmp_path / "claim").write_text(json.dumps({"host": "node-17", "pid": 4711}))
-    words = "by process 4711 on host node-17. Wait for it; if it is gone, delete .*claim and"
-    with pytest.raises(MismatchError, match=words), claimed(tmp_path / "claim", "x"):
-        pass
-    assert json.loads((tmp_path / "claim").read_text())["pid"] == 4711
-
-
-def test_claims_end_with_errors(tmp_path):
-    """An error inside the block releases the claim."""
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), claimed(tmp_path / "claim", "x"):
-            raise ZeroDivisionError
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
 def test_a_store_that_is_being_written(crops, teacher):
-    """A second extraction of the same store is refused; of another store it is not."""
-    with claimed(crops.view(0).path / "fake.zarr.claim", "x"):
+    """A second extraction of the same store is refused, while it is begun and while it is filled; of another store it is not."""
+    store = crops.view(0).store_path("fake")
+    with claimed(store_claim(store), "x"):
         with pytest.raises(MismatchError, match=f"fake.zarr is being written by process {os.getpid()}"):
             extract_view(crops.view(0), "fake", teacher, PLAN)
         assert extract_view(crops.view(0), "other", teacher, replace(PLAN, layers="last")) is True
-
-
-def test_a_store_finished_by_another_meanwhile(crops, teacher, undisturbed, monkeypatch):
-    """A process that waited while another finished the store does no work and no harm."""
-    whole = crops.path.with_name("whole")
-    shutil.copytree(crops.path, whole)
-    extract_view(Cache(whole).view(0), "fake", teacher, PLAN)
     interrupt(crops, teacher)
-    store, probe = crops.view(0).store_path("fake"), extract._require_same_probe
+    with claimed_range(store_claims(store), 1, 2, "x"):
+        for shards, asked in ((None, "0:3"), (range(0, 2), "0:2"), (range(1, 99), "1:3")):
+            words = f"fake.zarr: shards 1:2 are being written by process {os.getpid()} on host .*, and {asked} overlaps"
+            with pytest.raises(MismatchError, match=words):
+                extract_view(crops.view(0), "fake", teacher, PLAN, shards)
+        assert extract_view(crops.view(0), "fake", teacher, PLAN, range(2, 3)) is True
+    assert StoreReader(store).finished.tolist() == [True, False, True]
 
-    def meanwhile(*arguments):
-        probe(*arguments)
-        shutil.rmtree(store)
-        shutil.copytree(Cache(whole).view(0).store_path("fake"), store)
 
-    monkeypatch.setattr(extract, "_require_same_probe", meanwhile)
-    counting = Counting(teacher)
-    extract_view(crops.view(0), "fake", counting, PLAN)
-    assert contents(store) == undisturbed[0] and counting.n_calls == 1 and verify(Cache(whole))[0] == []
+@pytest.mark.parametrize("ranges", [[(0, 1), (1, 3)], [(2, 99), (1, 2), (0, 1)], [(0, 1), (0, 3)], [(0, 3)]])
+def test_shares_of_a_store(crops, teacher, undisturbed, ranges):
+    """Shares of the shards, in any order, make the bytes that one process makes; the last share completes the store."""
+    store = crops.view(0).store_path("fake")
+    for first, last in ranges:
+        assert not is_complete(store)
+        assert extract_view(crops.view(0), "fake", teacher, PLAN, range(first, last)) is True
+    assert contents(store) == undisturbed[0] and {path.name for path in store.parent.glob("*.zarr*")} == {"fake.zarr"}
+    times = {path: path.stat().st_mtime_ns for path in crops.path.rglob("*")}
+    assert extract_view(crops.view(0), "fake", Counting(teacher, fail_at=1), PLAN, range(1, 2)) is False
+    assert {path: path.stat().st_mtime_ns for path in crops.path.rglob("*")} == times
+
+
+def test_a_share_that_is_done(crops, teacher):
+    """A share whose shards are all there asks the teacher nothing, and leaves the rest to others."""
+    extract_view(crops.view(0), "fake", teacher, PLAN, range(0, 2))
+    assert extract_view(crops.view(0), "fake", Counting(teacher, fail_at=1), PLAN, range(1, 2)) is False
+    assert StoreReader(crops.view(0).store_path("fake")).finished.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_share_behind_the_end(crops, teacher, begun):
+    """A range that begins behind the last shard is refused with the number of shards, before anything is begun."""
+    if begun:
+        extract_view(crops.view(0), "fake", teacher, PLAN, range(0, 1))
+    before = contents(crops.path)
+    with pytest.raises(UsageError, match="--shards 3:...: there are 3 shards; the range must begin at 0 to 2"):
+        extract_view(crops.view(0), "fake", teacher, PLAN, range(3, 4))
+    assert contents(crops.path) == before
+
+
+def test_a_share_probes_the_teacher(crops, teacher):
+    """A process that joins a store with a teacher that answers otherwise is refused before its first shard."""
+    extract_view(crops.view(0), "fake", teacher, PLAN, range(0, 1))
+    other = Counting(teacher, change=lambda output: TeacherOutput(output.tokens * 1.01, output.attention))
+    with pytest.raises(MismatchError, match="answers to the probe image 0.01"):
+        extract_view(crops.view(0), "fake", other, PLAN, range(1, 2))
+    assert StoreReader(crops.view(0).store_path("fake")).finished.tolist() == [True, False, False]
+    assert not list(crops.path.rglob("*.claim*"))
+
+
+def test_an_array_that_starts_at_once(crops, teacher, undisturbed, monkeypatch, capsys):
+    """Of three writers that start at the same moment one begins the stores, two wait for it and say for whom; together they make
+    what one makes, the quantiser is fitted once, and the store is completed once."""
+    monkeypatch.setattr(claims, "POLL_S", 0.01)
+    n_waiting, fitted, folded = threading.Semaphore(0), [], []
+    fit, fold, real_waiting = extract._fit, extract.fold, extract.waiting
+
+    def fit_when_all_wait(*arguments):
+        fitted.append(1)
+        assert n_waiting.acquire(timeout=60) and n_waiting.acquire(timeout=60)
+        return fit(*arguments)
+
+    def counted_waiting(what):
+        say, told = real_waiting(what), []
+
+        def wait(who):
+            if not told:
+                n_waiting.release()
+            told.append(who)
+            say(who)
+
+        return wait
+
+    monkeypatch.setattr(extract, "_fit", fit_when_all_wait)
+    monkeypatch.setattr(extract, "fold", lambda store, spec: folded.append(is_complete(store)) or fold(store, spec))
+    monkeypatch.setattr(extract, "waiting", counted_waiting)
+
+    def work(first: int) -> int:
+        counting = Counting(teacher)
+        for number in (0, 1):
+            extract_view(crops.view(number), "fake", counting, PLAN, range(first, first + 1))
+        return counting.n_calls
+
+    with ThreadPoolExecutor(3) as pool:
+        n_calls = list(pool.map(work, range(3)))
+    for number in (0, 1):
+        assert contents(crops.view(number).store_path("fake")) == undisturbed[number]
+    assert len(fitted) == 1 and folded.count(False) == 2 and not list(crops.path.rglob("*.claim*"))
+    # the quantiser and the probe once; two batches a shard; a probe by whoever joins: two of view 0, two of view 1
+    assert sum(n_calls) == 4 + 1 + 2 * 3 * 2 + 2 + 2
+    assert f"view 0: fake: waiting for process {os.getpid()} on host {socket.gethostname()}" in capsys.readouterr().err
+
+
+def test_claims_of_the_dead_go_away(cache, teacher):
+    """What a process left that was killed when it had completed a store goes away when the command is run again."""
+    store, before = cache.view(0).store_path("fake"), contents(cache.path)
+    store_claim(store).touch()
+    store_claims(store).mkdir()
+    (store_claims(store) / "000000-000003.claim").touch()
+    assert extract_view(cache.view(0), "fake", Counting(teacher, fail_at=1), PLAN) is False
+    assert contents(cache.path) == before and not store_claims(store).exists()
+
+
+def test_waiting_is_told_when_it_changes(capsys, monkeypatch):
+    """One is told for whom one waits at once, when it changes, and every half minute."""
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    say = progress.waiting("w")
+    for now, who in ((0, "a"), (10, "a"), (29, "a"), (31, "a"), (32, "b"), (61, "b")):  # noqa: B007 - read by the lambda
+        say(who)
+    assert capsys.readouterr().err.splitlines() == [f"w: waiting for {who}" for who in "aab"]
+
+
+@pytest.mark.parametrize("gone", [".", "view-000", "view-000/fake.zarr"])
+def test_a_store_that_vanishes(crops, teacher, gone):
+    """A store that is deleted while it is written to, alone or with all around it, is named with what to do."""
+
+    def delete(output):
+        if counting.n_calls == 9:
+            shutil.rmtree(crops.path / gone)
+        return output
+
+    counting = Counting(teacher, change=delete)
+    words = f"^{crops.path / gone} was deleted or moved while the teacher's targets were being written to it. Put it back"
+    with pytest.raises(NotInCacheError, match=words):
+        extract_view(crops.view(0), "fake", counting, PLAN)
+    assert not list(crops.path.glob("view-000/*.claim*"))

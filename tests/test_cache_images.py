@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import chi2_contingency
 from torchvision.datasets import ImageFolder
 
-from teacher_cache.errors import BadInputError
-from teacher_cache.images import ImageList, scan
+from teacher_cache.errors import BadInputError, UsageError
+from teacher_cache.images import ImageList, read_image, scan
 
 
 def touch(folder, *names):
@@ -29,11 +29,11 @@ NESTED = (
 
 def test_order_and_labels_are_torchvisions(tmp_path):
     """Classes, labels and the order of files are those of torchvision's ImageFolder, in nested folders too."""
-    images, n_ignored = scan(touch(tmp_path, *NESTED))
+    images, ignored = scan(touch(tmp_path, *NESTED))
     theirs = ImageFolder(tmp_path)
     assert list(images.classes) == theirs.classes
     assert [str(tmp_path / name) for name in images.names] == [path for path, _ in theirs.samples]
-    assert images.labels.tolist() == theirs.targets and n_ignored == 0
+    assert images.labels.tolist() == theirs.targets and ignored == []
 
 
 def test_links_are_followed_as_torchvision_does(tmp_path):
@@ -47,14 +47,15 @@ def test_links_are_followed_as_torchvision_does(tmp_path):
 
 def test_flat_folder(tmp_path):
     """A folder without class folders gives its images with label -1 and no classes."""
-    images, n_ignored = scan(touch(tmp_path, "b.png", "a.jpg", "notes.txt"))
+    images, ignored = scan(touch(tmp_path, "b.png", "a.jpg", "notes.txt"))
     assert images.names == ("a.jpg", "b.png") and images.labels.tolist() == [-1, -1] and images.classes == ()
-    assert images.labels.dtype == np.int64 and n_ignored == 1
+    assert images.labels.dtype == np.int64 and ignored == ["notes.txt"]
 
 
-def test_ignored_files_are_counted(tmp_path):
-    """Files that are no images by name are counted, at the top level and in every class."""
-    assert scan(touch(tmp_path, "readme.md", "a/1.png", "a/Thumbs.db", "a/sub/x.txt", "b/1.png", "b/1.npy"))[1] == 4
+def test_ignored_files_are_named(tmp_path):
+    """Files that are no images by name are listed, at the top level and in every class."""
+    ignored = scan(touch(tmp_path, "readme.md", "a/1.png", "a/Thumbs.db", "a/sub/x.txt", "b/1.png", "b/1.npy"))[1]
+    assert ignored == ["readme.md", "a/Thumbs.db", "a/sub/x.txt", "b/1.npy"]
 
 
 REFUSED = {
@@ -67,6 +68,10 @@ REFUSED = {
     "return": (lambda folder: touch(folder, "1\r.png"), r"'1\\r.png' cannot be kept"),
     "not UTF-8": (lambda folder: touch(folder, b"a/caf\xe9.png"), r"'a/caf\\udce9.png' cannot be kept"),
     "class not UTF-8": (lambda folder: touch(folder, b"caf\xe9/1.png"), r"'caf\\udce9/1.png' cannot be kept"),
+    "several odd names": (
+        lambda folder: touch(folder, "a/1\n.png", "a/2\r.png", "a/3\n.png"),
+        r"'a/1\\n.png' and 2 others cannot",
+    ),
     "mixed and not UTF-8": (lambda folder: touch(folder, b"caf\xe9.png", "a/1.png"), r"e.g. 'caf\\udce9.png'"),
 }
 
@@ -76,7 +81,7 @@ def test_unusable_folders(tmp_path, case):
     """A folder that cannot become a cache is refused with its path and the reason, in text that any terminal can print."""
     make, words = REFUSED[case]
     folder = make(tmp_path)
-    with pytest.raises(BadInputError, match=words) as caught:
+    with pytest.raises(UsageError if "no such" in words else BadInputError, match=words) as caught:
         scan(folder)
     assert str(tmp_path) in str(caught.value)
     str(caught.value).encode()
@@ -97,12 +102,52 @@ def test_unreadable_folder(tmp_path, monkeypatch):
         scan(tmp_path)
 
 
-def test_broken_links_are_not_left_out(tmp_path):
-    """A link to nowhere is listed like any image, so that the crop stage names it."""
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    assert scan(folder)[0].names == ("gone.png",)
+def test_what_poses_as_an_image_is_listed(tmp_path):
+    """A link to nowhere, a link to itself, a pipe and an empty folder are listed by their names, so that the crop stage tells
+    of them; a folder called like an image that holds images is a folder."""
+    folder = touch(tmp_path / "images", "a/1.png", "a/album.png/2.png")
+    (folder / "a" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "a" / "itself.png").symlink_to("itself.png")
+    os.mkfifo(folder / "a" / "pipe.png")
+    (folder / "a" / "x.jpg" / "empty").mkdir(parents=True)
+    images, ignored = scan(folder)
+    names = ["1.png", "gone.png", "itself.png", "pipe.png", "x.jpg", "album.png/2.png"]
+    assert images.names == tuple(f"a/{name}" for name in names) and ignored == []
+    reasons = {
+        "gone.png": "is a link to nowhere", "itself.png": "Too many levels of symbolic links",
+        "pipe.png": "is a pipe or a device, not a file", "x.jpg": "Is a directory", "missing.png": "No such file or directory",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        with pytest.raises(BadInputError, match=f"^a/{name}: {reason}$"):
+            read_image(folder, f"a/{name}")
+    (folder / "a" / "1.png").write_bytes(b"data")
+    assert read_image(folder, "a/1.png") == b"data"
+
+
+def test_a_file_too_large_to_be_an_image(tmp_path):
+    """A file of a hundred gigabytes is refused before memory is taken for it."""
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(10**11)
+    with pytest.raises(BadInputError, match="a.png: has 100,000,000,000 bytes; files over 1,073,741,824 are not read"):
+        read_image(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("place", ["class", "a/deep/er", "a/notes"])
+def test_broken_links_that_may_have_been_folders(tmp_path, place):
+    """A link to nowhere that is not called an image may have led to a class: it is refused, not left out."""
+    folder = touch(tmp_path / "images", "a/deep/1.png")
+    (folder / place).symlink_to(tmp_path / "gone")
+    with pytest.raises(BadInputError, match=f"the link '.*{place}' leads nowhere; it may have been a folder"):
+        scan(folder)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../a/deep"])
+def test_links_in_a_circle(tmp_path, target):
+    """A link to a folder that contains it is refused: its images would be listed again and again."""
+    folder = touch(tmp_path / "images", "a/deep/1.png")
+    (folder / "a" / "deep" / "loop").symlink_to(target)
+    with pytest.raises(BadInputError, match="the link '.*loop.*' leads to a folder that contains it. Remove it"):
+        scan(folder)
 
 
 CLASSES = ImageList(

@@ -1,0 +1,138 @@
+"""What was asked for, completed from what is there: whoever continues a cache need not repeat how it was begun.
+
+What is said explicitly is never overruled: the library refuses it where it does not fit the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import Cache
+from .cropping import CropJob, plan_job
+from .crops import CropPlan
+from .errors import UsageError
+from .quantize import GROUP
+from .spec import ARRAY_NAME, CODECS, DTYPES, StoreSpec, TeacherSpec
+from .store import is_begun, read_manifest
+
+
+@dataclass(frozen=True)
+class CropRequest:
+    """How crops are to be made; None where nothing was said."""
+
+    images: Path | None = None
+    views: int | None = None
+    preset: CropPlan | None = None
+    """The crop plan of a preset; its seed does not count."""
+    plan: str | None = None
+    crop_size: int | None = None
+    crop_format: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class CropWork:
+    """The crops that will be there, and the job that makes those that are missing."""
+
+    n_images: int
+    n_views: int
+    job: CropJob | None
+
+
+def plan_crops(cache_dir: Path, request: CropRequest, default_size: int, may_make: bool = True) -> CropWork:
+    """Find out what there is to cut.
+
+    default_size: side of the crops of a new cache, pixels. may_make: without it, missing crops are a UsageError.
+    """
+    existing = Cache(cache_dir) if (cache_dir / "cache.json").exists() else None
+    plan = existing.plan if existing else CropPlan(size=default_size)
+    if request.preset:
+        plan = dataclasses.replace(request.preset, seed=plan.seed)
+    plan = plan.changed(request.plan, request.crop_size, request.seed)
+    crop_format = request.crop_format or (existing.identity.crop_format if existing else "jpeg95")
+    present = {view.number for view in existing.views()} if existing else set()
+    n_views = request.views or max(present, default=0) + 1
+    if plan.kind == "center" and n_views > 1:
+        raise UsageError(f"--plan center draws the same crop in every view: --views {n_views} would store it {n_views} times.")
+    if not may_make and not present.issuperset(range(n_views)):
+        raise UsageError(
+            "--shards is for crops that are finished, because these have one writer. First run: teacher-cache crop --images DIR "
+            f"--views {n_views} --crop-size {plan.size} {cache_dir}"
+        )
+    job = plan_job(cache_dir, request.images, plan, crop_format, n_views)
+    return CropWork(len(job.images.names) if job else existing.n_images, n_views, job)
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """What of the teacher to keep, and how."""
+
+    layers: str = "last5"
+    """`last5` (or last1, last12 ...), `last`, or block numbers from 1: `8,10,12`."""
+    dtype: str = "int8"
+    codec: str = "auto"
+    shard_rows: int = 2048
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES or self.codec not in CODECS:
+            raise UsageError(
+                f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}."
+            )
+        if self.shard_rows < 1 or self.batch_size < 1:
+            raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
+
+    def layers_of(self, teacher: TeacherSpec) -> tuple[int, ...]:
+        """Block numbers, ascending. Raises UsageError for blocks the teacher does not have."""
+        text = self.layers.strip()
+        if text == "last" or text.startswith("last") and text[4:].isdecimal() and int(text[4:]) > 0:
+            n = int(text[4:] or 1)
+            return tuple(range(max(1, teacher.depth - n + 1), teacher.depth + 1))
+        try:
+            layers = tuple(sorted({int(number) for number in text.split(",")}))
+        except ValueError:
+            layers = ()
+        if not layers or layers[0] < 1 or layers[-1] > teacher.depth:
+            raise UsageError(
+                f"--layers {self.layers}: {teacher.name} has blocks 1 to {teacher.depth}. Give numbers such as "
+                f"{teacher.depth - 1},{teacher.depth}, or last, or last5."
+            )
+        return layers
+
+    def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
+        """The store this plan asks for; `codecs` as decided on a trial, by default none."""
+        layers = self.layers_of(teacher)
+        names = [ARRAY_NAME.format(i) for i in layers] + ["scale"] * (self.dtype == "int8") + ["attention"] * teacher.has_cls
+        codecs = codecs or dict.fromkeys(names, "none")
+        return StoreSpec(
+            n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
+            group=GROUP if self.dtype == "int8" else 0, attention=teacher.has_cls,
+            codecs=tuple((name, codecs[name]) for name in names),
+        )  # fmt: skip
+
+
+def plan_targets(store: Path, image_size: int | None, **given) -> tuple[ExtractPlan, int | None]:
+    """The plan for `store`, which need not be there, and the side of the teacher's input (None: the teacher's own).
+
+    given: fields of ExtractPlan; None where nothing was said.
+    """
+    base = ExtractPlan()
+    if is_begun(store):
+        found = read_manifest(store)
+        layers = ",".join(map(str, found.store.layers))
+        base = ExtractPlan(layers=layers, dtype=found.store.dtype, shard_rows=found.store.shard_rows)
+        image_size = image_size or found.teacher.image_size
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None}), image_size
+
+
+def own_shards(shards: range | None, spec: StoreSpec) -> range:
+    """Those of `shards` that exist; by default all. UsageError if the range begins behind the last one."""
+    if shards is None:
+        return range(spec.n_shards)
+    if shards.start >= spec.n_shards:
+        raise UsageError(
+            f"--shards {shards.start}:...: there are {spec.n_shards} shards; the range must begin at 0 to {spec.n_shards - 1}."
+        )
+    return range(shards.start, min(shards.stop, spec.n_shards))
