@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import click
 
 from .command import one_line_errors, say
-from .crops import CROP_FORMATS, CropPlan
+from .crops import CROP_FORMATS
 from .errors import UsageError
 from .estimate import human, require_space
 
@@ -44,6 +45,23 @@ CROP_OPTIONS = _options(
 )  # fmt: skip
 
 
+REPAIR = click.option("--repair", is_flag=True, help="Mend what verify finds in CACHE, and say what was mended.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be made and how large it is; write nothing.")
+
+
+class ShardRange(click.ParamType):
+    """`A:B`, half-open like a slice of Python; A is 0 and B the end if left out."""
+
+    name = "A:B"
+
+    def convert(self, value, param, context) -> range:
+        match = re.fullmatch(r"([0-9]*):([0-9]*)", value)
+        shards = range(int(match[1] or 0), int(match[2] or sys.maxsize)) if match else range(0)
+        if not shards:
+            self.fail(f"{value!r} is no range of shards. Give A:B with A < B, such as 0:40.", param, context)
+        return shards
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-cache")
 def main():
@@ -59,35 +77,42 @@ def main():
 @main.command()
 @CACHE
 @CROP_OPTIONS
-@click.option("--dry-run", is_flag=True, help="Say what would be made and how large it is; write nothing.")
-def crop(cache: Path, dry_run: bool, skip_bad: bool, workers: int | None, **options):
+@REPAIR
+@DRY_RUN
+def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int | None, **options):
     """Draw, cut and store the crops of CACHE, without a teacher.
 
-    Needs the originals once; `extract` then reads the crops. Interrupted, it goes on where it stopped.
+    Needs the originals once; `extract` then reads the crops. Interrupted, it goes on where it stopped. With --repair it mends the
+    lists and crops of a finished CACHE and makes nothing new; --images are needed only for crops that have to be cut again.
 
     \b
     Example:
       teacher-cache crop --images imagenet/train --views 2 CACHE
+      teacher-cache crop --repair --images imagenet/train CACHE
     """
     with one_line_errors(KEPT):
-        from .cropping import remove_finished_work
+        from .planning import CropRequest, plan_crops
 
-        job, n_bytes = _plan_crops(cache, default_size=224, **options)
-        if job is None:
-            say(f"{cache} has all its crops. Nothing to do.")
-            if not dry_run:
-                remove_finished_work(cache)
+        if repair:
+            _refuse_beside_repair(cache, dry_run)
+            _repair(cache, options["images"])
             return
-        _say_space(cache, n_bytes)
-        if not dry_run:
-            _make_crops(job, skip_bad, workers)
+        crops = plan_crops(cache, CropRequest(**_with_preset(options)), default_size=224)
+        if crops.job is None:
+            say(f"{cache} has all its crops. Nothing to do.")
+        else:
+            _say_space(cache, _say_crops(crops.job))
+        if dry_run:
+            return
+        _make_crops(cache, crops.job, skip_bad, workers)
+        if crops.job is not None:
             say(f"Done. Next: teacher-cache extract --teacher NAME {cache}")
 
 
 @main.command()
 @CACHE
 @CROP_OPTIONS
-@click.option("--teacher", required=True, help="clip-b16, demo, or timm:NAME (teacher-cache teachers).")
+@click.option("--teacher", required=True, help="clip-b16, demo, timm:NAME ...: teacher-cache teachers lists them.")
 @click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
 @click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
@@ -96,113 +121,182 @@ def crop(cache: Path, dry_run: bool, skip_bad: bool, workers: int | None, **opti
               help="auto compresses tokens where that saves at least 15 %. [default: auto]")  # fmt: skip
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
+@click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
 @click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be made and how large it is; write nothing.")
-def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shard_rows, image_size, batch_size, device, precision,
-            dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
+@REPAIR
+@DRY_RUN
+def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shard_rows, shards: range | None, image_size,
+            batch_size, device, precision, repair: bool, dry_run: bool, skip_bad: bool, workers: int | None,
+            **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
-    with it refuses and says which differ. What is not given is as in the store that is there.
+    with it refuses and says which differ. What is not given is as in the store that is there. With --repair it first mends lists,
+    crops and the teacher's stores, then makes again exactly the shards that verify rejects.
 
     \b
     Example:
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE
       teacher-cache extract --teacher timm:vit_tiny_patch16_224 --weights random:0 --layers last CACHE
+      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --repair CACHE
+
+    Many GPUs: make the crops with teacher-cache crop, see the number of shards with --dry-run, and start one process a range.
+    They may start at the same moment; whoever makes the last shard completes the store. A range that was interrupted is
+    started again. As a Slurm array of 16 tasks, with S shards a task:
+
+    \b
+      sbatch --array=0-15 task.sh, where task.sh has
+      I=$SLURM_ARRAY_TASK_ID
+      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
     """
     with one_line_errors(KEPT):
+        from . import sigbus
         from .cache import Cache, view_path
-        from .cropping import remove_finished_work
-        from .device import pick_device
         from .extract import extract_view
-        from .teachers import load_teacher
-        from .writer import missing_bytes
+        from .planning import CropRequest, own_shards, plan_crops, plan_targets
 
         store_name = _store_name(name or teacher)
-        given = {"layers": layers, "dtype": dtype, "codec": codec, "shard_rows": shard_rows, "batch_size": batch_size}
-        plan, image_size = _extract_plan(cache, store_name, given, image_size)
-        device, precision = pick_device(device, precision)
-        loaded = load_teacher(teacher, weights, image_size, device, precision)
-        job, crop_bytes = _plan_crops(cache, default_size=loaded.spec.image_size, **crop_options)
-        n_images = len(job.images.names) if job else Cache(cache).n_images
-        n_views = crop_options["views"] or (max(job.views) + 1 if job else len(Cache(cache).views()))
-
-        spec = plan.store_spec(loaded.spec, n_images)
-        stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(n_views)]
-        token_bytes = sum(missing_bytes(store, spec, loaded.spec) for store in stores)
-        say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
-            f"{loaded.precision} on {device}")  # fmt: skip
-        if weights and loaded.ignored_weights:
-            say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
-                f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
-        say(f"targets  {n_views} view{'s' * (n_views > 1)} of {n_images:,} crops, layers {', '.join(map(str, spec.layers))}, "
-            f"{spec.dtype}{', attention' * spec.attention}: {human(token_bytes)} to write")  # fmt: skip
-        _say_space(cache, crop_bytes + token_bytes)
+        if repair:
+            _refuse_beside_repair(cache, dry_run, shards)
+            _repair(cache, crop_options["images"], store_name)
+        plan, image_size = plan_targets(view_path(cache, 0) / f"{store_name}.zarr", image_size, layers=layers, dtype=dtype,
+                                        codec=codec, shard_rows=shard_rows, batch_size=batch_size)  # fmt: skip
+        loaded = _load_teacher(teacher, weights, image_size, device, precision)
+        request = CropRequest(**_with_preset(crop_options))
+        crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=shards is None)
+        stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
+        n_bytes = _say_crops(crops.job) if crops.job else 0
+        spec = plan.store_spec(loaded.spec, crops.n_images)
+        n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
+        _say_space(cache, n_bytes)
         if dry_run:
             return
-        if job:
-            _make_crops(job, skip_bad, workers)
-        else:
-            remove_finished_work(cache)
-        opened = Cache(cache)
-        worked = [extract_view(opened.finished_view(v), store_name, loaded, plan) for v in range(n_views)]
-        if not any(worked):
-            say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
-        else:
+        if shards is None:
+            _make_crops(cache, crops.job, skip_bad, workers)
+        sigbus.install()
+        views = [Cache(cache).finished_view(number) for number in range(crops.n_views)]
+        worked = [extract_view(view, store_name, loaded, plan, shards) for view in views]
+        if _say_missing(stores):
+            say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
+        elif any(worked):
             say(f"Done. Next: teacher-cache inspect {cache}; student-train --cache {cache} --preset NAME --out RUN")
+        else:
+            say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
 
 
-def _plan_crops(cache: Path, default_size: int, images, views, preset, plan, crop_size, crop_format, seed):
-    """The crop job that the options ask for (None: nothing is missing) and the bytes it needs while it runs."""
+def _with_preset(options: dict) -> dict:
+    """The options of the crop stage with the crop plan of the preset in the place of its name."""
+    if not options["preset"]:
+        return options
+    from pipelines.presets import recipe
+
+    return {**options, "preset": recipe(options["preset"]).plan}
+
+
+def _refuse_beside_repair(cache: Path, dry_run: bool, shards: range | None = None) -> None:
+    if dry_run:
+        raise UsageError(f"--repair has no dry run. What there is to mend, this says: teacher-cache verify {cache}")
+    if shards is not None:
+        raise UsageError("--repair looks at all shards: give it without --shards.")
+
+
+def _repair(cache: Path, images: Path | None, store: str | None = None) -> None:
+    """Mend lists, crops and, in every view, one store as far as that needs no teacher; say what was mended."""
     from .cache import Cache
-    from .cropping import estimate_crop_bytes, plan_job
+    from .repair import repair_lists, repair_store, repair_view
+    from .verify import views_on_disk
 
-    existing = Cache(cache) if (cache / "cache.json").exists() else None
-    base = existing.plan if existing else CropPlan(size=default_size)
-    if preset:
-        from pipelines.presets import recipe
+    def mended():
+        yield from repair_lists(cache)
+        views = views_on_disk(Cache(cache))
+        for view in views:
+            yield from repair_view(view, images)
+        for view in views:
+            if store is not None and view.store_path(store).exists():
+                yield from repair_store(view, store)
 
-        base = dataclasses.replace(recipe(preset).plan, seed=base.seed)
-    base = base.changed(plan, crop_size, seed)
-    crop_format = crop_format or (existing.identity.crop_format if existing else "jpeg95")
-    n_views = views or (max(1, len(existing.views())) if existing else 1)
-    if base.kind == "center" and n_views > 1:
-        raise UsageError(f"--plan center draws the same crop in every view: --views {n_views} would store it {n_views} times.")
-    job = plan_job(cache, images, base, crop_format, n_views)
-    if job is None:
-        return None, 0
-    if job.n_ignored:
-        say(f"{job.n_ignored:,} files of {images} are no images by their names and are left alone.")
+    n_mended = 0
+    for line in mended():
+        n_mended += 1
+        say(f"mended   {line}")
+    if not n_mended:
+        say(f"{cache}: there was nothing to mend.")
+
+
+def _load_teacher(teacher: str, weights: str | None, image_size: int | None, device: str, precision: str):
+    from .device import pick_device
+    from .teachers import load_teacher
+
+    device, precision = pick_device(device, precision)
+    loaded = load_teacher(teacher, weights, image_size, device, precision)
+    say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
+        f"{loaded.precision} on {device}")  # fmt: skip
+    if weights and loaded.ignored_weights:
+        say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
+            f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
+    return loaded
+
+
+def _crop_size(name: str, teacher) -> int:
+    """Side of the crops of a new cache, pixels: the teacher's input, or what it was trained at if that is larger."""
+    from .teachers import TEACHERS
+
+    native = TEACHERS[name].native_size if name in TEACHERS else None
+    return max(teacher.spec.image_size, native or 0)
+
+
+def _say_crops(job) -> int:
+    """Say what crops will be made; returns the bytes that takes while it goes on."""
+    from .cropping import bytes_to_write, estimate_crop_bytes
+
+    n_images, n_views = len(job.images.names), len(job.views)
+    if job.ignored:
+        say(f"{len(job.ignored):,} files of {job.images_dir} are no images by their names and are left alone, e.g. "
+            f"{job.ignored[0]!r}.")  # fmt: skip
     one = estimate_crop_bytes(job)
-    n_crops = len(job.images.names) * len(job.views)
-    say(f"crops    {len(job.images.names):,} images in {len(job.images.classes):,} classes, {len(job.views)} view"
-        f"{'s' * (len(job.views) > 1)} to make, {base.kind} {base.size} px, {crop_format}: about {human(one * n_crops)} "
+    say(f"crops    {n_images:,} images in {len(job.images.classes):,} classes, {n_views} view{'s' * (n_views > 1)} to make, "
+        f"{job.plan.kind} {job.plan.size} px, {job.crop_format}: about {human(one * n_images * n_views)} "
         f"({human(one)} each, measured on a few)")  # fmt: skip
-    return job, one * (job.n_missing_crops + n_crops)  # the parts and, at the end, the files they are joined into
+    return bytes_to_write(job, one)
 
 
-def _extract_plan(cache: Path, store_name: str, given: dict, image_size: int | None):
-    """The ExtractPlan and image size that were given, completed from the store of view 0 if it was begun."""
-    from .cache import view_path
-    from .extract import ExtractPlan
+def _say_targets(stores: list[Path], spec, teacher, own: range) -> int:
+    """Say what targets will be made, of the shards `own` of each store; returns their bytes."""
+    from .writer import missing_bytes
+
+    n_bytes = sum(missing_bytes(store, spec, teacher, own) for store in stores)
+    share = f" for shards {own.start}:{own.stop}" if len(own) < spec.n_shards else ""
+    say(f"targets  {len(stores)} view{'s' * (len(stores) > 1)} of {spec.n_rows:,} crops in {spec.n_shards:,} shards, "
+        f"layers {', '.join(map(str, spec.layers))}, {spec.dtype}{', attention' * spec.attention}: "
+        f"{human(n_bytes)} to write{share}")  # fmt: skip
+    return n_bytes
+
+
+def _say_missing(stores: list[Path]) -> bool:
+    """Say how many shards of each store others still have to make; returns whether there are any."""
+    from .commits import count_commits
     from .store import read_manifest
 
-    store, base = view_path(cache, 0) / f"{store_name}.zarr", ExtractPlan()
-    if (store / "store.json").exists():
-        found = read_manifest(store)
-        layers = ",".join(map(str, found.store.layers))
-        base = ExtractPlan(layers=layers, dtype=found.store.dtype, shard_rows=found.store.shard_rows)
-        image_size = image_size or found.teacher.image_size
-    return dataclasses.replace(base, **{key: value for key, value in given.items() if value is not None}), image_size
+    missing = {}
+    for store in stores:
+        spec = read_manifest(store).store
+        missing[store] = spec.n_shards - count_commits(store, spec)
+        if missing[store]:
+            say(f"{store}: {missing[store]:,} of {spec.n_shards:,} shards are still missing.")
+    return any(missing.values())
 
 
-def _make_crops(job, skip_bad: bool, workers: int | None) -> None:
-    from .cropping import make_crops
+def _make_crops(cache: Path, job, skip_bad: bool, workers: int | None) -> None:
+    """Make the crops that are missing, or clear away what a killed process left when it had made the last of them."""
+    from .cropping import make_crops, remove_left_over
 
+    if job is None:
+        remove_left_over(cache)
+        return
     made = make_crops(job, skip_bad, workers)
     if made.n_skipped:
         say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
@@ -236,82 +330,82 @@ def inspect(cache: Path, as_json: bool):
     """
     with one_line_errors(""):
         from .cache import Cache
-        from .inspect import describe
+        from .inspect import describe, in_words
 
         described = describe(Cache(cache))
-        click.echo(json.dumps(described, indent=1) if as_json else _inspect_text(described))
-
-
-def _inspect_text(cache: dict) -> str:
-    plan = cache["plan"]
-    lines = [
-        f"{cache['path']}  (crops {cache['crops_id'][:12]})",
-        f"  images   {cache['n_images']:,} in {cache['n_classes']:,} classes"
-        + (f", {cache['n_skipped']:,} left out (skipped.txt)" if cache["n_skipped"] else ""),
-        f"  crops    {plan['kind']}, {plan['size']} px, {cache['crop_format']}, {plan['resample']}, seed {plan['seed']}"
-        + ("" if plan["kind"] == "center" else f", scale {plan['scale'][0]:g} to {plan['scale'][1]:g}, flip {plan['flip_p']:g}"
-           + f", jitter {plan['jitter']:g}" * bool(plan["jitter"])),
-        f"  views    {len(cache['views'])}",
-    ]  # fmt: skip
-    for view in cache["views"]:
-        lines.append(f"\n  view {view['view']}: crops.beton {human(view['crop_bytes'])}, "
-                     f"{len(view['stores'])} teacher{'s' * (len(view['stores']) != 1)}")  # fmt: skip
-        lines += [line for store in view["stores"] for line in _store_lines(store)]
-    return "\n".join(lines)
-
-
-def _store_lines(store: dict) -> list[str]:
-    teacher, spec, per_crop = store["teacher"], store["store"], store["bytes_per_crop"]
-    share = store["rows_done"] / store["rows"]
-    on_disk = "nothing yet" if per_crop["on_disk"] is None else human(per_crop["on_disk"])
-    codecs = sorted({codec for _, codec in spec["codecs"]})
-    lines = [
-        f"    {store['name']}: {teacher['name']}, weights {teacher['weights']} (sha256 {teacher['weights_sha256'][:12]}), "
-        f"{teacher['image_size']} px, {store['precision']}",
-        f"      rows      {store['rows_done']:,} of {store['rows']:,} ({share:.0%}), {store['shards_done']:,} of "
-        f"{store['shards']:,} shards, {'complete' if store['complete'] else 'NOT complete: run extract again'}",
-        f"      kept      layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, "
-        f"codec {'/'.join(codecs)}" + ", attention" * spec["attention"],
-        f"      bytes     {human(store['bytes'])}; a crop: {human(per_crop['float16'])} as float16 -> "
-        f"{human(per_crop['quantised'])} quantised -> {on_disk} on disk",
-        "      fidelity  standardised error of a token, in %: layer (median / p99 / worst)",
-    ]
-    for layer in store["fidelity"]:
-        lines.append(f"                {layer['layer']:>2}  ({layer['median']:.2%} / {layer['p99']:.2%} / {layer['worst']:.2%})")
-    return lines
+        click.echo(json.dumps(described, indent=1) if as_json else in_words(described))
 
 
 @main.command()
 @CACHE
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def verify(cache: Path, as_json: bool):
-    """Check every file of CACHE against its recorded checksum, and that every row is there.
+@click.option("--sample", type=click.IntRange(1), help="Check so many rows of each store and view, drawn at random, besides all "
+              "small files, sizes and headers. [default: all rows; 64 for --images and --weights]")  # fmt: skip
+@click.option("--images", type=click.Path(path_type=Path), help="The originals: cut a sample of crops again and compare.")
+@click.option("--weights", help="The teacher's weights: run it on a sample of rows and compare. A file, random:SEED or built-in.")
+@click.option("--teacher", help="Which store --weights belongs to, if there are several.")
+def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, weights: str | None, teacher: str | None):
+    """Check every byte of CACHE against the recorded checksums, that every row is there, and that the values make sense.
 
-    Exit code 0: sound and complete. 1: damaged or unfinished. 2: could not check (no cache there).
+    Exit code 0: sound and complete. 1: damaged or unfinished. 2: could not check. Says which command mends what was found.
 
     \b
     Example:
       teacher-cache verify CACHE && student-train --cache CACHE --preset maskalign-b16 --out RUN
+      teacher-cache verify --sample 1000 --images imagenet/train --weights ViT-B-16.pt CACHE
     """
-    with one_line_errors(""):
-        from .cache import Cache
-        from .errors import BadInputError
+    with one_line_errors("Nothing was changed."):
+        from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, teach_views_again
+        from .repair import mending_commands
+        from .verify import open_cache
         from .verify import verify as verify_cache
 
-        try:
-            opened = Cache(cache)
-        except BadInputError as error:
-            say(f"Error: {error}")
-            sys.exit(2)
-        findings, n_files = verify_cache(opened)
+        if images is not None and not images.is_dir():
+            raise UsageError(f"--images {images}: no such folder. Give the one that the crops were cut from.")
+        if teacher is not None and weights is None:
+            raise UsageError("--teacher chooses a store for --weights: give both.")
+        opened, findings = open_cache(cache)
+        n_files = len(findings)
+        if opened is not None:
+            store, loaded = load_teacher_of(opened, weights, teacher) if weights else (None, None)
+            findings, n_files = verify_cache(opened, sample)
+            if images is not None:
+                findings += cut_views_again(opened, images, sample or DEFAULT_ROWS)
+            if loaded is not None:
+                findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS)
+        commands = mending_commands(cache, findings, str(images or "DIR"))
         if as_json:
-            click.echo(json.dumps({"path": str(cache), "sound": not findings, "n_files": n_files,
+            click.echo(json.dumps({"path": str(cache), "sound": not findings, "n_files": n_files, "mend": commands,
                                    "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))  # fmt: skip
         else:
-            for finding in findings:
-                click.echo(f"{finding.kind:<10} {finding.path}: {finding.message}")
-            click.echo(f"{n_files:,} files checked: " + ("sound and complete." if not findings else f"{len(findings)} findings."))
-        sys.exit(1 if findings else 0)
+            checked = f"{n_files:,} files" + (f", {sample:,} rows of each store and view" if sample else "")
+            _print_findings(cache, findings, checked, commands)
+        if findings:
+            sys.exit(2 if all(finding.kind == "unchecked" for finding in findings) else 1)
+
+
+def _print_findings(cache: Path, findings: list, checked: str, commands: list[str]) -> None:
+    """A table on a terminal, a line each in a pipe; then what mends them."""
+    if sys.stdout.isatty() and findings:
+        from rich.console import Console
+
+        Console().print(_findings_table(cache, findings))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.kind:<10} {finding.path}: {finding.message}")
+    click.echo(f"{checked} checked: " + ("sound and complete." if not findings else f"{len(findings)} findings."))
+    if commands:
+        click.echo("\n  ".join(["To mend it:", *commands]))
+
+
+def _findings_table(cache: Path, findings: list):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "where", "what")
+    for finding in findings:  # as Text, because names may hold what rich takes for markup
+        table.add_row(finding.kind, Text(str(Path(finding.path).relative_to(cache))), Text(finding.message))
+    return table
 
 
 @main.command()
@@ -323,20 +417,18 @@ def teachers(as_json: bool):
     Example:
       teacher-cache teachers
     """
-    from .teachers import TEACHERS
+    with one_line_errors(""):
+        from .teachers import OTHER_TEACHERS, TEACHERS
 
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(entry) for entry in TEACHERS.values()], indent=1))
-        return
-    for entry in TEACHERS.values():
-        projection = f", projection {entry.projection_dim}" if entry.projection_dim else ""
-        click.echo(f"{entry.name:<12} {entry.about}")
-        click.echo(f"{'':<12} width {entry.dim}, {entry.depth} blocks, {entry.heads} heads, patch {entry.patch_size}, "
-                   f"{entry.image_size} px, grid {entry.grid[0]} x {entry.grid[1]}{projection}")  # fmt: skip
-        click.echo(f"{'':<12} weights: {entry.weights_from}")
-    click.echo(f"{'timm:NAME':<12} any plain VisionTransformer of timm, e.g. timm:vit_small_patch16_224")
-    click.echo(f"{'':<12} weights: downloaded by timm, or --weights PATH, or --weights random:SEED")
-
-
-if __name__ == "__main__":
-    main()
+        if as_json:
+            click.echo(json.dumps([dataclasses.asdict(entry) for entry in TEACHERS.values()], indent=1))
+            return
+        for entry in TEACHERS.values():
+            projection = f", projection {entry.projection_dim}" if entry.projection_dim else ""
+            click.echo(f"{entry.name:<12} {entry.about}")
+            click.echo(f"{'':<12} width {entry.dim}, {entry.depth} blocks, {entry.heads} heads, patch {entry.patch_size}, "
+                       f"{entry.image_size} px, grid {entry.grid[0]} x {entry.grid[1]}{projection}")  # fmt: skip
+            click.echo(f"{'':<12} weights: {entry.weights_from}")
+        for name, (about, weights_from) in OTHER_TEACHERS.items():
+            click.echo(f"{name:<12} {about}")
+            click.echo(f"{'':<12} weights: {weights_from}")

@@ -1,6 +1,7 @@
 """How commands end: results on stdout, everything else on stderr, one sentence for an error, an exit code with a meaning.
 
-Exit codes: 0 done; 1 the data or the machine is at fault; 2 the command is; 130 interrupted (128 + SIGINT).
+Exit codes: 0 done; 1 the data or the machine is at fault; 2 the command is; 75 stopped by SIGTERM (EX_TEMPFAIL: run it again);
+130 interrupted (128 + SIGINT).
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from contextlib import contextmanager
 import click
 
 from .errors import TeacherCacheError, UsageError
-
-INTERRUPTED = 130
+from .signals import INTERRUPTED, STOPPED, Stopped, signals_raise
 
 
 def say(*lines: str) -> None:
@@ -24,16 +24,18 @@ def say(*lines: str) -> None:
 
 @contextmanager
 def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: tuple = ()) -> Iterator[None]:
-    """Turn this project's errors, disk errors and Ctrl-C into one message and an exit code.
+    """Turn this project's errors, disk errors, Ctrl-C and SIGTERM into one message and an exit code.
 
     resume: what to say about work that was interrupted. usage, others: further exception classes that carry a user's message;
     the former mean that the command is at fault.
     """
     try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. {resume() if callable(resume) else resume}", err=True)
-        sys.exit(INTERRUPTED)
+        with signals_raise():
+            yield
+    except KeyboardInterrupt as stop:
+        how, code = ("Stopped by SIGTERM", STOPPED) if isinstance(stop, Stopped) else ("Interrupted", INTERRUPTED)
+        click.echo(f"\n{how}. {resume() if callable(resume) else resume}".rstrip(), err=True)
+        sys.exit(code)
     except (TeacherCacheError, *usage, *others) as error:
         say(f"Error: {error}")
         sys.exit(2 if isinstance(error, (UsageError, *usage)) else 1)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_fakes import contents, failing_at, flip_bit
 from click.testing import CliRunner
 
-from teacher_cache import cli, cropping, estimate, extract, teachers
+from teacher_cache import cli, estimate, extract, parts, teachers
+from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
 from teacher_cache.commits import write_commit
 from teacher_cache.errors import UnknownNameError
 from teacher_cache.estimate import shard_bytes
+from teacher_cache.planning import ExtractPlan
 from teacher_cache.store import read_manifest
 from teacher_cache.verify import verify
 
+FAKE = ["extract", "--teacher", "fake"]
 SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
 
 
@@ -44,11 +50,20 @@ def extract_to(cache, images, *more, code=0):
     return run("extract", "--teacher", "fake", "--images", images, *SMALL, *more, cache, code=code)
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory, image_folder, teacher):
+    """A finished cache, made by the command. Read only: see `made`."""
+    folder = tmp_path_factory.mktemp("made") / "made"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "load_teacher", lambda *_: teacher)
+        extract_to(folder, image_folder)
+    return folder
+
+
 @pytest.fixture
-def made(tmp_path, image_folder):
-    """A finished cache, made by the command."""
-    extract_to(tmp_path / "made", image_folder)
-    return tmp_path / "made"
+def made(tmp_path, made_once):
+    """A copy of it that a test may damage."""
+    return shutil.copytree(made_once, tmp_path / "made")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -81,7 +96,7 @@ def test_from_images_to_a_sound_cache(tmp_path, image_folder):
     """extract makes crops and targets in one go, says what it does and how much space it takes; run again it does nothing."""
     said = extract_to(tmp_path / "c", image_folder, "--views", 2).stderr
     assert re.search(r"24 images in 3 classes, 2 views to make, random 32 px, jpeg95: about [\d.]+ kB", said)
-    assert "2 views of 24 crops, layers 5, 6, int8, attention: " in said and "weights random:0 (sha256 " in said
+    assert "2 views of 24 crops in 3 shards, layers 5, 6, int8, attention: " in said and "weights random:0 (sha256 " in said
     assert re.search(r"space +[\d.]+ kB needed, [\d.]+ [GT]B free", said) and "Done. Next: teacher-cache inspect" in said
     assert verify(Cache(tmp_path / "c"))[0] == [] and len(Cache(tmp_path / "c").views()) == 2
     before = contents(tmp_path / "c")
@@ -121,7 +136,10 @@ def test_ignored_files_are_told(tmp_path, image_folder):
     """Files that are no images by name are counted on screen."""
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / "class-0" / "notes.txt").touch()
-    assert f"1 files of {folder} are no images by their names" in extract_to(tmp_path / "c", folder).stderr
+    assert (
+        f"1 files of {folder} are no images by their names and are left alone, e.g. 'class-0/notes.txt'."
+        in extract_to(tmp_path / "c", folder).stderr
+    )
 
 
 def test_bad_images(tmp_path, image_folder):
@@ -129,7 +147,7 @@ def test_bad_images(tmp_path, image_folder):
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / "class-0" / "image-000.png").write_bytes(b"")
     said = extract_to(tmp_path / "c", folder, code=1).stderr
-    assert "Error: 1 of 24 images cannot be decoded:\n  class-0/image-000.png: " in said and "--skip-bad" in said
+    assert "Error: Of 24 images 1 cannot be decoded:\n  class-0/image-000.png: " in said and "--skip-bad" in said
     said = extract_to(tmp_path / "c", folder, "--skip-bad").stderr
     assert "1 images could not be decoded and were left out" in said and "skipped.txt lists them" in said
     assert "1 left out (skipped.txt)" in run("inspect", tmp_path / "c").stdout
@@ -161,7 +179,7 @@ def test_too_little_space(tmp_path, image_folder, monkeypatch, command):
 def test_ctrl_c(tmp_path, image_folder, monkeypatch):
     """Interrupted, the command says that finished work is kept, exits with 130, and the same command goes on."""
     whole = extract_to(tmp_path / "whole", image_folder) and contents(tmp_path / "whole")
-    for module, name, call in ((cropping, "_commit_part", 1), (extract, "_extract_shard", 2)):
+    for module, name, call in ((parts.WorkFolder, "commit", 1), (extract, "_extract_shard", 2)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing_at(getattr(module, name), call, KeyboardInterrupt()))
             said = extract_to(tmp_path / "c", image_folder, code=130).stderr
@@ -170,23 +188,186 @@ def test_ctrl_c(tmp_path, image_folder, monkeypatch):
     assert contents(tmp_path / "c") == whole
 
 
+# --- shares of the work ----------------------------------------------------------------------------------------------
+
+
+def test_shards(tmp_path, image_folder, made):
+    """Processes that are given shards make what one makes; each says what is still missing, the last completes the store."""
+    run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    dry = run(*FAKE, *SMALL, "--shards", "0:2", "--dry-run", tmp_path / "c").stderr
+    assert re.search(r"1 view of 24 crops in 3 shards, layers 5, 6, int8, attention: [\d.]+ kB to write for shards 0:2", dry)
+    said = run(*FAKE, *SMALL, "--shards", "1:", tmp_path / "c").stderr
+    assert f"{tmp_path / 'c' / 'view-000' / 'fake.zarr'}: 1 of 3 shards are still missing.\nWhoever makes the last one" in said
+    assert "Done" not in said and "3 shards are still missing" in run(*FAKE, *SMALL, "--shards", "1:3", tmp_path / "c").stderr
+    assert "Done. Next" in run(*FAKE, *SMALL, "--shards", "0:1", tmp_path / "c").stderr
+    assert contents(tmp_path / "c") == contents(made)
+    assert "already holds these targets" in run(*FAKE, *SMALL, "--shards", ":2", tmp_path / "c").stderr
+
+
+def test_shards_need_space_for_their_own_part_only(tmp_path, image_folder, teacher, monkeypatch):
+    """A process asks the disk for its own shards, not for the whole store."""
+    run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    spec = ExtractPlan("last2", shard_rows=8).store_spec(teacher.spec, 24)
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: shard_bytes(spec, teacher.spec, 1))
+    assert " short. Make room" in run(*FAKE, *SMALL, "--shards", "1:3", tmp_path / "c", code=1).stderr
+    run(*FAKE, *SMALL, "--shards", "1:2", tmp_path / "c")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_shards_need_finished_crops(tmp_path, image_folder, made, begun):
+    """--shards does not make crops, which have one writer: it names the command that does."""
+    cache, views = (made, "2") if begun else (tmp_path / "new", "1")
+    said = run(*FAKE, "--shards", "0:1", "--views", views, "--images", image_folder, cache, code=2).stderr
+    assert f"First run: teacher-cache crop --images DIR --views {views} --crop-size 32 {cache}" in said
+    assert not (tmp_path / "new").exists()
+
+
+# --- mending ---------------------------------------------------------------------------------------------------------
+
+
+def test_repair(tmp_path, image_folder, teacher):
+    """extract --repair mends lists, crops and targets of all views to the bytes they had, makes the damaged shards again and no
+    others, and says what it mended; on a sound cache it says that there is nothing."""
+    extract_to(tmp_path / "c", image_folder, "--views", 2)
+    whole = contents(tmp_path / "c")
+    said = run(*FAKE, "--repair", tmp_path / "c").stderr
+    assert "there was nothing to mend" in said and "already holds these targets" in said
+    (tmp_path / "c" / "cache.json").unlink()
+    flip_bit(tmp_path / "c/view-000/crops.npy", 999)
+    flip_bit(tmp_path / "c/view-000/crops.beton", -99)
+    flip_bit(tmp_path / "c/view-001/fake.zarr/tokens/06/c.1.0.0", 999)
+    (tmp_path / "c/view-001/fake.zarr/complete.json").write_bytes(b"")
+    n_calls = teacher.n_calls
+    said = run(*FAKE, *SMALL, "--repair", tmp_path / "c").stderr
+    assert len(re.findall("^mended   ", said, re.MULTILINE)) == 5 and "Done. Next" in said
+    assert contents(tmp_path / "c") == whole and teacher.n_calls == n_calls + 1 + 2  # the probe, and one shard of two batches
+
+
+def test_repair_of_crops(tmp_path, image_folder):
+    """crop --repair mends what needs no teacher; for crops that are damaged it asks for the originals."""
+    whole = contents(extract_to(tmp_path / "c", image_folder) and tmp_path / "c")
+    assert "there was nothing to mend" in run("crop", "--repair", tmp_path / "c").stderr
+    (tmp_path / "c" / "images.txt").write_bytes(b"")
+    flip_bit(tmp_path / "c/view-000/crops.beton", CropReader(tmp_path / "c/view-000").pointers[5] * 8 + 99)
+    said = run("crop", "--repair", tmp_path / "c", code=2).stderr
+    assert "images.txt" in said and "Give their folder as --images" in said
+    assert "1 cut again from" in run("crop", "--repair", "--images", image_folder, tmp_path / "c").stderr
+    assert contents(tmp_path / "c") == whole
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_writing(monkeypatch, folder, number):
+    """Every attempt to create something below `folder` fails with this errno, as a read-only disk or another user's folder."""
+    real_open, real_mkdir = os.open, os.mkdir
+
+    def refused(path):
+        return str(path).startswith(str(folder))
+
+    def open_(path, flags, *more, **options):
+        if refused(path) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(number, os.strerror(number), str(path))
+        return real_open(path, flags, *more, **options)
+
+    def mkdir(path, *more, **options):
+        if refused(path) and not Path(path).is_dir():
+            raise OSError(number, os.strerror(number), str(path))
+        return real_mkdir(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_cache_that_cannot_be_written_to(tmp_path, image_folder, made, monkeypatch, number):
+    """On a read-only disk, or in another user's folder, what is finished can be used, and what is not is one sentence."""
+    before = contents(made)
+    refuse_writing(monkeypatch, tmp_path, number)
+    run(*FAKE, *SMALL, made)
+    run("crop", made)
+    for arguments in ([*FAKE, "--name", "b"], ["crop", "--views", "2", "--images", image_folder], ["crop", "--repair"]):
+        said = run(*arguments, made, code=1).stderr
+        assert f"{os.strerror(number)}. Whoever writes leaves a claim there: let this user write to {made}" in said
+    assert os.strerror(number) in run("crop", "--images", image_folder, tmp_path / "new", code=1).stderr
+    assert contents(made) == before
+
+
+def test_files_that_cannot_be_read(tmp_path, image_folder, made, monkeypatch):
+    """An image that may not be read is one of the bad ones; a file of the cache that may not be read is named."""
+    real_open = os.open
+
+    def refuse(path, *more, **options):
+        if str(path).endswith(("image-003.png", "cache.json")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    said = run("crop", "--images", image_folder, tmp_path / "new", code=1).stderr
+    assert "Of 24 images 1 cannot be decoded:\n  class-0/image-003.png: Permission denied\n" in said
+    for arguments in (["inspect"], ["crop"], [*FAKE, *SMALL]):
+        assert "Error: " in (said := run(*arguments, made, code=1).stderr)
+        assert f"{made / 'cache.json'}: cannot be read (Permission denied)." in said
+
+
+IN_THE_WAY = ["crops.partial", "crops.partial/view-001", "view-001", "view-000/b.zarr", "view-000/b.zarr.claims"]
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_a_file_where_a_folder_should_be(made, image_folder, name):
+    """A file that stands in the way is named in one sentence, and nothing is done to it."""
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_text("mine")
+    add_a_view = ["crop", "--views", "2", "--images", image_folder]
+    said = run(*([*FAKE, "--name", "b"] if "b.zarr" in name else add_a_view), made, code=1).stderr
+    assert said.count("Error: ") == 1 and str(made / name) in said and (made / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("gone", ["c", "c/view-000", "c/view-000/fake.zarr"])
+def test_a_cache_that_vanishes(tmp_path, image_folder, monkeypatch, gone):
+    """A cache that is deleted while it is written to ends the command with a sentence and code 1."""
+    make_shard = extract._extract_shard
+
+    def vanish(*arguments):
+        shutil.rmtree(tmp_path / gone)
+        make_shard(*arguments)
+
+    monkeypatch.setattr(extract, "_extract_shard", vanish)
+    said = extract_to(tmp_path / "c", image_folder, code=1).stderr
+    assert f"Error: {tmp_path / gone} was deleted or moved while" in said
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
-FAKE = ["extract", "--teacher", "fake"]
 MISTAKES = {
     "no images": ([*FAKE, "{new}"], 1, "lacks view 0, and making it needs the originals: give --images"),
-    "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 1, "nowhere: no such folder"),
-    "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 1, "no such folder"),
+    "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 2, "nowhere: no such folder"),
+    "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 2, "no such folder"),
     "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 1, "is a file. Give a folder"),
-    "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "Not a directory"),
+    "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "a file stands where a folder"),
     "foreign folder": (["crop", "--images", "{images}", "{images}"], 1, "neither empty nor a cache"),
-    "inspect nothing": (["inspect", "{tmp}/nowhere"], 1, "is no cache: it has no cache.json"),
-    "inspect a folder": (["inspect", "{images}"], 1, "is no cache: it has no cache.json"),
-    "inspect a file": (["inspect", "{made}/cache.json"], 1, "is no cache"),
+    "inspect nothing": (["inspect", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
+    "inspect a folder": (["inspect", "{images}"], 2, "is no cache: it has no cache.json"),
+    "inspect a file": (["inspect", "{made}/cache.json"], 2, "is no cache"),
     "verify nothing": (["verify", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "unknown teacher": (["extract", "--teacher", "clip-b61", "{made}"], 2, "named 'clip-b61'. Did you mean clip-b16?"),
     "unknown command": (["extrakt"], 2, "No such command 'extrakt'"),
     "unknown option": (["crop", "--image", "x", "{new}"], 2, "No such option"),
+    "shards": ([*FAKE, "--shards", "3:3", "{made}"], 2, "'3:3' is no range of shards. Give A:B with A < B, such as 0:40"),
+    "one shard": ([*FAKE, "--shards", "3", "{made}"], 2, "'3' is no range of shards"),
+    "shards from the end": ([*FAKE, "--shards", "-2:", "{made}"], 2, "'-2:' is no range of shards"),
+    "shards behind the end": (
+        [*FAKE, *SMALL, "--shards", "3:9", "{made}"],
+        2,
+        "there are 3 shards; the range must begin at 0 to 2",
+    ),
+    "repair of nothing": (["crop", "--repair", "{tmp}/nowhere"], 2, "nowhere is no cache"),
+    "repair without doing it": (
+        ["crop", "--repair", "--dry-run", "{made}"],
+        2,
+        "has no dry run. What there is",
+    ),
+    "repair of shards": ([*FAKE, "--repair", "--shards", "0:1", "{made}"], 2, "--repair looks at all shards"),
     "no cache": (["inspect"], 2, "Missing argument 'CACHE'"),
     "no teacher": (["extract", "{made}"], 2, "Missing option '--teacher'"),
     "views": (["crop", "--views", "0", "{made}"], 2, "Invalid value for '--views'"),
@@ -272,12 +453,12 @@ def test_verify(cache):
     n_files = len(contents(cache.path))
     assert run("verify", cache.path).stdout == f"{n_files:,} files checked: sound and complete.\n"
     sound = json.loads(run("verify", "--json", cache.path).stdout)
-    assert sound == {"path": str(cache.path), "sound": True, "n_files": n_files, "findings": []}
+    assert sound == {"path": str(cache.path), "sound": True, "n_files": n_files, "mend": [], "findings": []}
     shard = cache.view(0).store_path("fake") / "tokens/04/c.1.0.0"
     flip_bit(shard, 99)
     lines = run("verify", cache.path, code=1).stdout.splitlines()
-    assert re.fullmatch(rf"damaged +{re.escape(str(shard))}: its CRC-32 is not the committed one\.", lines[0])
-    assert lines[1:] == [f"{n_files:,} files checked: 1 findings."]
+    assert re.fullmatch(rf"damaged +{re.escape(str(shard))}: \S.*", lines[0])
+    assert lines[1] == f"{n_files:,} files checked: 1 findings." and "teacher-cache extract --repair " in "\n".join(lines[2:])
     assert json.loads(run("verify", "--json", cache.path, code=1).stdout)["findings"][0]["path"] == str(shard)
 
 

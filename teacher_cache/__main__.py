@@ -1,0 +1,16 @@
+"""The console script teacher-cache, also as `python -m teacher_cache`."""
+
+from .signals import run_program
+
+
+def main() -> None:
+    def load():
+        from .cli import main
+
+        return main
+
+    run_program(load)
+
+
+if __name__ == "__main__":
+    main()
