@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from teacher_fakes import crops_u8
 
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
-from teacher_cache.teachers import TEACHERS, load_teacher
+from teacher_cache.teachers import TEACHERS, load_teacher, weights
 from teacher_cache.teachers.base import RESIZE, resize_position_table, whiten
-
-
-def crops_u8(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+from teacher_cache.teachers.weight_files import STAND_INS
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,9 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(size):
 
 def test_an_unknown_name_lists_the_known_ones():
     """A typing error is answered with the likely name and all others."""
-    with pytest.raises(UnknownNameError, match="Did you mean clip-b16.*Known: clip-b16, demo, and timm:NAME"):
+    with pytest.raises(
+        UnknownNameError, match="Did you mean clip-b16.*Known: clip-b16, .*demo; and besides timm:NAME and open_clip:"
+    ):
         load_teacher("clip-b6")
     with pytest.raises(UnknownNameError, match="Known: clip-b16"):
         load_teacher("something else")
@@ -141,22 +141,21 @@ def test_listing_the_teachers_does_not_import_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def without_numbers(monkeypatch):
+    """Models are built, but neither initialised nor filled: what is told by shapes alone is then quick at full size."""
+    for name in ("kaiming_uniform_", "uniform_", "trunc_normal_", "normal_", "xavier_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    monkeypatch.setattr(torch, "randn", torch.empty)
+    monkeypatch.setattr(weights, "random_weights", lambda model, seed: None)
+    monkeypatch.setattr(weights, "sha256_tensors", lambda tensors: "0" * 64)
+
+
 @pytest.mark.parametrize("name", sorted(TEACHERS))
-def test_the_table_describes_what_is_loaded(name):
+def test_the_table_describes_what_is_loaded(name, without_numbers):
     """A teacher's spec agrees with its line in the table, and its head has the shapes that follow from it."""
     entry, teacher = TEACHERS[name], load_teacher(name, "random:1")
-    for field in (
-        "name",
-        "dim",
-        "depth",
-        "heads",
-        "patch_size",
-        "image_size",
-        "grid",
-        "mean",
-        "std",
-        "norm_eps",
-    ):
+    for field in ("name", "dim", "depth", "heads", "patch_size", "image_size", "grid", "mean", "std", "norm_eps"):
         assert getattr(teacher.spec, field) == getattr(entry, field)
     assert teacher.spec.projection_dim == entry.projection_dim
     shapes = {"gamma": (entry.dim,), "beta": (entry.dim,)}
@@ -164,11 +163,19 @@ def test_the_table_describes_what_is_loaded(name):
         shapes["projection"] = (entry.dim, entry.projection_dim)
     assert {key: array.shape for key, array in teacher.head.items()} == shapes
     assert all(array.dtype == np.float32 for array in teacher.head.values())
+    assert set(entry.pickled) <= set(STAND_INS)
+
+
+def test_every_teacher_of_a_vit_16_or_of_clip_l14_has_14_by_14_tokens():
+    """The presets' grid is the default one of every ViT in the table, clip-l14 at 196 pixels included; the Swins' is 7 x 7."""
+    grids = {name: entry.grid for name, entry in TEACHERS.items() if name != "demo"}
+    assert {name for name, grid in grids.items() if grid == (7, 7)} == {"moby-swin-t", "moby-swin-b"}
+    assert {grid for name, grid in grids.items() if "swin" not in name} == {(14, 14)}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["demo", "clip-b16"])
+@pytest.mark.parametrize("name", ["demo", "clip-b16", "moby-swin-t", "moco-v3-s16"])
 def test_on_a_gpu_both_precisions_agree_with_the_cpu(name):
     """On CUDA, fp32 is the CPU's answer to 5e-3 (TF32 convolutions), bf16 to a relative error of 3 %."""
     cpu = load_teacher(name, "random:0")
@@ -176,6 +183,6 @@ def test_on_a_gpu_both_precisions_agree_with_the_cpu(name):
     expected = cpu(images, layers)
     for precision, bound in (("fp32", 5e-3), ("bf16", 3e-2)):
         output = load_teacher(name, "random:0", device="cuda", precision=precision)(images.cuda(), layers)
-        assert output.tokens.dtype == output.attention.dtype == torch.float32
+        assert output.tokens.dtype == torch.float32 and (output.attention is None or output.attention.dtype == torch.float32)
         for found, wanted in ((output.tokens, expected.tokens), (output.attention, expected.attention)):
-            assert (found.cpu() - wanted).norm() < bound * wanted.norm()
+            assert wanted is None or (found.cpu() - wanted).norm() < bound * wanted.norm()

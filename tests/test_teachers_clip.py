@@ -9,6 +9,7 @@ import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
+from teacher_fakes import crops_u8
 from torch import nn
 
 from teacher_cache.errors import BadInputError, UsageError
@@ -27,10 +28,6 @@ TINY = dataclasses.replace(
     image_size=32,
     projection_dim=20,
 )
-
-
-def crops_u8(n: int, side: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def open_clips_tower(name: str, **vision_changes) -> nn.Module:
@@ -87,11 +84,6 @@ def tower():
     return tower
 
 
-@pytest.fixture(scope="module")
-def b16():
-    return load_teacher("clip-b16", "random:0")
-
-
 @torch.no_grad()
 def check_against_open_clip(teacher, reference: nn.Module, images: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Taps, CLS map, ln_post and projection against open_clip's forward_intermediates and MultiheadAttention; the tokens."""
@@ -135,21 +127,41 @@ def test_a_small_tower_equals_open_clips(tower):
     check_against_open_clip(teacher, tower, crops_u8(3, 32), [1, 2, 3])
 
 
-def test_clip_b16_is_open_clips_quickgelu_tower(b16):
-    """clip-b16 equals the tower open_clip builds for `ViT-B-16-quickgelu`, not the one for exact GELU."""
-    reference = open_clips_tower("ViT-B-16-quickgelu")
+@pytest.mark.parametrize(("name", "arch"), [("clip-b16", "ViT-B-16-quickgelu"), ("clip-l14", "ViT-L-14-quickgelu")])
+def test_clip_is_open_clips_quickgelu_tower(name, arch):
+    """At full width, two blocks deep, it equals the tower open_clip builds for `-quickgelu`, and not one with the exact GELU."""
+    teacher = load(dataclasses.replace(TEACHERS[name], depth=2), "random:0", image_size=224)
+    assert TEACHERS[name].depth == open_clip.get_model_config(arch)["vision_cfg"]["layers"]
+    reference = open_clips_tower(arch, layers=2)
     random_weights(reference, 0)
     images = crops_u8(1, 224)
-    tokens = check_against_open_clip(b16, reference, images, [8, 11, 12])
+    tokens = check_against_open_clip(teacher, reference, images, [1, 2])
 
     activations = {type(block.mlp.gelu) for block in reference.transformer.resblocks}
     assert activations == {QuickGELU}
     for block in reference.transformer.resblocks:
         block.mlp.gelu = nn.GELU()
     with torch.no_grad():
-        exact = reference.forward_intermediates(b16.preprocess(images), indices=1, output_fmt="NLC")
-    difference = whiten(exact["image_intermediates"][0], 1e-5) - tokens[:, 2, 1:]
+        exact = reference.forward_intermediates(teacher.preprocess(images), indices=1, output_fmt="NLC")
+    difference = whiten(exact["image_intermediates"][0], 1e-5) - tokens[:, 1, 1:]
     assert difference.abs().mean() > 1e-3
+
+
+def test_l14_is_filled_at_its_native_size_and_used_at_another(tmp_path):
+    """A file with clip-l14's native table loads into a teacher whose default input is smaller: the table is resized after it."""
+    entry = dataclasses.replace(TINY, image_size=24, native_size=32)
+    native = build_tower(entry).eval()
+    random_weights(native, 0)
+    torch.save(published(native), tmp_path / "ViT-L-14.pt")
+    assert native.positional_embedding.shape == (17, 48)
+    teacher = load(entry, tmp_path / "ViT-L-14.pt")
+    assert (teacher.spec.image_size, teacher.spec.grid) == (24, (3, 3)) == (entry.image_size, entry.grid)
+
+    reference = build_tower(dataclasses.replace(entry, native_size=None)).eval()
+    table = resize_position_table(native.positional_embedding, 1, (3, 3))
+    reference.load_state_dict({**native.state_dict(), "positional_embedding": table})
+    check_against_open_clip(teacher, reference, crops_u8(2, 32), [1, 3])
+    assert load(entry, tmp_path / "ViT-L-14.pt", image_size=32).spec.grid == (4, 4)
 
 
 def test_every_layout_gives_the_same_teacher(tower, tmp_path):
@@ -217,7 +229,7 @@ def test_another_image_size_resizes_the_position_table():
 
     native = build_tower(TINY)
     random_weights(native, 0)
-    reference = build_tower(TINY, 48).eval()
+    reference = build_tower(dataclasses.replace(TINY, image_size=48)).eval()
     table = resize_position_table(native.positional_embedding, 1, (6, 6))
     reference.load_state_dict({**native.state_dict(), "positional_embedding": table})
     check_against_open_clip(teacher, reference, crops_u8(2, 32), [1, 3])

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from teacher_fakes import crops_u8
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -33,10 +34,6 @@ def model_and_teacher(**variant):
     random_weights(model, 0)
     channels = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     return model, as_teacher("timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32")
-
-
-def crops_u8(n: int, side: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def timm_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:

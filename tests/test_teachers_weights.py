@@ -1,10 +1,6 @@
 """What `--weights` may be: a file that fits exactly, or random:SEED; all else is an error that says what to do."""
 
-import pickle
 import re
-import tempfile
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,91 +19,9 @@ def state():
     return model.state_dict()
 
 
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def a_web_page(path, state):
-    path.write_text("<!DOCTYPE html><html>404</html>")
-
-
-def an_empty_file(path, state):
-    path.write_bytes(b"")
-
-
-def a_truncated_torch_file(path, state):
-    torch.save(state, path)
-    cut_in_half(path)
-
-
-def a_truncated_safetensors_file(path, state):
-    save_file(state, path)
-    cut_in_half(path)
-
-
-def a_zip_of_something_else(path, state):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-
-
-MARK = Path(tempfile.gettempdir()) / "teacher-cache-a-weights-file-ran-code"
-
-
-class Dangerous:
-    """Unpickling it would create MARK."""
-
-    def __reduce__(self):
-        return (open, (str(MARK), "w"))
-
-
-def a_pickle_that_runs_code(path, state):
-    torch.save({**state, "args": Dangerous()}, path)
-
-
-def a_plain_pickle(path, state):
-    path.write_bytes(pickle.dumps(Dangerous(), protocol=2))
-
-
 @pytest.mark.parametrize(
-    ("write", "says"),
-    [
-        (a_web_page, "begins with b'<!DOCTYPE ht'"),
-        (an_empty_file, "begins with b''"),
-        (a_truncated_torch_file, "cut short"),
-        (a_truncated_safetensors_file, "cut short"),
-        (a_zip_of_something_else, "of another kind"),
-        (a_pickle_that_runs_code, "would run code"),
-        (a_plain_pickle, "would run code"),
-    ],
+    "weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:" + "9" * 5000, "random:²"]
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_size(write, says, state, tmp_path):
-    """What is no weights file, or half of one, or would run code, is BadInputError with path, size and what would do."""
-    path = tmp_path / "weights.pt"
-    write(path, state)
-    with pytest.raises(BadInputError) as caught:
-        load_teacher("demo", path)
-    message = str(caught.value)
-    assert f"{path} ({path.stat().st_size:,} bytes)" in message and says in message and "safetensors" in message
-    assert "\n" not in message and "weights_only" not in message
-    assert not MARK.exists()
-
-
-def test_a_torch_file_of_a_lone_tensor_is_refused(tmp_path):
-    """A tensor alone is not a dictionary of tensors, and the message says so."""
-    torch.save(torch.zeros(3), tmp_path / "weights.pt")
-    with pytest.raises(BadInputError, match="holds a Tensor, not a dictionary"):
-        load_teacher("demo", tmp_path / "weights.pt")
-
-
-def test_a_wrong_path_is_said_to_be_one(tmp_path):
-    """A path that does not exist, and a folder, are told apart; both errors say what to give."""
-    with pytest.raises(BadInputError, match=re.escape(f"{tmp_path / 'no.pt'}: does not exist. Give the path")):
-        load_teacher("demo", tmp_path / "no.pt")
-    with pytest.raises(BadInputError, match="is a folder"):
-        load_teacher("demo", tmp_path)
-
-
-@pytest.mark.parametrize("weights", ["random:x", "random:", "random:-1", "random:1.5", f"random:{2**63}", "random:²"])
 def test_a_seed_is_a_whole_number(weights):
     """`random:` with anything but a whole number is a UsageError that shows the right form."""
     with pytest.raises(UsageError, match=re.escape(f"--weights {weights}: ") + ".*random:0"):

@@ -4,7 +4,8 @@ A teacher takes uint8 crops and gives whitened block outputs and the CLS attenti
 Preprocessing, taps, whitening and attention stand here once; the files beside this one only say where a
 library keeps its parts.
 
-Gives up: models whose tokens are not one flat sequence in pre-norm blocks (Swin, hybrids, rotary positions).
+Gives up: blocks of several widths or grids (of a Swin only those of the last stage can be asked for), post-norm blocks,
+hybrids, rotary positions.
 """
 
 # B batch, N patches, C 1 with CLS else 0, T all tokens (CLS, registers, patches), D width, L layers, H heads
@@ -64,10 +65,10 @@ class Anatomy:
     forward: Callable[[Tensor], object]
     """Runs all blocks on normalised images [B, 3, H, W]; what it returns is not looked at."""
     blocks: Sequence[nn.Module]
-    """Each maps [B, T, D] to [B, T, D]."""
+    """The blocks 1 to `TeacherSpec.depth`; each gives [B, T, D], or on a grid without CLS [B, rows, columns, D]."""
     final_norm: nn.LayerNorm
-    attention_parts: Callable[[nn.Module], AttentionParts]
-    """Of one block."""
+    attention_parts: Callable[[nn.Module], AttentionParts] | None
+    """Of one block; None where there is no CLS."""
     projection: Tensor | None = None
     """[D, E] behind the final norm (CLIP)."""
 
@@ -244,7 +245,7 @@ class Teacher:
 
         def tap_output(number):
             def hook(block, inputs, output):
-                tapped[number] = whiten(output, spec.norm_eps)
+                tapped[number] = whiten(output.flatten(1, -2), spec.norm_eps)  # a grid becomes [B, T, D], row by row
 
             return hook
 

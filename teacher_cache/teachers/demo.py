@@ -13,7 +13,7 @@ from pathlib import Path
 from . import TeacherEntry
 from .base import Teacher, check_precision
 from .timm_vit import as_teacher, at_image_size, build_vit
-from .weights import KeyRules, load_weights
+from .weights import Layout, load_weights
 
 BUILT_IN = Path(__file__).with_name("demo_teacher.safetensors")
 """float16 on disk, computed in float32."""
@@ -29,7 +29,7 @@ def load(
     """The teacher of its line of the table; see `load_teacher`. Without `weights`, the built-in ones."""
     check_precision(precision, device)
     model = build_vit(entry)
-    loaded = load_weights(model, BUILT_IN if weights is None else weights, KeyRules(ignore=("head.",)))
+    loaded = load_weights(model, BUILT_IN if weights is None else weights, [Layout(ignore=("head.*",))])
     if weights is None:
         loaded = dataclasses.replace(loaded, source="built-in")
     at_image_size(model, entry.name, image_size or entry.image_size)

@@ -12,17 +12,17 @@ import os
 import timm
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BadInputError, UnknownNameError, UsageError
 from ..spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
 from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
-from .weights import KeyRules, LoadedWeights, load_weights, sha256_tensors
+from .weights import Layout, LoadedWeights, load_weights, sha256_tensors
 
 
-def build_vit(entry: TeacherEntry) -> VisionTransformer:
-    """The untrained ViT of one line of the table."""
+def build_vit(entry: TeacherEntry, weight_init: str = "") -> VisionTransformer:
+    """The untrained ViT of one line of the table. weight_init: timm's; "skip" where every parameter is filled afterwards."""
     return VisionTransformer(
         img_size=entry.image_size,
         patch_size=entry.patch_size,
@@ -31,6 +31,7 @@ def build_vit(entry: TeacherEntry) -> VisionTransformer:
         num_heads=entry.heads,
         num_classes=0,
         norm_layer=lambda width, **kwargs: nn.LayerNorm(width, eps=entry.norm_eps, **kwargs),
+        weight_init=weight_init,
     )
 
 
@@ -95,8 +96,12 @@ def as_teacher(
     std: tuple[float, ...],
     device: str,
     precision: str,
+    projection: Tensor | None = None,
 ) -> Teacher:
-    """A filled plain ViT, at the image size it stands at, described and frozen."""
+    """A filled plain ViT, at the image size it stands at, described and frozen.
+
+    projection: [D, E] behind the final norm, where there is one
+    """
     spec = TeacherSpec(
         name=name,
         weights=loaded.source,
@@ -112,10 +117,10 @@ def as_teacher(
         mean=tuple(mean),
         std=tuple(std),
         norm_eps=final_norm(model).eps,
-        projection_dim=None,
+        projection_dim=None if projection is None else projection.shape[1],
         resize=RESIZE,
     )
-    anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts)
+    anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts, projection)
     return Teacher(spec, anatomy, device, precision, loaded.ignored)
 
 
@@ -128,9 +133,9 @@ def load_timm(
 ) -> Teacher:
     """The teacher `timm:NAME`; see `load_teacher`.
 
-    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names;
-    only the classifier is left out, and named in `ignored_weights`. Without `weights`, timm downloads its
-    own; their sha256 is then that of the tensors, because timm may rename them on the way from the file.
+    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names, alone or in a
+    checkpoint of timm's trainer; only the classifier is left out, and named in `ignored_weights`. Without `weights`, timm
+    downloads its own; their sha256 is then that of the tensors, because timm may rename them on the way from the file.
     """
     check_precision(precision, device)
     model = _create(name)
@@ -147,7 +152,8 @@ def load_timm(
         loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
     else:
         classifier = config.get("classifier") or "head"
-        loaded = load_weights(model, weights, KeyRules(ignore=(f"{classifier}.",), inside=("state_dict", "model")))
+        layout = Layout(ignore=(f"{classifier}.*",), inside=("state_dict", "model"))
+        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",))
     if image_size is not None:
         at_image_size(model, name, image_size)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)

@@ -1,40 +1,57 @@
 """From `--weights` to a filled model: files in the layouts that teachers are published in, or seeded random numbers.
 
-Loading is strict. A name in the file is the tower's, or is known to belong to something else, or is an error;
-a name of the model that the file lacks is an error. Nothing is unpickled: torch.load runs with weights_only,
-TorchScript archives have their own reader, and safetensors hold no code.
+Loading is strict. A name in the file is the model's, or is known to belong to something else, or is an error; a name
+of the model that the file lacks is an error. What strictness cannot see: names and shapes do not tell how many heads
+a ViT has, which activation it was trained with, nor which of two trainings of one architecture a file holds. Where a
+file shows that in another way (a wrapper, a position table, a part beside the tower), the modules beside this one
+look there and say so.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..durable import sha256_file
 from ..errors import BadInputError, UsageError
+from . import TeacherEntry
+from .weight_files import read_file
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class KeyRules:
-    """How the names in a published file map to the tower's own."""
+class Layout:
+    """How the names in a published file map to the model's own."""
 
-    keep: str = ""
-    """Only names with this prefix belong to the tower; the prefix is cut off. Empty: all of them."""
+    keep: tuple[tuple[str, str], ...] = (("", ""),)
+    """(beginning in the file, beginning in the model) of names that belong to the model; the first pair that fits counts."""
     ignore: tuple[str, ...] = ()
-    """Names that belong to something else; with a dot at the end, all names that begin so. Looked at before `keep`."""
+    """Names that belong to something else, as shell patterns; looked at before `keep`."""
+    require: tuple[str, ...] = ()
+    """Names of something else that must be there: without them the file is another model's that has the same tower."""
     inside: tuple[str, ...] = ()
     """Entries of the file to go into first, one within the other, such as `("state_dict",)`; skipped where absent."""
+
+    def unwrap(self, found: dict) -> dict:
+        for entry in self.inside:
+            inner = dict.get(found, entry)
+            found = inner if isinstance(inner, dict) else found
+        return {str(name): value for name, value in dict.items(found)}
+
+    def own_name(self, name: str) -> str | None:
+        """The model's name for a name in the file; None if it is not the model's."""
+        return next((own + name.removeprefix(start) for start, own in self.keep if name.startswith(start)), None)
+
+    def name_in_file(self, own_name: str) -> str:
+        return next(start + own_name.removeprefix(own) for start, own in self.keep if own_name.startswith(own))
 
 
 @dataclass(frozen=True)
@@ -48,26 +65,43 @@ class LoadedWeights:
     """Names in the file that were left out by the rules."""
 
 
-def load_weights(model: nn.Module, weights: str | os.PathLike, rules: KeyRules) -> LoadedWeights:
+def require_weights(entry: TeacherEntry, weights: str | os.PathLike | None) -> str | os.PathLike:
+    """The weights, or UsageError saying which file this teacher needs."""
+    if weights is None:
+        raise UsageError(
+            f"Teacher {entry.name} needs its weights, which are not shipped here: {entry.weights_from}. Add --weights PATH. "
+            "For a trial without the file: --weights random:0."
+        )
+    return weights
+
+
+def is_random(weights: str | os.PathLike) -> bool:
+    return str(weights).startswith("random:")
+
+
+def load_weights(
+    model: nn.Module, weights: str | os.PathLike, layouts: Iterable[Layout] = (Layout(),), pickled: Iterable[str] = ()
+) -> LoadedWeights:
     """Fill all parameters of `model` from a file or, for `random:SEED`, with seeded numbers.
 
+    layouts: those that the file may have; the first one that has names in the file counts
+    pickled: see `TeacherEntry.pickled`
     Raises UsageError for a malformed seed, BadInputError for a file that is missing, damaged, no weights
     file, or whose names and shapes are not exactly the model's.
     """
-    if str(weights).startswith("random:"):
+    if is_random(weights):
         random_weights(model, parse_seed(str(weights)))
         return LoadedWeights(str(weights), sha256_tensors(model.state_dict()))
 
     path = Path(weights)
-    tensors, ignored, foreign = select(read_file(path), rules)
-    fill(model, tensors, path, rules.keep, foreign)
+    ignored = _fill(model, read_file(path, pickled), layouts, path)
     return LoadedWeights(path.name, sha256_file(path), tuple(ignored))
 
 
 def parse_seed(weights: str) -> int:
     """SEED of `random:SEED`."""
     seed = weights.removeprefix("random:")
-    if not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
+    if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) < 2**63):
         raise UsageError(f"--weights {weights}: the seed must be a whole number from 0, as in --weights random:0.")
     return int(seed)
 
@@ -102,106 +136,55 @@ def sha256_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_file(path: Path) -> dict:
-    """The names and tensors of a weights file on the CPU: safetensors, a torch state dict, or a TorchScript archive.
+def _fill(model: nn.Module, found: dict, layouts: Iterable[Layout], path: Path) -> list[str]:
+    """Copy what belongs to the model into its parameters, as float32; returns the names left out by rule, sorted."""
+    for layout in layouts:
+        inner = layout.unwrap(found)
+        if any(layout.own_name(name) is not None for name in inner):
+            break
 
-    The kind is found from the bytes, not from the file's ending. A torch file may be a dictionary of
-    dictionaries.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise BadInputError(f"--weights {path}: {what}. Give the path of a weights file, or random:SEED for a trial.")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":  # eight bytes of length, then the JSON header of safetensors
-            return load_file(path)
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
-                return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own: truncated, foreign, or holding more than tensors
-        raise _unreadable(path, error) from error
-    if not isinstance(found, dict):
-        raise BadInputError(f"--weights {path}: holds a {type(found).__name__}, not a dictionary of tensors.")
-    return found
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _unreadable(path: Path, error: Exception) -> BadInputError:
-    # torch's own text is not passed on whole: it advises to switch weights_only off
-    with open(path, "rb") as file:
-        start = file.read(12)
-    if isinstance(error, UnpicklingError) and start[:1] in (b"P", b"\x80"):
-        reason = (
-            "it holds Python objects beside its tensors, and reading those would run code. Open it where you trust it, and "
-            "save its state dict as safetensors"
-        )
-    elif start[:2] == b"PK" or start[8:9] == b"{":
-        first = re.split(r"[.\n]", str(error))[0]
-        reason = f"it is damaged, cut short, or of another kind ({first}). Compare its size with the published one"
-    else:
-        reason = f"it begins with {start!r}, as no weights file does. Perhaps a web page was saved in its place"
-    return BadInputError(
-        f"--weights {path} ({path.stat().st_size:,} bytes) cannot be used: {reason}. Weights are read from safetensors, torch "
-        "state dicts and TorchScript archives."
-    )
-
-
-def select(found: dict, rules: KeyRules) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Split the names of a file: the tower's tensors under the tower's names, what the rules ignore, and the rest."""
-    for entry in rules.inside:
-        found = found[entry] if isinstance(found.get(entry), dict) else found
     tensors, ignored, foreign = {}, [], []
-    for name, value in found.items():
-        name = str(name)
-        if any(name.startswith(known) if known.endswith(".") else name == known for known in rules.ignore):
+    for name, value in inner.items():
+        own_name = layout.own_name(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in layout.ignore):
             ignored.append(name)
-        elif name.startswith(rules.keep):
-            tensors[name.removeprefix(rules.keep)] = value
-        else:
+        elif own_name is None or own_name in tensors:
             foreign.append(name)
-    return tensors, sorted(ignored), foreign
+        else:
+            tensors[own_name] = value
+    _require_fit(model, tensors, foreign, [name for name in layout.require if name not in inner], layout, path)
+
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    if damaged := [layout.name_in_file(name) for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise BadInputError(f"--weights {path}: {_listed('with NaN or infinite values', damaged)}.")
+    model.load_state_dict(tensors, strict=True)
+    return sorted(ignored)
 
 
-def fill(model: nn.Module, tensors: dict, path: Path, prefix: str = "", foreign: Iterable[str] = ()) -> None:
-    """Copy `tensors` into the model's parameters as float32; names, shapes and kind must be exactly the model's.
-
-    prefix, foreign: for the message only: how names begin in the file, and further names that nothing asked
-    for.
-    """
-    own = model.state_dict()
-    shared = sorted(own.keys() & tensors.keys())
+def _require_fit(model: nn.Module, tensors: dict, foreign: list[str], absent: list[str], layout: Layout, path: Path) -> None:
+    """Raise BadInputError, listing what differs by its name in the file, unless all names, shapes and kinds are the model's."""
+    own, name_in_file = model.state_dict(), layout.name_in_file
+    missing = [name_in_file(name) for name in own.keys() - tensors.keys()]
+    foreign = foreign + [name_in_file(name) for name in tensors.keys() - own.keys()]
+    shared = own.keys() & tensors.keys()
     shapes = {name: tuple(getattr(tensors[name], "shape", ())) for name in shared}
+    reshaped = [f"{name_in_file(n)}: {shapes[n]} instead of {tuple(own[n].shape)}" for n in shared if shapes[n] != own[n].shape]
+    unusable = [name_in_file(name) for name in shared if not _is_plain_float(tensors[name])]
     complaints = [
-        _listed("missing", [prefix + name for name in own.keys() - tensors.keys()]),
-        _listed("unexpected", [prefix + name for name in tensors.keys() - own.keys()] + list(foreign)),
-        _listed(
-            "of another shape",
-            [f"{prefix}{n}: {shapes[n]} instead of {tuple(own[n].shape)}" for n in shared if shapes[n] != own[n].shape],
-        ),
-        _listed("not floating point", [prefix + name for name in shared if not _is_float(tensors[name])]),
+        _listed("missing", missing + absent),
+        _listed("unexpected", foreign),
+        _listed("of another shape", reshaped),
+        _listed("not floating point", unusable),
     ]
     if any(complaints):
         raise BadInputError(
             f"--weights {path} does not fit this teacher: {'; '.join(filter(None, complaints))}. "
             "Give the file published for it (`teacher-cache teachers` names it)."
         )
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    if damaged := [prefix + name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise BadInputError(f"--weights {path}: {_listed('with NaN or infinite values', damaged)}.")
-    model.load_state_dict(tensors, strict=True)
 
 
-def _is_float(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _is_plain_float(value) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in FLOATS
 
 
 def _listed(what: str, names: Iterable[str]) -> str:

@@ -1,0 +1,35 @@
+"""MoCo v3's ViTs. 12 heads, for S too, where everyone else's ViT-S has 6.
+
+The official file has, under "state_dict", `module.base_encoder.*` (the online branch, which its own evaluation takes)
+with timm's names and its projector as `head.*`, then `module.momentum_encoder.*` and `module.predictor.*`. The patch
+embedding was never trained (`--stop-grad-conv1`): its random weights are part of the teacher and are loaded like all
+others. The position table is fixed, rows before columns, and is loaded too: MAE's function would make another one.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import TeacherEntry
+from .base import Teacher
+from .published_vit import ROWS_FIRST, load_published
+from .weights import Layout
+
+LAYOUTS = (
+    Layout(
+        inside=("state_dict",),
+        keep=(("module.base_encoder.", ""),),
+        ignore=("module.base_encoder.head.*", "module.momentum_encoder.*", "module.predictor.*"),
+    ),
+)
+
+
+def load(
+    entry: TeacherEntry,
+    weights: str | os.PathLike | None,
+    image_size: int | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Teacher:
+    """The teacher of one line of the table; see `load_teacher`."""
+    return load_published(entry, weights, LAYOUTS, ROWS_FIRST, image_size, device, precision)

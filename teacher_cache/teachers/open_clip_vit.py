@@ -1,0 +1,185 @@
+"""open_clip's ViT image towers as teachers: any plain one as `open_clip:ARCH/TAG`, and those of our table that are built
+of them.
+
+ARCH is one of open_clip's configurations and TAG one of its published weights, which also say mean, std and
+activation. A state dict does not say the activation, and open_clip itself only warns where tag and configuration
+differ in it; here that is an error. The files are read by our own reader, strictly.
+
+Gives up: towers of timm or torchvision kinds, attentional pooling, blocks with norms inside the attention.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+import open_clip
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from ..errors import BadInputError, UnknownNameError, UsageError
+from ..spec import TeacherSpec
+from . import OPEN_CLIP_PREFIX
+from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .weights import Layout, LoadedWeights, load_weights
+
+_OTHER_PARTS = (
+    "transformer.*", "token_embedding.*", "positional_embedding", "ln_final.*", "text_projection",  # CLIP's text tower
+    "text.*", "text_decoder.*",  # the text towers of other configurations
+    "logit_scale", "logit_bias",  # of the contrastive loss
+    "input_resolution", "context_length", "vocab_size",  # integers in OpenAI's archive
+)  # fmt: skip
+_CUSTOM_BLOCK = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+LAYOUTS = (
+    Layout(keep=(("visual.", ""),), ignore=_OTHER_PARTS, inside=("state_dict",)),
+    Layout(  # a checkpoint of open_clip's trainer
+        keep=(("module.visual.", ""),), ignore=tuple(f"module.{name}" for name in _OTHER_PARTS), inside=("state_dict",)
+    ),
+)
+
+
+def attention_parts(block: nn.Module) -> AttentionParts:
+    """Of one of open_clip's residual blocks."""
+    attention = block.attn
+    same = nn.Identity()
+    return AttentionParts(
+        block.ln_1,
+        attention.in_proj_weight,
+        attention.in_proj_bias,
+        attention.num_heads,
+        query_norm=same,
+        key_norm=same,
+    )
+
+
+def as_teacher(
+    name: str,
+    tower: VisionTransformer,
+    loaded: LoadedWeights,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: str,
+    precision: str,
+) -> Teacher:
+    """A filled plain tower, at the image size it was built for, described and frozen."""
+    block = tower.transformer.resblocks[-1]
+    spec = TeacherSpec(
+        name=name,
+        weights=loaded.source,
+        weights_sha256=loaded.sha256,
+        image_size=tower.image_size[0],
+        patch_size=tower.patch_size[0],
+        grid=tuple(tower.grid_size),
+        dim=block.attn.embed_dim,
+        depth=len(tower.transformer.resblocks),
+        heads=block.attn.num_heads,
+        has_cls=True,
+        n_registers=0,
+        mean=tuple(mean),
+        std=tuple(std),
+        norm_eps=tower.ln_post.eps,
+        projection_dim=tower.proj.shape[1],
+        resize=RESIZE,
+    )
+    anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, tower.proj)
+    return Teacher(spec, anatomy, device, precision, loaded.ignored)
+
+
+def at_image_size(tower: VisionTransformer, name: str, image_size: int) -> None:
+    """Change the tower's input size in place, its position table by our own rule (open_clip's is antialiased)."""
+    grid = grid_for(name, image_size, tower.patch_size[0])
+    if grid != tower.grid_size:
+        tower.image_size, tower.grid_size = (image_size, image_size), grid
+        tower.positional_embedding = nn.Parameter(resize_position_table(tower.positional_embedding.detach(), 1, grid))
+
+
+def why_not_plain(vision: CLIPVisionCfg) -> str | None:
+    """What about a tower of this configuration the taps and the attention do not allow for, or None."""
+    if vision.timm_model_name:
+        return f"its image tower is timm's {vision.timm_model_name} (try timm:{vision.timm_model_name})"
+    if not isinstance(vision.layers, int):
+        return "its image tower is a ResNet"
+    if vision.attentional_pool:
+        return "it pools by attention, and its last norm stands behind that"
+    if vision.pool_type != "tok":
+        return f"its embedding is the {vision.pool_type} of its patches, so that its CLS token was never trained"
+    if vision.block_type not in (None, "default") or any(getattr(vision, name) for name in _CUSTOM_BLOCK):
+        return "its blocks have norms or scales inside the attention"
+    if not (isinstance(vision.image_size, int) and isinstance(vision.patch_size, int)):
+        return f"its input is no square ({vision.image_size} pixels in patches of {vision.patch_size})"
+    return None
+
+
+def load_open_clip(
+    name: str,
+    weights: str | os.PathLike | None,
+    image_size: int | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Teacher:
+    """The teacher `open_clip:ARCH/TAG`; see `load_teacher`.
+
+    With `weights`, the tag may be left out: mean and std are then OpenAI's, which open_clip trains with by default. Without
+    `weights`, open_clip downloads the tag's file. The file does not tell heads or activation: those are ARCH's.
+    """
+    check_precision(precision, device)
+    arch, _, tag = name.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+    config, published = _config_of(name, arch, tag)
+    vision = CLIPVisionCfg(**config["vision_cfg"])
+    if reason := why_not_plain(vision):
+        raise UsageError(
+            f"{name} cannot be a teacher: {reason}. Only open_clip's plain ViTs can, such as {OPEN_CLIP_PREFIX}"
+            "ViT-B-16/laion2b_s34b_b88k."
+        )
+
+    tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
+    if weights is None:
+        path, source = _download(name, tag, published)
+        loaded = load_weights(tower, path, LAYOUTS)
+        loaded = LoadedWeights(f"open_clip pretrained: {source}", loaded.sha256, loaded.ignored)
+    else:
+        loaded = load_weights(tower, weights, LAYOUTS)
+    at_image_size(tower, name, image_size or vision.image_size)
+    mean, std = published.get("mean", open_clip.OPENAI_DATASET_MEAN), published.get("std", open_clip.OPENAI_DATASET_STD)
+    return as_teacher(name, tower, loaded, mean, std, device, precision)
+
+
+def _config_of(name: str, arch: str, tag: str) -> tuple[dict, dict]:
+    """open_clip's configuration of ARCH and its entry for TAG (empty without a tag), which have to agree."""
+    known = open_clip.list_models()
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=3)
+        raise UnknownNameError(
+            f"open_clip {open_clip.__version__} has no architecture named {arch!r}."
+            + (f" Did you mean {', '.join(close)}?" if close else "")
+            + f" Ask for {OPEN_CLIP_PREFIX}ARCH/TAG; `open_clip.list_pretrained()` lists the pairs."
+        )
+    config, published = open_clip.get_model_config(arch), open_clip.get_pretrained_cfg(arch, tag)
+    if tag and not published:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+        raise UnknownNameError(f"{name}: open_clip has no weights of {arch} tagged {tag!r}. Its tags: {tags}.")
+    quick = config.get("quick_gelu", False)
+    if tag and quick != published.get("quick_gelu", False):
+        other = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
+        there = f" Ask for {OPEN_CLIP_PREFIX}{other}/{tag}." if open_clip.get_pretrained_cfg(other, tag) else ""
+        raise UsageError(
+            f"{name}: the weights {tag} were trained with {'GELU' if quick else 'QuickGELU'}, and the architecture {arch} has "
+            f"{'QuickGELU' if quick else 'GELU'}.{there}"
+        )
+    return config, published
+
+
+def _download(name: str, tag: str, published: dict) -> tuple[str, str]:
+    """The tag's file on this machine, and where it came from."""
+    if not tag:
+        raise UsageError(f"{name} names no weights: ask for {name}/TAG, or add --weights PATH (or random:0, for a trial).")
+    source = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
+    try:
+        return open_clip.download_pretrained(published), source
+    except Exception as error:  # hubs and plain addresses have their own exceptions for no network, no file, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInputError(
+            f"The weights of {name} could not be downloaded ({reason}). Fetch the file of {source} on a machine with network "
+            "and pass --weights PATH; for a trial without one: --weights random:0."
+        ) from error

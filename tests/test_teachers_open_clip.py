@@ -1,0 +1,160 @@
+"""`open_clip:ARCH/TAG` is open_clip's own tower with the activation of its configuration; what is not plain is refused."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from open_clip import pretrained
+from safetensors.torch import save_file
+from teacher_fakes import crops_u8
+from torch import nn
+
+from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
+from teacher_cache.teachers import load_teacher
+from teacher_cache.teachers.base import whiten
+from teacher_cache.teachers.weights import random_weights
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_architectures(tmp_path_factory):
+    """`test-tiny` (GELU) and `test-tiny-quickgelu`, known to open_clip for the time of these tests."""
+    folder = tmp_path_factory.mktemp("configs")
+    vision = {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8}
+    text = {"context_length": 7, "vocab_size": 11, "width": 16, "heads": 2, "layers": 1}
+    for name, quick in (("test-tiny", False), ("test-tiny-quickgelu", True)):
+        config = {"embed_dim": 20, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+            values = getattr(open_clip.factory, registry)
+            patch.setattr(open_clip.factory, registry, type(values)(values))
+        open_clip.add_model_config(folder)
+        plain, quick = {"mean": MEAN, "std": STD, "hf_hub": "org/tiny/"}, {"url": "https://host/tiny.pt", "quick_gelu": True}
+        patch.setitem(pretrained._PRETRAINED, "test-tiny", {"plain": plain, "quick": quick})
+        patch.setitem(pretrained._PRETRAINED, "test-tiny-quickgelu", {"quick": quick})
+        yield
+
+
+def whole_model(arch: str) -> nn.Module:
+    """open_clip's CLIP, both towers, with random weights."""
+    model = open_clip.create_model(arch, pretrained=None).eval()
+    random_weights(model, 0)
+    return model
+
+
+@torch.no_grad()
+def check_against_open_clip(teacher, model, side: int = 32) -> None:
+    """Tokens of each block and the image embedding against open_clip's own."""
+    images = crops_u8(2, side)
+    tokens, normalised = teacher(images, [1, 2, 3]).tokens, teacher.preprocess(images)
+    found = model.visual.forward_intermediates(normalised, output_fmt="NLC", output_extra_tokens=True)
+    for position, (cls, patches) in enumerate(
+        zip(found["image_intermediates_prefix"], found["image_intermediates"], strict=True)
+    ):
+        assert torch.allclose(tokens[:, position], whiten(torch.cat([cls, patches], 1), 1e-5), atol=1e-4)
+    gamma, beta, projection = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta", "projection"))
+    embedding = (tokens[:, -1, 0] * gamma + beta) @ projection
+    assert torch.allclose(embedding, model.encode_image(normalised), atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["test-tiny", "test-tiny-quickgelu"])
+def test_the_tower_is_open_clips_with_its_own_activation(arch, tmp_path):
+    """Tokens and embedding equal open_clip's for both activations, which differ from each other on equal weights."""
+    model = whole_model(arch)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    teacher = load_teacher(f"open_clip:{arch}", tmp_path / "open_clip_model.safetensors")
+    check_against_open_clip(teacher, model)
+    spec = teacher.spec
+    assert (spec.name, spec.weights) == (f"open_clip:{arch}", "open_clip_model.safetensors")
+    assert (spec.grid, spec.dim, spec.depth, spec.heads, spec.projection_dim, spec.norm_eps) == ((4, 4), 48, 3, 4, 20, 1e-5)
+    assert spec.has_cls and spec.mean == open_clip.OPENAI_DATASET_MEAN
+    assert {"logit_scale", "token_embedding.weight"} <= set(teacher.ignored_weights)
+
+    other = "test-tiny" if "quick" in arch else "test-tiny-quickgelu"
+    images = crops_u8(1, 32)
+    difference = load_teacher(f"open_clip:{other}", tmp_path / "open_clip_model.safetensors")(images, [3]).tokens
+    assert (difference - teacher(images, [3]).tokens).abs().mean() > 1e-3
+
+
+def test_a_checkpoint_of_open_clips_trainer_loads_too(tmp_path):
+    """`epoch_N.pt` has the same names behind `module.` and beside an optimiser; a name nobody knows is refused."""
+    model = whole_model("test-tiny")
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint = {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}
+    torch.save(checkpoint, tmp_path / "epoch_3.pt")
+    check_against_open_clip(load_teacher("open_clip:test-tiny", tmp_path / "epoch_3.pt"), model)
+    state["module.visual.extra"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "epoch_3.pt")
+    with pytest.raises(BadInputError, match=r"1 unexpected \(module.visual.extra\)"):
+        load_teacher("open_clip:test-tiny", tmp_path / "epoch_3.pt")
+
+
+def test_a_tag_brings_mean_std_and_the_file_that_open_clip_downloads(tmp_path, monkeypatch):
+    """Without --weights open_clip fetches the tag's file, which is read strictly; source and hash say which it was."""
+    model = whole_model("test-tiny")
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(model.state_dict(), path)
+    asked = []
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda config: asked.append(config) or str(path))
+    teacher = load_teacher("open_clip:test-tiny/plain")
+    check_against_open_clip(teacher, model)
+    assert asked[0]["hf_hub"] == "org/tiny/" and teacher.spec.weights == "open_clip pretrained: org/tiny"
+    assert (teacher.spec.mean, teacher.spec.std) == (MEAN, STD)
+    assert teacher.spec.weights_sha256 == load_teacher("open_clip:test-tiny/plain", path).spec.weights_sha256
+
+
+def test_without_a_network_the_way_on_is_said(monkeypatch):
+    """A failed download, and a name without a tag, are errors that say what to pass."""
+
+    def fail(config):
+        raise OSError("no route to host\nand a long trace")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(BadInputError, match=r"\(no route to host\). Fetch the file of org/tiny .*--weights PATH.*random:0"):
+        load_teacher("open_clip:test-tiny/plain")
+    with pytest.raises(UsageError, match="open_clip:test-tiny names no weights: ask for open_clip:test-tiny/TAG"):
+        load_teacher("open_clip:test-tiny")
+
+
+def test_weights_trained_with_another_activation_are_refused():
+    """A tag that wants QuickGELU on an architecture without it (open_clip warns and goes on) is refused, with the right name."""
+    with pytest.raises(
+        UsageError, match="trained with QuickGELU, and.*test-tiny has GELU. Ask for open_clip:test-tiny-quickgelu/quick"
+    ):
+        load_teacher("open_clip:test-tiny/quick", "random:0")
+    with pytest.raises(UsageError, match="Ask for open_clip:ViT-B-16-quickgelu/openai"):
+        load_teacher("open_clip:ViT-B-16/openai")
+    assert load_teacher("open_clip:test-tiny-quickgelu/quick", "random:0").spec.name == "open_clip:test-tiny-quickgelu/quick"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("RN50-quickgelu/openai", "a ResNet"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", "pools by attention"),
+        ("ViT-H-14-CLIPA/datacomp1b", "its embedding is the avg of its patches"),
+        ("ViT-B-16-SigLIP/webli", r"timm's vit_base_patch16_siglip_224 \(try timm:vit_base_patch16_siglip_224\)"),
+    ],
+)
+def test_a_tower_that_is_not_plain_is_refused_by_what_it_is(name, says):
+    """ResNets, timm's towers, attention pooling and average pooling are refused before anything is built."""
+    with pytest.raises(UsageError, match=f"open_clip:{name} cannot be a teacher: .*{says}.*ViT-B-16/laion2b"):
+        load_teacher(f"open_clip:{name}", "random:0")
+
+
+def test_unknown_names_are_answered_with_likely_ones():
+    """A typing error in the architecture or the tag lists what there is."""
+    with pytest.raises(UnknownNameError, match="no architecture named 'ViT-B-15'. Did you mean .*ViT-B-16"):
+        load_teacher("open_clip:ViT-B-15/openai")
+    with pytest.raises(UnknownNameError, match="no weights of test-tiny tagged 'nonsense'. Its tags: plain, quick"):
+        load_teacher("open_clip:test-tiny/nonsense")
+
+
+def test_another_image_size_resizes_the_position_table():
+    """At 48 pixels the grid is 6 x 6 and 32-pixel crops go in."""
+    teacher = load_teacher("open_clip:test-tiny", "random:0", image_size=48)
+    assert (teacher.spec.image_size, teacher.spec.grid) == (48, (6, 6))
+    assert teacher(crops_u8(2, 32), [3]).tokens.shape == (2, 1, 37, 48)
