@@ -1,7 +1,7 @@
 """Learn a vision transformer from masked images and a teacher's targets, handed in as batches from any source.
 
     config = TrainConfig(...)                        what to train; values only
-    student = Student(config, TeacherShape(...))     its modules; `student.needs` says what a source must read
+    student = Student(config, (TeacherShape(...),))  its modules; `student.needs` says what a source must read
     Trainer(config, student, source, out_dir).fit()  the run, or the rest of it
     backbone, config = load_backbone(checkpoint)     what came out, in timm's own format
 
@@ -11,22 +11,28 @@ The names below are imported when first used: torch and timm take seconds, and a
 import importlib
 
 _HOMES = {
-    "backbone": ["Backbone", "Encoded"],
+    "backbones": ["Encoded", "ViT"],
     "batch": ["Batch", "BatchSource", "Needs", "Targets", "TeacherHead", "TeacherShape"],
     "checkpoint": ["latest_checkpoint", "load_backbone"],
     "config": [
         "AlignConfig",
         "BackboneConfig",
+        "ContrastConfig",
+        "CosineConfig",
+        "MCMAEConfig",
         "MaskConfig",
         "MimicConfig",
         "OptimConfig",
+        "PredictorConfig",
         "ReconstructConfig",
+        "SwinConfig",
         "TrainConfig",
+        "ViTConfig",
         "with_overrides",
     ],
-    "errors": ["ConfigError", "NonFiniteLossError", "RunError", "StudentError"],
+    "errors": ["ConfigError", "NonFiniteLossError", "RunError", "RunMismatchError", "StudentError"],
+    "logs": ["StepReport"],
     "model": ["Student"],
-    "run_directory": ["StepReport"],
     "trainer": ["Trainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

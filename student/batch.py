@@ -60,12 +60,12 @@ class Batch:
     images: Tensor  # float [B, 3, H, W], normalised for the student
     rows: Tensor  # int64 [B], row of the crop in its view; on the CPU
     labels: Tensor | None  # int64 [B], on the CPU
-    targets: Targets | None  # None for methods without a teacher
+    targets: tuple[Targets, ...]  # of each of the run's teachers, in order; empty for methods without one
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a student wants of its teacher; nothing else is read at all. Empty for a method without a teacher."""
+    """What a student wants of one of its teachers; nothing else is read at all."""
 
     layers: tuple[int, ...] = ()  # counted from the end, ascending
     attention: bool = False

@@ -1,16 +1,21 @@
 """One safetensors file a checkpoint: weights, AdamW's moments, and in the header what run and data they belong to.
 
-No generator state is kept, because every random number of a run is a function of (seed, step). No pickle, so a checkpoint
-from a stranger is safe to open. A file is written aside, fsynced and renamed: there is no half checkpoint.
+No generator state is kept, because every random number of a run is a function of (seed, step). No pickle, and nothing is built
+from a header before the sizes it promises are those of the file, so a checkpoint from a stranger is safe to open. A file is
+written aside, fsynced and renamed: there is no half checkpoint.
 
     model.<name of a parameter>                              float32, also loadable alone: see `load_backbone`
     optim.<name of a parameter>.{exp_avg,exp_avg_sq,step}    for every parameter that was ever updated
+    average.<name of a parameter>                            if the run keeps a moving average of its weights (optim.ema)
+    metadata "student"                                       JSON: Description, and "crc32" of all that JSON
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
+import re
+import typing
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +23,51 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .backbone import Backbone
+from .average import WeightAverage
+from .backbones import build_backbone
 from .config import TrainConfig
-from .errors import RunError
+from .errors import ConfigError, RunError
+from .files import LARGEST_JSON, aside, publish, require_own
 from .model import Student
+from .provenance import require_same
 
 FORMAT = 1
-PATTERN = "checkpoint-*.safetensors"
+CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,16})\.safetensors")
+"""Name of a checkpoint; the number is its completed steps."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
+class Description:
     """What a checkpoint says about itself."""
 
+    format: int
     step: int  # completed steps
     samples_seen: int  # crops, over all steps
     config: dict  # TrainConfig.to_json()
     identity: dict  # of the data source
+    tensors_crc32: int  # over names, shapes and bytes of all tensors, in the order of the names
+
+
+class _Damage(Exception):
+    """What is wrong with a file, in words without its path."""
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints in a run's directory, the one of the most steps last."""
+    return sorted((path for path in Path(out_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)), key=_step_in_name)
 
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
     """The checkpoint of the most steps in a run's directory, if there is any."""
-    return max(Path(out_dir).glob(PATTERN), default=None)
+    return (checkpoints(out_dir) or [None])[-1]
+
+
+def _step_in_name(path: Path) -> int:
+    return int(CHECKPOINT.fullmatch(path.name)[1])
 
 
 def save_checkpoint(
@@ -51,142 +77,195 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     identity: dict,
+    average: WeightAverage | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write the state after `step` completed steps and remove all but the newest `keep` checkpoints."""
+    """Write the state after `step` completed steps and remove all but the newest `keep` checkpoints.
+
+    Raises RunError if it cannot be written; the checkpoints before it are untouched then.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
     for name, parameter in student.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim.{name}.{key}"] = value
+    for name, tensor in (average.tensors if average else {}).items():
+        tensors[f"average.{name}"] = tensor
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    info = {
-        "format": FORMAT,
-        "step": step,
-        "samples_seen": step * config.batch_size,
-        "config": config.to_json(),
-        "identity": identity,
-        "crc32": _crc32(tensors),
-    }
+    description = Description(FORMAT, step, step * config.batch_size, config.to_json(), identity, _crc32(tensors))
     path = Path(out_dir) / f"checkpoint-{step:08d}.safetensors"
-    aside = path.with_suffix(".partial")
     try:
-        save_file(tensors, aside, metadata={"student": json.dumps(info)})
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except SafetensorError as error:
+        save_file(tensors, aside(path), metadata={"student": _seal(dataclasses.asdict(description))})
+        publish(path)
+    except (SafetensorError, OSError) as error:
+        aside(path)  # makes room
         raise RunError(
-            f"The checkpoint {path} could not be written: {error}. Free some space and start the same "
-            f"command again; the checkpoint before it is untouched."
+            f"The checkpoint {path} could not be written: {error}. Mend that and give the same command again; the checkpoint "
+            "before it is untouched."
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-    _fsync_directory(path.parent)
 
-    for old in sorted(path.parent.glob(PATTERN))[:-keep]:
+    for old in checkpoints(path.parent)[:-keep]:
         old.unlink()
     return path
 
 
-def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict) -> int:
+def load_checkpoint(
+    path: Path,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    identity: dict,
+    average: WeightAverage | None = None,
+) -> int:
     """Put a run back to where `save_checkpoint` left it; the number of completed steps.
 
-    Raises RunError, before anything is changed, if the file is damaged or belongs to another config or other data.
+    Raises, before anything is changed, RunError if the file is damaged, RunMismatchError if it belongs to another config or other
+    data.
     """
-    info, tensors = _read(path)
-    require_same(f"The checkpoint {path}", "config", info.config, config.to_json())
-    require_same(f"The checkpoint {path}", "data", info.identity, identity)
+    description, tensors = _read(path)
+    require_same(f"The checkpoint {path}", "configuration", description.config, config.to_json())
+    require_same(f"The checkpoint {path}", "data", description.identity, identity)
+    parameters = dict(student.named_parameters())
+    updated = [name for name in parameters if f"optim.{name}.step" in tensors]  # one that no loss reaches has no moments
+    shapes = {f"model.{name}": value.shape for name, value in student.state_dict().items()}
+    for name in updated:
+        shape = parameters[name].shape
+        shapes |= {f"optim.{name}.step": (), f"optim.{name}.exp_avg": shape, f"optim.{name}.exp_avg_sq": shape}
+    shapes |= {f"average.{name}": tensor.shape for name, tensor in (average.tensors if average else {}).items()}
+    _require_shapes(path, tensors, shapes)
 
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    try:
-        student.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"The checkpoint {path} does not fit this student: {error}") from error
-
-    # The optimizer numbers its parameters through all groups; load_state_dict brings each value to its device.
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    if average:
+        average.load({name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")})
+    student.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    # The optimizer numbers its parameters through all groups. Clones, because it would go on in the mapped file itself.
+    names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {}
-    for index, name in enumerate(ordered):
-        values = {key: tensors.get(f"optim.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if values["step"] is not None:  # a parameter no loss reaches has no state
-            state[index] = values
+    state = {
+        index: {key: tensors[f"optim.{name}.{key}"].clone() for key in MOMENTS}
+        for index, name in enumerate(ordered)
+        if name in updated
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return info.step
+    return description.step
 
 
-def load_backbone(path: Path) -> tuple[Backbone, TrainConfig]:
+def load_backbone(path: Path, averaged: bool = False) -> tuple[nn.Module, TrainConfig]:
     """The encoder of a checkpoint, on the CPU and in eval mode, and the config it was trained with.
 
-    Needs neither data nor teacher. `backbone.state_dict()` loads into timm as it is.
+    averaged: the moving average of its weights instead of the last ones. Needs neither data nor teacher.
+    `backbone.state_dict()` loads into timm as it is. Raises RunError for a damaged file, or one without an average.
     """
-    info, tensors = _read(path)
-    config = TrainConfig.from_json(info.config)
+    description, tensors = _read(path)
+    try:
+        config = TrainConfig.from_json(description.config)
+    except ConfigError as error:
+        raise RunError(f"The checkpoint {path} has a configuration that this version cannot build: {error}") from error
     prefix = "model.backbone."
-    backbone = Backbone(config.backbone)
-    backbone.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if averaged:
+        means = {f"model.{name.removeprefix('average.')}": t for name, t in tensors.items() if name.startswith("average.")}
+        if not means:
+            raise RunError(
+                f"The checkpoint {path} holds no average of its weights: the run was not told to keep one (optim.ema)."
+            )
+        weights |= {name: tensor for name, tensor in means.items() if name.startswith(prefix)}
+    with torch.device("meta"):  # takes no memory, whatever the config says
+        expected = build_backbone(config.backbone).state_dict()
+    _require_shapes(path, weights, {f"{prefix}{name}": value.shape for name, value in expected.items()})
+    backbone = build_backbone(config.backbone)
+    backbone.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
     return backbone.eval(), config
 
 
-def require_same(holder: str, what: str, there: dict, now: dict) -> None:
-    """RunError naming every value in which two JSON objects differ."""
-    there, now = _flat(there), _flat(json.loads(json.dumps(now)))
-    differing = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    if differing:
-        listed = "; ".join(f"{key} was {there.get(key)!r}, is now {now.get(key)!r}" for key in differing)
+def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """Description and tensors of a checkpoint, the latter as views of the mapped file: they take no memory.
+
+    Raises RunError if there is anything wrong with the bytes, saying which older checkpoint is sound: to go on from that one
+    loses steps, and is for a person to decide.
+    """
+    try:
+        return _read_sound(path)
+    except _Damage as damage:
+        raise RunError(f"The checkpoint {path} is damaged ({damage}). {_way_out(path)}") from damage
+
+
+def _read_sound(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    require_own(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = _unseal((file.metadata() or {}).get("student", ""))
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                promised = file.get_slice(name)
+                if promised.get_dtype() not in ("F32", "I64") or 0 in promised.get_shape():
+                    raise _Damage(f"{name} is no float32 or int64 tensor with anything in it")
+                tensors[name] = file.get_tensor(name)
+    except FileNotFoundError as error:
+        raise RunError(f"There is no checkpoint {path}.") from error
+    except OSError as error:
+        raise RunError(f"The checkpoint {path} cannot be read: {error}.") from error
+    except SafetensorError as error:
+        raise _Damage(error) from error
+    if description.format != FORMAT:
+        raise RunError(f"The checkpoint {path} has format {description.format}; this version reads {FORMAT}.")
+    if _crc32(tensors) != description.tensors_crc32:
+        raise _Damage("its checksum does not match")
+    if CHECKPOINT.fullmatch(path.name) and _step_in_name(path) != description.step:
+        raise _Damage(f"it holds step {description.step}")
+    return description, tensors
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    there = checkpoints(path.parent)
+    for older in reversed(there[: there.index(path)] if path in there else []):
+        try:
+            step = _read_sound(older)[0].step
+        except (_Damage, RunError):
+            continue
+        return f"Restore it; or delete it, and the same command goes on from step {step:,}: {older.name} is sound."
+    return f"Restore it: no older one in {path.parent} is sound. Or start a new run in another directory."
+
+
+def _require_shapes(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
+    """RunError unless exactly these tensors are there, in these shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(shape) for name, shape in expected.items()}
+    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if odd:
+        sides = [f"{values.get(odd[0], 'nothing')}" for values in (found, expected)]
         raise RunError(
-            f"{holder} belongs to a run with another {what}: {listed}. "
-            f"Go on with the old values, or start a new run in another directory."
+            f"The checkpoint {path} does not fit this student in {len(odd)} tensors: {odd[0]} is {sides[0]} in the file, "
+            f"{sides[1]} in the student."
         )
 
 
-def _read(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Header and tensors of a checkpoint, checked; RunError if there is anything wrong with the bytes."""
-    damaged = f"The checkpoint {path} is damaged ({{}}). Delete it to go on from the one before it, or restore the file."
-    try:
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})["student"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except FileNotFoundError as error:
-        raise RunError(f"There is no checkpoint {path}.") from error
-    except SafetensorError as error:
-        raise RunError(damaged.format(error)) from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} is no checkpoint of a student: its header has no readable `student` entry.") from error
+def _seal(description: dict) -> str:
+    """A description as JSON that carries the CRC-32 of its own content."""
+    return json.dumps({**description, "crc32": zlib.crc32(json.dumps(description, sort_keys=True).encode())})
 
-    if info["format"] != FORMAT:
-        raise RunError(f"The checkpoint {path} has format {info['format']}; this version reads {FORMAT}.")
-    if _crc32(tensors) != info["crc32"]:
-        raise RunError(damaged.format("its checksum does not match"))
-    return CheckpointInfo(info["step"], info["samples_seen"], info["config"], info["identity"]), tensors
+
+def _unseal(text: str) -> Description:
+    """The description that `_seal` wrote."""
+    try:
+        value = json.loads(text[:LARGEST_JSON])
+        crc32 = value.pop("crc32")
+        if zlib.crc32(json.dumps(value, sort_keys=True).encode()) != crc32:
+            raise _Damage("the checksum of its description does not match")
+        description = Description(**value)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damage("its header holds no readable description of a student") from error
+    for name, hint in typing.get_type_hints(Description).items():
+        number = getattr(description, name)
+        if type(number) is not hint or hint is int and not 0 <= number < 2**63:
+            raise _Damage(f"{name} in its header is wrong")
+    return description
 
 
 def _crc32(tensors: dict[str, Tensor]) -> int:
-    """Over the bytes of all tensors, in the order of their names."""
+    """Over name, shape and bytes of all tensors, in the order of their names."""
     crc = 0
     for name in sorted(tensors):
+        crc = zlib.crc32(f"{name} {tuple(tensors[name].shape)}".encode(), crc)
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flat(value, prefix: str = "") -> dict:
-    """Nested JSON as dotted name -> plain value, so that a difference can be named."""
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    flat = {}
-    for key, item in items:
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from student.errors import ConfigError, StudentError
+from student.errors import ConfigError, RunMismatchError, StudentError
 from teacher_cache.cache import Cache
 from teacher_cache.command import one_line_errors, say
-from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
+from teacher_cache.errors import UnknownNameError, UsageError
+from teacher_cache.reader import CHECKS, READERS
 from teacher_cache.store import store_file_name
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
+COMMAND_AT_FAULT = (ConfigError, RunMismatchError)
 
 
 def _list_presets() -> None:
@@ -36,87 +37,104 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
     return {key: value for key, _, value in split}
 
 
-def _stop_on_sigterm() -> None:
-    """Pre-emption ends a run as Ctrl-C does: the last step is saved."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
 @click.command(context_settings=SETTINGS)
 @click.option("--cache", type=PATH, help="The cache: crops, labels and targets are in it.")
 @click.option("--preset", help="The method and its settings (--list).")
 @click.option("--out", type=PATH, help="Folder of the run. One that exists is resumed if it is the same run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting (--show lists them). Repeatable.")
-@click.option("--teacher", help="Name of the store to learn from. [default: the preset's teacher]")
+@click.option("--teacher", "teachers", multiple=True, help="Name of the store to learn from (with --live: of the teacher); "
+              "one for each of the preset's teachers, in their order. [default: the preset's]")  # fmt: skip
 @click.option("--views", type=click.IntRange(1), help="Use only the first views of the cache. [default: all]")
 @click.option("--tiny", is_flag=True, help="The method in miniature, to see that everything works.")
+@click.option("--accept-mismatch", is_flag=True, help="Train on crops or teachers other than the preset's, and record that.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop, with a checkpoint, when so many steps are done.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode and copy. [default: one a processor]")
-@click.option("--check", type=click.Choice(["first", "always", "never"]), default="first", show_default=True,
-              help="When the checksum of a row of targets is compared.")  # fmt: skip
-@click.option("--route", type=click.Choice(["direct", "zarr"]), default="direct", show_default=True, help="How targets are read.")
+@click.option(
+    "--reader",
+    type=click.Choice(READERS),
+    help="How targets are read: mmap is the fastest; pread outlives a file that is cut short. [default: mmap]",
+)
+@click.option("--check", type=click.Choice(list(CHECKS)),
+              help="When the checksum of a row of targets is compared. [default: first]")  # fmt: skip
 @click.option("--live", is_flag=True, help="Run the teacher on the spot instead of reading its targets (slow; for comparison).")
-@click.option("--weights", help="With --live: the teacher's weights, as for teacher-cache extract.")
+@click.option("--weights", multiple=True, help="With --live: the weights of each teacher, as for teacher-cache extract.")
+@click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, beside one an epoch.")
+@click.option("--keep-checkpoints", type=click.IntRange(1), default=2, show_default=True, help="How many stay: the newest.")
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
-def train(cache, preset, out, overrides, teacher, views, tiny, max_steps, device, workers, check, route, live, weights,
-          checkpoint_every, list_presets, show):  # fmt: skip
+def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch, max_steps, device, workers, reader, check, live,
+          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
     Example:
       student-train --cache CACHE --preset maskalign-b16 --out runs/a
       student-train --cache CACHE --preset mae-s16 --out runs/b --set batch_size=256 --set optim.base_lr=1e-4
+      torchrun --nproc-per-node 8 -m student --cache CACHE --preset milan-b16 --out runs/c
 
-    Ctrl-C saves the last step; the same command goes on from there, with the very same batches. Exit codes: 0 done, 1 the data or
-    the run is at fault, 2 the command is, 130 interrupted.
+    Ctrl-C and SIGTERM (pre-emption) save the last step; the same command goes on from there, with the very same batches. After
+    kill -9 it goes on from the last checkpoint. Exit codes: 0 done, 1 the data or the run is at fault, 2 the command is, 75
+    stopped by SIGTERM, 130 interrupted.
     """
     run = _Run()
-    with one_line_errors(run.on_interrupt, (ConfigError,), (StudentError,)):
+    with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)):
         if list_presets:
             _list_presets()
             return
         if not preset:
             raise UsageError("--preset is missing; student-train --list shows the presets.")
 
-        from pipelines.presets import PRESETS, recipe
+        from pipelines.presets import recipe
+        from teacher_cache.device import pick_device
 
         from .config import with_overrides
+        from .distributed import processes
 
-        chosen = recipe(preset)
-        chosen = chosen.tiny() if tiny else chosen
-        config = with_overrides(chosen.config, _overrides(overrides))
-        if teacher:
-            config = dataclasses.replace(config, teacher=teacher)
+        chosen, changes = recipe(preset), _overrides(overrides)
         if show:
-            click.echo(inspect.getdoc(PRESETS[preset]))
-            click.echo("\nSettings (change one with --set KEY=VALUE):")
-            for key, value in _flat(config.to_json()).items():
-                click.echo(f"  {key}={value}")
+            _show(preset, with_overrides((chosen.tiny() if tiny else chosen).config, changes))
             return
+        with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
                 raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
-        if not chosen.teacher and (live or teacher):
-            raise UsageError(f"{preset} learns without a teacher: leave out --live and --teacher.")
-        if weights and not live:
-            raise UsageError("--weights goes with --live; without it the teacher is not loaded.")
+        _require_fitting_options(chosen, teachers, live, weights, reader, check)
 
-        _stop_on_sigterm()
-        opened = Cache(cache)
-        _say_differing_plan(opened, chosen)
-        options = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "n_views": views,
-                   "workers": workers}  # fmt: skip
-        reading = {"route": route, "check": check}
-        run.trainer = _trainer(config, opened, out, device, live, weights, checkpoint_every, options, reading)
-        steps = run.trainer.fit(max_steps)
-        done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
-        say(f"{out}: {done}.")
+        with processes(device) as device:
+            device, _ = pick_device(device, "auto")
+            opened = Cache(cache)
+            lesson = _live(teachers or chosen.teachers, weights, device) if live else _stored(opened, chosen, teachers)
+            if tiny:
+                chosen = chosen.tiny(lesson.shapes, opened.plan.size)
+            mismatches = [] if tiny else chosen.mismatches(opened.plan, [shape.name for shape in lesson.shapes])
+            if mismatches and not accept_mismatch:
+                raise UsageError(_mismatch_text(opened, chosen, mismatches))
+            config = with_overrides(dataclasses.replace(chosen.config, teachers=lesson.names), changes)
+            data = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "n_views": views,
+                    "workers": workers, "device": device}  # fmt: skip
+            reading = {"reader": reader or "mmap", "check": check or "first"}
+            options = {"checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints, "compiled": compiled}
+            run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options)
+            steps = run.trainer.fit(max_steps)
+            done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
+            _tell(f"{out}: {done}.")
+
+
+def _require_fitting_options(chosen, teachers, live, weights, reader, check) -> None:
+    if not chosen.teachers and (live or teachers):
+        raise UsageError(f"{chosen.name} learns without a teacher: leave out --live and --teacher.")
+    if weights and not live:
+        raise UsageError("--weights goes with --live; without it the teacher is not loaded.")
+    for option, given in (("--teacher", teachers), ("--weights", weights)):
+        if given and len(given) != len(chosen.teachers):
+            names = ", ".join(chosen.teachers)
+            raise UsageError(
+                f"{chosen.name} has {len(chosen.teachers)} teachers ({names}): give {option} as often, in their order."
+            )
+    if (reader or check) and (live or not chosen.teachers):
+        raise UsageError(f"--{'reader' if reader else 'check'} is about stored targets, and this run reads none. Leave it out.")
 
 
 class _Run:
@@ -125,60 +143,111 @@ class _Run:
     trainer = None
 
     def on_interrupt(self) -> str:
-        if self.trainer is None or self.trainer.step == 0:
-            return "No step was taken yet."
-        return f"Step {self.trainer.step:,} is saved; the same command goes on from there."
+        if self.trainer is None:
+            return "Nothing was changed; the same command starts again."
+        if self.trainer.saved_step == 0:
+            return "No step is saved yet; the same command starts again."
+        return f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
 
 
-def _say_differing_plan(cache: Cache, chosen) -> None:
-    """Crops drawn by another plan than the preset's train as well, but not what the paper trained: say so."""
-    here, expected = cache.plan.to_json(), chosen.plan.to_json()
-    differing = [
-        f"{key} {here[key]} (the preset: {expected[key]})" for key in here if key != "seed" and here[key] != expected[key]
-    ]
-    if differing:
-        say(f"note     the crops of {cache.path} are drawn otherwise than {chosen.name} expects: {', '.join(differing)}")
+def _show(preset: str, config) -> None:
+    """What --show prints: a preset's docstring, and its settings as --set takes them."""
+    from pipelines.presets import PRESETS
+
+    from .config import as_overrides
+
+    click.echo(inspect.getdoc(PRESETS[preset]))
+    click.echo("\nSettings (change one with --set KEY=VALUE):")
+    for key, value in as_overrides(config).items():
+        click.echo(f"  {key}={value}")
 
 
-def _trainer(config, cache, out, device, live, weights, checkpoint_every, options, reading):
-    """The trainer of a run: teacher or cache, student and source, joined; says what was found."""
-    from pipelines.source import CachedSource, CropSource, LiveSource, teacher_shape, teacher_spec
+def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
+    """Why a cache is not what a preset was made for, and what to do."""
+    extract = " and ".join(
+        f"teacher-cache extract --preset {chosen.name} --teacher {name} --images DIR NEW" for name in chosen.teachers
+    )
+    make = extract or f"teacher-cache crop --preset {chosen.name} --images DIR NEW"
+    return (
+        f"{cache.path} is not what {chosen.name} was made for:\n  " + "\n  ".join(mismatches) +
+        f"\nMake a cache that is: {make}; or train on this one all the same with --accept-mismatch, which is recorded in the run."
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lesson:
+    """Who teaches a run: what the student must know of them, and how its batches are made."""
+
+    names: tuple[str, ...]
+    shapes: tuple
+    source: Callable
+    """(cache, needs, reading options, other options) -> student.batch.BatchSource"""
+
+
+def _stored(cache: Cache, chosen, teachers: tuple[str, ...]) -> _Lesson:
+    """Targets from the cache, or none at all."""
+    from pipelines.source import CachedSource, CropSource, teacher_shape, teacher_spec
+
+    names = tuple(_store(cache, name) for name in teachers or chosen.teachers)
+    shapes = tuple(teacher_shape(teacher_spec(cache, name)) for name in names)
+    if not names:
+        return _Lesson((), (), lambda cache, needs, reading, data: CropSource(cache, **data))
+    return _Lesson(names, shapes, lambda cache, needs, reading, data: CachedSource(cache, names, needs, **reading, **data))
+
+
+def _live(names: tuple[str, ...], weights: tuple[str, ...], device: str) -> _Lesson:
+    """Teachers run on the spot, by their names for `teacher-cache extract --teacher`."""
+    from pipelines.source import LiveSource, teacher_shape
     from teacher_cache.device import pick_device
+    from teacher_cache.teachers import load_teacher
 
+    device, precision = pick_device(device, "auto")
+    given = weights or (None,) * len(names)
+    loaded = [load_teacher(name, path, None, device, precision) for name, path in zip(names, given, strict=True)]
+    shapes = tuple(teacher_shape(teacher.spec) for teacher in loaded)
+    return _Lesson(tuple(names), shapes, lambda cache, needs, reading, data: LiveSource(cache, loaded, needs, **data))
+
+
+def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
+    """The trainer of a run: teachers, student and source, joined; says what was found."""
+    from teacher_cache import sigbus
+
+    from .distributed import rank, world_size
     from .model import Student
     from .trainer import Trainer
 
-    device, precision = pick_device(device, config.precision)
-    options["device"] = device
     if cache.plan.size != config.backbone.image_size:
         raise UsageError(
             f"The crops of {cache.path} are {cache.plan.size} px, {config.preset} takes {config.backbone.image_size} px. Use a "
             f"cache of that size, or --set backbone.image_size={cache.plan.size}."
         )
-    if not config.teacher:
-        student, source = Student(config), CropSource(cache, **options)
-    elif live:
-        from teacher_cache.teachers import load_teacher
-
-        loaded = load_teacher(config.teacher, weights, None, device, precision)
-        student = Student(config, teacher_shape(loaded.spec))
-        source = LiveSource(cache, loaded, student.needs, **options)
-    else:
-        name = _store(cache, config.teacher)
-        student = Student(config, teacher_shape(teacher_spec(cache, name)))
-        source = CachedSource(cache, name, student.needs, **reading, **options)
+    student = Student(config, lesson.shapes)
+    source = lesson.source(cache, student.needs, reading, {**data, "rank": rank(), "world": world_size()})
+    if mismatches:
+        source.identity["accepted_mismatch"] = mismatches
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
-    trainer = Trainer(config, student, source, out, device, checkpoint_every=checkpoint_every)
-    say(
-        f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {device}",
+    sigbus.install()
+    trainer = Trainer(config, student, source, out, data["device"], **options)
+    n_processes = f", {world_size()} processes" if world_size() > 1 else ""
+    _tell(
+        f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {data['device']}{n_processes}",
         f"data     {cache.n_images:,} images, {n_views} view{'s' * (n_views > 1)}: each crop will be seen "
         f"{config.epochs / n_views:g} times in {config.epochs} epochs",
         f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
+        *(f"note     {line} (accepted)" for line in mismatches),
     )
-    if trainer.step:
-        say(f"resumed  at step {trainer.step:,}")
+    if trainer.directory and not trainer.is_new:
+        _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))
     return trainer
+
+
+def _tell(*lines: str) -> None:
+    """Say it once, however many processes train."""
+    from .distributed import rank
+
+    if rank() == 0:
+        say(*lines)
 
 
 def _store(cache: Cache, name: str) -> str:
@@ -190,17 +259,6 @@ def _store(cache: Cache, name: str) -> str:
         command = f"teacher-cache extract --teacher {name} {cache.path}"
         raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}. Make them: {command}.{other}")
     return store
-
-
-def _flat(value, prefix: str = "") -> dict[str, str]:
-    """Settings as `--set` takes them: dotted names, tuples with commas, none, true and false."""
-    if isinstance(value, list) and prefix == "objectives.":
-        value = {str(index): item for index, item in enumerate(value)}
-    if isinstance(value, dict):
-        return {key: text for name, item in value.items() if name != "kind" or prefix == "mask."
-                for key, text in _flat(item, f"{prefix}{name}.").items()}  # fmt: skip
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return {prefix.rstrip("."): text.lower() if value is None or isinstance(value, bool) else text}
 
 
 @click.group(context_settings=SETTINGS)
@@ -217,9 +275,10 @@ def evaluate():
 @click.argument("run", type=PATH)
 @click.option("--train", "train_path", type=PATH, required=True, help="Images that vote: a folder of class folders, or a cache.")
 @click.option("--val", "val_path", type=PATH, required=True, help="Images that are classified: the same.")
+@click.option("--averaged", is_flag=True, help="Take the moving average of the weights (optim.ema), not the last ones.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool):
+def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str, as_json: bool):
     """k-nearest-neighbour accuracy of frozen features, by DINO's protocol (weighted votes, temperature .07).
 
     Folders are cut in the middle (short side resized to 8/7 of the student's size); of a cache, view 0 is read as it is.
@@ -228,7 +287,7 @@ def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool)
     Example:
       student-eval knn runs/a --train imagenet/train --val imagenet/val
     """
-    with one_line_errors("", (ConfigError,), (StudentError,)):
+    with one_line_errors("", COMMAND_AT_FAULT, (StudentError,)):
         from pipelines.labelled import LabelledImages, require_same_classes
         from teacher_cache.device import pick_device
 
@@ -238,8 +297,8 @@ def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool)
         device, _ = pick_device(device, "auto")
         checkpoint = latest_checkpoint(run)
         if checkpoint is None:
-            raise BadInputError(f"{run} holds no checkpoint. Give the --out folder of a student-train run.")
-        backbone, config = load_backbone(checkpoint)
+            raise UsageError(f"{run} holds no checkpoint. Give the --out folder of a student-train run.")
+        backbone, config = load_backbone(checkpoint, averaged)
         size = config.backbone.image_size
         voters, asked = LabelledImages(train_path, size), LabelledImages(val_path, size)
         require_same_classes(voters, asked)
@@ -253,7 +312,3 @@ def knn(run: Path, train_path: Path, val_path: Path, device: str, as_json: bool)
         for name, accuracy in results.items():
             _, readout, n = name.split("/")
             click.echo(f"  {readout:<5} k={n:<4} {accuracy:.2%}")
-
-
-if __name__ == "__main__":
-    sys.exit(train())

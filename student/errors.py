@@ -2,7 +2,8 @@
 
     StudentError
     ├── ConfigError (ValueError)              the request is wrong: change the configuration
-    ├── RunError (ValueError)                 a run's directory, checkpoint or data does not fit: restore or start anew
+    ├── RunError (ValueError)                 a run's files or its data are damaged or unfit: restore them, or start anew
+    │   └── RunMismatchError                  the directory belongs to another run, trainer or use: choose another
     └── NonFiniteLossError (ArithmeticError)  the training itself broke: look at the rows it names
 
 Libraries raise these; the command line turns them into one message and a non-zero exit.
@@ -20,13 +21,18 @@ class ConfigError(StudentError, ValueError):
 
 
 class RunError(StudentError, ValueError):
-    """What lies on disk or comes from the data source does not belong to this run, or is damaged."""
+    """What lies on disk or comes from the data source is damaged, or does not fit what it is to be used for."""
+
+
+class RunMismatchError(RunError):
+    """A sound directory that this run may not use: it holds another run or other files, or somebody is training in it."""
 
 
 class NonFiniteLossError(StudentError, ArithmeticError):
-    """The loss became infinite or not a number; the weights are still those of the step before.
+    """The loss or its gradient became infinite or not a number; the weights are still those of the step before.
 
-    step: number of the step that failed, counted from 1.  rows: rows of the micro-batch whose loss it was.
+    step: number of the step that failed, counted from 1.  rows: of the micro-batch whose loss it was; of the whole step where
+    the losses are finite and their gradient is not.
     """
 
     def __init__(self, message: str, step: int, rows: tuple[int, ...]):

@@ -15,3 +15,8 @@ def init_linear_and_norm(module: nn.Module) -> None:
         elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
+
+
+def init_narrow(parameter: nn.Parameter) -> None:
+    """A normal of standard deviation .02, cut off at one deviation (CAE modeling_cae_helper.py:9-10)."""
+    nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)

@@ -1,4 +1,4 @@
-"""Keep Ctrl-C from tearing an update in two."""
+"""Keep Ctrl-C and SIGTERM from tearing an update or a checkpoint in two."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[None]:
+def deferred_interrupts() -> Iterator[list[int]]:
     """Hold SIGINT and SIGTERM back until the block is done, then deliver them to whoever was to have them.
+
+    Gives the list of those that have arrived so far.
 
     Only the main thread is ever interrupted by Python's signals; in any other this does nothing.
     """
+    arrived = []
     if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    # one each: what one delivers cannot keep the other's handler away
+    with _deferred(signal.SIGTERM, arrived), _deferred(signal.SIGINT, arrived):
+        yield arrived
+
+
+@contextmanager
+def _deferred(number: int, arrived: list[int]) -> Iterator[None]:
+    handler = signal.getsignal(number)
+    if handler is None:  # not installed from Python: it could not be put back
         yield
         return
-
-    arrived = []
-    # A handler of None was not installed from Python and could not be put back.
-    caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    previous = {number: signal.signal(number, lambda number, frame: arrived.append(number)) for number in caught}
     try:
+        signal.signal(number, lambda *_: arrived.append(number))
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for number in arrived:
+        signal.signal(number, handler)
+        if number in arrived:
             signal.raise_signal(number)

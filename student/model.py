@@ -2,54 +2,72 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .batch import Batch, Needs, TeacherShape
+from .backbones import build_backbone
+from .batch import Batch, Needs
 from .config import TrainConfig
-from .masking import build_masker
+from .masking import Mask, build_masker
 from .objectives import build_objective
+from .objectives.objective import Teachers
 
 # B batch, N patches
 
 
 class Student(nn.Module):
-    """What `config` describes, for a teacher of this shape; the initial weights are a function of `config.seed`.
+    """What `config` describes, for teachers of these shapes; the initial weights are a function of `config.seed`.
 
-    needs: what it wants read of the teacher.  n_patches: N, the width of the noise `forward` takes.
-    Raises ConfigError if the teacher lacks what the objectives or the masker need.
+    needs: what it wants read of each teacher, in order.  n_patches: N, the width of the noise `draw_mask` takes.
+    Raises ConfigError if a teacher lacks what the objectives or the masker need.
     """
 
-    def __init__(self, config: TrainConfig, teacher: TeacherShape | None = None):
+    def __init__(self, config: TrainConfig, teachers: Teachers = ()):
         super().__init__()
-        self.masker = build_masker(config.mask, config.backbone, teacher)
+        self.masker = build_masker(config.mask, config.backbone, teachers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.backbone = Backbone(config.backbone)
+            self.backbone = build_backbone(config.backbone)
             self.objectives = nn.ModuleDict(
-                {objective.kind: build_objective(objective, config.backbone, teacher) for objective in config.objectives}
+                {objective.name: build_objective(objective, config.backbone, teachers) for objective in config.objectives}
             )
-        self.weights = {objective.kind: objective.weight for objective in config.objectives}
+        if not any(objective.reads_final_norm for objective in self.objectives.values()):
+            for name in self.backbone.behind_blocks:
+                getattr(self.backbone, name).requires_grad_(False)
+        self.weights = {objective.name: objective.weight for objective in config.objectives}
         self.n_patches = config.backbone.n_patches
 
-        self.needs: Needs = self.masker.needs
-        for objective in self.objectives.values():
-            self.needs = self.needs | objective.needs
+        wanted = [(0, self.masker.needs), *((objective.teacher, objective.needs) for objective in self.objectives.values())]
+        self.needs: tuple[Needs, ...] = tuple(
+            reduce(Needs.__or__, (needs for teacher, needs in wanted if teacher == place), Needs())
+            for place in range(len(teachers))
+        )
 
-    def forward(self, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss, a float32 scalar, and its parts by name, detached and without their weights.
+    def draw_mask(self, batch: Batch, noise: Tensor) -> Mask:
+        """Which patches are visible in each crop; noise: float32 [B, N] in (0, 1), see `masking.draw_noise`."""
+        return self.masker(batch, noise)
 
-        noise: float32 [B, N] in (0, 1), the randomness of the mask (`masking.draw_noise`).
-        """
-        mask = self.masker(batch, noise)
+    def forward(self, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss, a float32 scalar, and its parts by name, detached and without their weights."""
         encoded = self.backbone(batch.images, mask)
 
         total = 0.0
         parts = {}
-        for kind, objective in self.objectives.items():
+        for name, objective in self.objectives.items():
             loss, details = objective(encoded, batch, mask)
-            total = total + self.weights[kind] * loss
-            parts[kind] = loss.detach()
-            parts |= {f"{kind}/{name}": value.detach() for name, value in details.items()}
+            total = total + self.weights[name] * loss
+            parts[name] = loss.detach()
+            parts |= {f"{name}/{detail}": value.detach() for detail, value in details.items()}
         return total, parts
+
+    def after_batch(self) -> None:
+        """To be called after the backward pass of each micro-batch."""
+        for objective in self.objectives.values():
+            objective.after_batch()
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """To be called after each update of the weights; `step` of `total_steps` is done."""
+        for objective in self.objectives.values():
+            objective.after_step(step, total_steps)

@@ -8,19 +8,16 @@ import torch
 from torch import nn
 
 from .config import OptimConfig
-from .objectives.objective import Objective
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`; its learning rate is 0 until the trainer sets it.
 
-    Exempt from weight decay: biases, norms and all else with one axis, and what an objective names in `no_decay`
-    (MaskAlign's mixing weights). CLS and mask tokens have three axes and do decay, as in MAE, MaskAlign and MILAN, which
-    give timm's grouping no names to skip.
+    Exempt from weight decay: biases, norms and all else with one axis, and what a module names in `no_decay` (MaskAlign's
+    mixing weights, SimMIM's mask token). Otherwise CLS and mask tokens, with three axes, do decay, as in MAE, MaskAlign, MILAN
+    and CAE, which give timm's grouping no names to skip.
     """
-    exempt = {
-        f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, Objective) for name in module.no_decay
-    }
+    exempt = {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_decay", ())}
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,124 +1,162 @@
-"""The directory of one run: what it is, and a line for every step it took.
+"""The directory of one run: what it is, and who is training in it.
 
-config.json                   written first: the config and the identity of the data; what a directory is checked by
-metrics.jsonl                 one JSON object a step, in order, each step once however often the run was resumed
-tensorboard/                  the same scalars
+config.json          written first: the config and the identity of the data; what a directory is checked by
+trainer.lock         locked while a trainer works here, and says which; empty when none does
+metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed
+tensorboard/         the same scalars
 checkpoint-NNNNNNNN.safetensors
+*.partial            being written; a trainer that was killed may leave one, the next removes it
 """
 
 from __future__ import annotations
 
-import dataclasses
+import fcntl
 import json
 import os
-import warnings
-from dataclasses import dataclass
+import socket
 from pathlib import Path
 
 import timm
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoint import require_same
+from .checkpoint import CHECKPOINT
 from .config import TrainConfig
-from .errors import RunError
+from .errors import RunError, RunMismatchError
+from .files import LARGEST_JSON, PARTIAL, make_folder, require_own, write_whole
+from .logs import StepLogs, StepReport
+from .provenance import require_same
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """What is known of one step; a line of metrics.jsonl."""
-
-    step: int  # completed steps, counted from 1
-    epoch: float  # completed epochs
-    loss: float
-    parts: dict[str, float]  # the unweighted losses and their details
-    lr: float
-    images_per_s: float
-    wait_share: float  # 0..1, share of the step's time spent waiting for data
+CONFIG = "config.json"
+LOCK = "trainer.lock"
+BEFORE_CONFIG = {LOCK, CONFIG + PARTIAL}
+"""All that a trainer killed in its first moments can leave."""
 
 
 class RunDirectory:
-    """Creates `path`, or opens it again if it holds the same run; RunError if it holds anything else."""
+    """Creates `path`, or opens it again if it holds the same run, for this trainer alone until `close`.
+
+    Raises RunMismatchError if it holds another run or other files or if another trainer is at work in it, RunError if its
+    config.json is damaged.
+    """
 
     def __init__(self, path: Path, config: TrainConfig, identity: dict):
         self.path = Path(path)
-        self._metrics = None
-        self._tensorboard = None
+        self._config, self._identity = config.to_json(), identity
+        self._logs: StepLogs | None = None
+        self._require_run_or_nothing()
+        make_folder(self.path)
+        self._lock = _TrainerLock(self.path)
+        try:
+            if (self.path / CONFIG).exists():
+                self._require_same_run()
+            for leftover in self.path.glob(f"*{PARTIAL}"):
+                leftover.unlink()
+        except BaseException:
+            self._lock.release()
+            raise
 
-        config_json = self.path / "config.json"
-        if config_json.exists():
-            try:
-                there = json.loads(config_json.read_text())
-                config_there, identity_there = there["config"], there["identity"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{config_json} cannot be read as the description of a run ({error}). Choose another directory."
-                ) from error
-            require_same(f"The directory {self.path}", "config", config_there, config.to_json())
-            require_same(f"The directory {self.path}", "data", identity_there, identity)
-            return
+    def _require_run_or_nothing(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunMismatchError(f"{self.path} is a file. Choose a directory.")
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        is_run = CONFIG in names or any(map(CHECKPOINT.fullmatch, names))
+        if not is_run and names - BEFORE_CONFIG:
+            raise RunMismatchError(f"{self.path} is not empty and holds no run of a student. Choose another directory.")
 
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunError(f"{self.path} is not empty and holds no run of a student. Choose another directory.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        made_by = {"torch": torch.__version__, "timm": timm.__version__}
-        description = {"config": config.to_json(), "identity": identity, "made_by": made_by}
-        _write_whole(config_json, json.dumps(description, indent=2) + "\n")
+    def _require_same_run(self) -> None:
+        path = self.path / CONFIG
+        require_own(path)
+        try:
+            with open(path, "rb") as file:
+                there = json.loads(file.read(LARGEST_JSON))
+            config, identity = there["config"], there["identity"]
+            if not isinstance(config, dict) or not isinstance(identity, dict):
+                raise TypeError("config and identity must be objects")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"{path} cannot be read as the description of a run ({error!r}). Delete it: the command that began the run "
+                "writes it again."
+            ) from error
+        require_same(f"The directory {self.path}", "configuration", config, self._config)
+        require_same(f"The directory {self.path}", "data", identity, self._identity)
+
+    def describe(self) -> bool:
+        """Write config.json unless it is there, and say whether this begins the run.
+
+        For when a checkpoint that is here has proved to be of this run.
+        """
+        is_new = not (self.path / CONFIG).exists()
+        if is_new:
+            made_by = {"torch": torch.__version__, "timm": timm.__version__}
+            description = {"config": self._config, "identity": self._identity, "made_by": made_by}
+            write_whole(self.path / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+        return is_new
 
     def open_logs(self, step: int) -> None:
         """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off."""
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            _write_whole(metrics, "".join(_lines_up_to(step, metrics.read_text())))
-        self._metrics = open(metrics, "a")  # noqa: SIM115  (open as long as the run)
-        self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+        if not self._lock.is_held:
+            raise RunError(f"This trainer has let go of {self.path}. Make another one to go on.")
+        self._logs = StepLogs(self.path, step)
 
     def write(self, report: StepReport) -> None:
         """Log one step."""
-        self._metrics.write(json.dumps(dataclasses.asdict(report)) + "\n")
-        self._metrics.flush()
-
-        scalars = {
-            "loss": report.loss,
-            "lr": report.lr,
-            "images_per_s": report.images_per_s,
-            "wait_share": report.wait_share,
-            **{f"parts/{n}": v for n, v in report.parts.items()},
-        }
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, report.step)
+        self._logs.write(report)
 
     def sync(self) -> None:
-        """Make the lines so far durable, before a checkpoint says that their steps are done."""
-        os.fsync(self._metrics.fileno())
+        """Make the log durable, before a checkpoint says that its steps are done."""
+        self._logs.sync()
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._tensorboard.close()
-            self._metrics = self._tensorboard = None
-
-
-def _lines_up_to(step: int, text: str) -> list[str]:
-    """The lines of steps up to `step`; a machine that died may have left a torn line behind them."""
-    kept = []
-    for line in text.splitlines(keepends=True):
+        """End logging, and let another trainer in."""
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-        kept.append(line)
-    if len(kept) != step:
-        warnings.warn(f"metrics.jsonl has lines for {len(kept)} of the {step} steps taken so far.", stacklevel=3)
-    return kept
+            if self._logs is not None:
+                self._logs.close()
+        finally:
+            self._lock.release()
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a small file in one go."""
-    aside = path.with_suffix(".partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+class _TrainerLock:
+    """The claim of one trainer on a folder. The lock is the kernel's and ends with the process, however that ends; what stands in
+    the file is for people, and for file systems whose locks do not reach other hosts.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / LOCK
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self.is_held = True
+        host = socket.gethostname()
+        try:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunMismatchError(
+                    f"{folder} is in use: {self._holder()[1]} is training there. Wait for it, or stop it: after kill -TERM its "
+                    "last step is saved, and the same command goes on from there."
+                ) from None
+            there, who = self._holder()
+            if there not in (None, host):
+                raise RunMismatchError(
+                    f"{folder} is in use: {who} is training there, and whether it still does cannot be seen from host {host}. "
+                    f"Wait for it; if it is gone, delete {path} and give the same command again."
+                )
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _holder(self) -> tuple[str | None, str]:
+        """The host that is written into the lock, if any, and the trainer in words."""
+        try:
+            value = json.loads(os.pread(self._descriptor, 4096, 0))
+            return str(value["host"]), f"process {int(value['pid'])} on host {value['host']}"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None, "another trainer"
+
+    def release(self) -> None:
+        if self.is_held:
+            self.is_held = False
+            try:
+                os.ftruncate(self._descriptor, 0)
+            finally:
+                os.close(self._descriptor)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import TeacherHead
-from .errors import ConfigError
 
 # B batch, N patches, D width of the teacher, E its projected width, p side of a patch in pixels
 
@@ -21,14 +20,16 @@ def final_norm(whitened: Tensor, head: TeacherHead) -> Tensor:
     return whitened.float() * head.gamma + head.beta
 
 
-def projection(whitened: Tensor, head: TeacherHead) -> Tensor:
-    """The last block's tokens in the teacher's output space (CLIP), float32 [..., E].
+def teacher_output(whitened: Tensor, head: TeacherHead) -> Tensor:
+    """The last block's tokens in the teacher's output space, float32 [..., E].
 
-    Raises ConfigError if the teacher has no projection.
+    Behind its projection where it has one (CLIP, SLIP), else behind its final norm, and E is D (DINO).
     """
+    tokens = final_norm(whitened, head)
     if head.projection is None:
-        raise ConfigError("This target is the teacher's projection, and the teacher has none: use one that has (CLIP).")
-    return final_norm(whitened, head) @ head.projection
+        return tokens
+    with torch.autocast(tokens.device.type, enabled=False):  # the target does not lose digits to the student's precision
+        return tokens @ head.projection
 
 
 def unit_length(tokens: Tensor) -> Tensor:
@@ -42,13 +43,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     rows, columns = height // patch_size, width // patch_size
     cut = images.reshape(n_images, n_channels, rows, patch_size, columns, patch_size)
     return torch.einsum("bcipjq->bijpqc", cut).reshape(n_images, rows * columns, -1)
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Images [B, 3, H, W] from the patches [B, N, p * p * 3] that `patchify` gives."""
-    rows, columns = grid
-    cut = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
-    return torch.einsum("bijpqc->bcipjq", cut).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from student import (
-    BackboneConfig,
     Batch,
     MaskConfig,
     MimicConfig,
     Needs,
     OptimConfig,
+    PredictorConfig,
     ReconstructConfig,
     Targets,
     TeacherHead,
     TeacherShape,
     TrainConfig,
+    ViTConfig,
 )
 
 TEACHER = TeacherShape("fake", grid=(4, 4), dim=12, depth=3, has_cls=True, has_attention=True, projection_dim=None)
@@ -25,9 +26,9 @@ def tiny_config(**changes) -> TrainConfig:
     """16-pixel crops in 4 x 4 patches; 2 epochs; drop path on."""
     values = {
         "preset": "tiny",
-        "backbone": BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, drop_path=0.3),
+        "backbone": ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, drop_path=0.3),
         "mask": MaskConfig("attention", 0.5),
-        "objectives": (MimicConfig(0.5), ReconstructConfig(0.5, dim=8, depth=1, heads=2)),
+        "objectives": (MimicConfig(0.5), ReconstructConfig(0.5, decoder=PredictorConfig(dim=8, depth=1, heads=2))),
         "optim": OptimConfig(base_lr=0.05, warmup_epochs=0.5),
         "epochs": 2,
         "batch_size": 4,
@@ -48,27 +49,33 @@ def fake_batch(rows: range, layers: tuple[int, ...] = (-2, -1), teacher: Teacher
     targets = Targets(
         torch.stack(tokens), layers, teacher.has_cls, torch.stack(attention) if teacher.has_attention else None, head
     )
-    return Batch(torch.stack(images), torch.tensor(rows), torch.tensor(rows) % 3, targets)
+    return Batch(torch.stack(images), torch.tensor(rows), torch.tensor(rows) % 3, (targets,))
 
 
 class FakeSource:
-    """Step k takes rows k * batch_size onward. `before(step, index)` is called before each micro-batch is given."""
+    """Step k takes rows k * batch_size onward, of which process `rank` of `world` has its slice.
 
-    def __init__(self, config: TrainConfig, needs: Needs, steps_per_epoch: int = 5, before=lambda step, index: None):
+    `before(step, index)` is called before each micro-batch is given.
+    """
+
+    def __init__(self, config: TrainConfig, needs: tuple[Needs, ...], steps_per_epoch: int = 5, before=lambda step, index: None,
+                 rank: int = 0, world: int = 1):  # fmt: skip
         self.config = config
         self.needs = needs
         self.steps_per_epoch = steps_per_epoch
         self.identity = {"cache": "fake", "rows": steps_per_epoch * config.batch_size}
         self.before = before
+        self.rank, self.world = rank, world
         self.n_closed = 0
 
     def micro_batches(self, first_step: int, last_step: int):
-        size = self.config.batch_size // self.config.accumulate
+        n_own = self.config.batch_size // self.world
+        size = n_own // self.config.accumulate
         try:
             for step in range(first_step, last_step):
                 for index in range(self.config.accumulate):
                     self.before(step, index)
-                    first_row = step * self.config.batch_size + index * size
-                    yield fake_batch(range(first_row, first_row + size), self.needs.layers)
+                    first_row = step * self.config.batch_size + self.rank * n_own + index * size
+                    yield fake_batch(range(first_row, first_row + size), self.needs[0].layers)
         finally:
             self.n_closed += 1

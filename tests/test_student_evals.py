@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from student import Backbone, BackboneConfig, ConfigError
+from student import ConfigError, SwinConfig, ViT, ViTConfig
+from student.backbones import build_backbone
 from student.evals import KNNEvaluator, extract_features, knn_accuracy
 
 
@@ -61,11 +62,24 @@ def test_readouts():
 
 def test_backbone_is_evaluated_without_drop_path():
     """A backbone in training is put in eval mode for the features and back afterwards."""
-    backbone = Backbone(BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, drop_path=0.9)).train()
+    backbone = ViT(ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, drop_path=0.9)).train()
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features, _ = extract_features(backbone, [(images, torch.zeros(4, dtype=torch.int64))], ("cls",))
     assert backbone.training
     assert torch.equal(features["cls"], backbone.eval().encode_all(images)[:, 0].detach())
+
+
+def test_without_cls():
+    """Of a backbone without CLS the mean over all its tokens is read, and nothing called CLS."""
+    backbone = build_backbone(SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=(1, 1), heads=(2, 2), window=4)).eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = [(images, torch.arange(4))]
+    features, _ = extract_features(backbone, batches)
+    assert features.keys() == {"mean"}
+    torch.testing.assert_close(features["mean"], backbone.encode_all(images).mean(1).detach())
+    assert {name.split("/")[1] for name, _ in KNNEvaluator(batches, batches).run(backbone)} == {"mean"}
+    with pytest.raises(ConfigError, match="no CLS token"):
+        extract_features(backbone, batches, ("cls",))
 
 
 def test_knn_evaluator():

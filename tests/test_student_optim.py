@@ -4,7 +4,7 @@ import pytest
 import torch
 from student_fakes import TEACHER, tiny_config
 
-from student import AlignConfig, OptimConfig, ReconstructConfig, Student
+from student import AlignConfig, OptimConfig, PredictorConfig, ReconstructConfig, Student
 from student.optim import build_optimizer, learning_rate
 
 SCHEDULE = OptimConfig(1.5e-4, warmup_epochs=20, min_lr=1e-5)
@@ -32,7 +32,10 @@ def test_no_warmup():
 
 def test_weight_decay_groups():
     """Decay spares biases, norms and MaskAlign's mixing weights, not CLS and mask token; frozen positions are left out."""
-    student = Student(tiny_config(objectives=(AlignConfig(levels=2), ReconstructConfig(dim=8, depth=1, heads=2))), TEACHER)
+    student = Student(
+        tiny_config(objectives=(AlignConfig(levels=2), ReconstructConfig(decoder=PredictorConfig(dim=8, depth=1, heads=2)))),
+        (TEACHER,),
+    )
     optimizer = build_optimizer(student, OptimConfig())
     names = {parameter: name for name, parameter in student.named_parameters()}
     decayed, plain = ({names[p] for p in group["params"]} for group in optimizer.param_groups)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from student_fakes import fake_batch
 
-from student import ConfigError, Needs, RunError, TeacherHead
-from student.targets import final_norm, normalise_patches, patchify, projection, unit_length, unpatchify
+from student import Needs, RunError, TeacherHead
+from student.targets import final_norm, normalise_patches, patchify, teacher_output, unit_length
 
 
 def test_whitened_tokens_determine_norm_and_projection():
@@ -18,13 +18,23 @@ def test_whitened_tokens_determine_norm_and_projection():
     whitened = F.layer_norm(h, (12,), eps=1e-5)
     normed = F.layer_norm(h, (12,), head.gamma, head.beta, eps=1e-5)
     torch.testing.assert_close(final_norm(whitened, head), normed)
-    torch.testing.assert_close(projection(whitened, head), normed @ head.projection)
+    torch.testing.assert_close(teacher_output(whitened, head), normed @ head.projection)
 
 
-def test_no_projection():
-    """A teacher without a projection is refused where one is asked for."""
-    with pytest.raises(ConfigError, match="the teacher has none"):
-        projection(torch.zeros(1, 2), TeacherHead(torch.ones(2), torch.zeros(2), None))
+def test_output_without_a_projection():
+    """The output of a teacher without a projection is its final norm."""
+    head = TeacherHead(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.0]), None)
+    assert teacher_output(torch.tensor([[1.0, 3.0]], dtype=torch.float16), head).tolist() == [[2.5, -3.0]]
+
+
+def test_output_is_exact_under_autocast():
+    """A student in bfloat16 gets the same target as one in float32."""
+    generator = torch.Generator().manual_seed(0)
+    head = TeacherHead(*(torch.randn(shape, generator=generator) for shape in [(12,), (12,), (12, 5)]))
+    whitened = torch.randn(2, 7, 12, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = teacher_output(whitened, head)
+    assert torch.equal(got, teacher_output(whitened, head))
 
 
 def test_unit_length():
@@ -35,12 +45,11 @@ def test_unit_length():
 
 
 def test_patchify():
-    """Patch n is the square at row n // columns, its values ordered row, column, channel; unpatchify undoes it."""
+    """Patch n is the square at row n // columns, its values ordered row, column, channel."""
     images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     patches = patchify(images, 2)
     assert patches.shape == (2, 6, 12)
     assert torch.equal(patches[1, 4], images[1, :, 2:4, 2:4].permute(1, 2, 0).reshape(-1))
-    assert torch.equal(unpatchify(patches, (2, 3), 2), images)
 
 
 def test_normalised_patches():
@@ -53,7 +62,7 @@ def test_normalised_patches():
 
 def test_layers_are_counted_from_the_end():
     """`layer` finds a block by its number from the end, `patches` leaves out CLS, and an absent block is an error."""
-    targets = fake_batch(range(2), (-3, -1)).targets
+    targets = fake_batch(range(2), (-3, -1)).targets[0]
     assert torch.equal(targets.layer(-1), targets.tokens[:, 1])
     assert torch.equal(targets.patches(-3), targets.tokens[:, 0, 1:])
     with pytest.raises(RunError, match=r"layers \(-3, -1\), not -2"):

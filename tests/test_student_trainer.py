@@ -8,23 +8,29 @@ import pytest
 import torch
 from student_fakes import TEACHER, FakeSource, tiny_config
 
+import student.checkpoint
 from student import (
-    BackboneConfig,
     ConfigError,
     MaskConfig,
     NonFiniteLossError,
+    OptimConfig,
+    PredictorConfig,
     ReconstructConfig,
     RunError,
+    RunMismatchError,
     Student,
+    ViTConfig,
 )
 from student.checkpoint import latest_checkpoint
+from student.interrupts import deferred_interrupts
 from student.trainer import Trainer
+from teacher_cache.signals import Stopped, signals_raise
 
 
 def make_trainer(out_dir, config=None, before=lambda step, index: None, **options) -> Trainer:
     config = config or tiny_config()
-    student = Student(config, TEACHER)
-    return Trainer(config, student, FakeSource(config, student.needs, before=before), out_dir, **options)
+    model = Student(config, (TEACHER,))
+    return Trainer(config, model, FakeSource(config, model.needs, before=before), out_dir, **options)
 
 
 def metrics(out_dir) -> list[dict]:
@@ -52,13 +58,17 @@ def stop_early(out_dir, config):
     assert make_trainer(out_dir, config).fit(max_steps=7) == 7
 
 
-def interrupt_between_micro_batches(out_dir, config):
+def interrupt_at(*moment):
     def before(step, index):
-        if (step, index) == (7, 1):
+        if (step, index) == moment:
             raise KeyboardInterrupt
 
+    return before
+
+
+def interrupt_between_micro_batches(out_dir, config):
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(out_dir, config, before).fit()
+        make_trainer(out_dir, config, before=interrupt_at(7, 1)).fit()
 
 
 def signal_in_the_update(out_dir, config):
@@ -76,6 +86,21 @@ def signal_in_the_update(out_dir, config):
     assert trainer.step == 7
 
 
+def signals_while_saving(out_dir, config):
+    """Ctrl-C, and while its checkpoint is written SIGTERM and Ctrl-C again."""
+    write = student.checkpoint.save_file
+
+    def disturbed_write(tensors, path, metadata):
+        if "00000007" in path.name:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        write(tensors, path, metadata)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), signals_raise():
+        patch.setattr(student.checkpoint, "save_file", disturbed_write)
+        make_trainer(out_dir, config, before=interrupt_at(7, 1)).fit()
+
+
 def crash_behind_a_checkpoint(out_dir, config):
     def before(step, index):
         if (step, index) == (9, 0):
@@ -87,7 +112,8 @@ def crash_behind_a_checkpoint(out_dir, config):
 
 
 @pytest.mark.parametrize(
-    "disturb", [stop_early, interrupt_between_micro_batches, signal_in_the_update, crash_behind_a_checkpoint]
+    "disturb",
+    [stop_early, interrupt_between_micro_batches, signal_in_the_update, signals_while_saving, crash_behind_a_checkpoint],
 )
 def test_resumed_run_is_the_undisturbed_run(disturb, undisturbed, tmp_path):
     """A run that was stopped in any way and started again ends with the same weights and losses, to the bit."""
@@ -102,7 +128,7 @@ def test_resumed_run_is_the_undisturbed_run(disturb, undisturbed, tmp_path):
 
 def test_drop_path_is_at_work(undisturbed, tmp_path):
     """The runs above do use drop path: without it the first loss is another."""
-    calm = tiny_config(accumulate=2, backbone=BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2))
+    calm = tiny_config(accumulate=2, backbone=ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2))
     trainer = make_trainer(tmp_path / "run", calm)
     trainer.fit()
     assert losses(trainer.directory.path)[0][1] != losses(undisturbed.directory.path)[0][1]
@@ -119,7 +145,7 @@ def test_finished_run_stays_as_it_is(undisturbed):
 
 def test_accumulation_does_not_change_the_step(tmp_path):
     """Four crops at once, twice two and four times one give the same losses and gradients, up to rounding."""
-    calm = BackboneConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
+    calm = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
     trainers = [make_trainer(tmp_path / str(n), tiny_config(backbone=calm, accumulate=n)) for n in (1, 2, 4)]
     for trainer in trainers:
         trainer.fit(max_steps=4)
@@ -135,7 +161,11 @@ def test_accumulation_does_not_change_the_step(tmp_path):
 
 def test_loss_falls(tmp_path):
     """On four crops seen again and again the student learns."""
-    config = tiny_config(epochs=60, mask=MaskConfig("random", 0.5), objectives=(ReconstructConfig(dim=16, depth=1, heads=2),))
+    config = tiny_config(
+        epochs=60,
+        mask=MaskConfig("random", 0.5),
+        objectives=(ReconstructConfig(decoder=PredictorConfig(dim=16, depth=1, heads=2)),),
+    )
     trainer = make_trainer(tmp_path / "run", config)
     endless = trainer.source.micro_batches
     first = next(endless(0, 1))
@@ -183,6 +213,51 @@ def test_non_finite_loss(tmp_path):
     assert trainer.source.n_closed == 1
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_non_finite_gradient(tmp_path, clip_grad):
+    """A gradient that breaks under a finite loss stops the run likewise, with all rows of the step and no weight touched."""
+    config = tiny_config(accumulate=2, optim=OptimConfig(base_lr=0.05, warmup_epochs=0.5, clip_grad=clip_grad))
+    trainer, good = make_trainer(tmp_path / "run", config), make_trainer(tmp_path / "good", config)
+    good.fit(max_steps=3)
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tokens):
+            return tokens.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (float("inf") if trainer.step == 3 else 1.0)
+
+    encode = trainer.student.backbone.norm.forward
+    trainer.student.backbone.norm.forward = lambda tokens: Overflow.apply(encode(tokens))
+    with pytest.raises(
+        NonFiniteLossError, match=r"norm of the gradient became (inf|nan), under finite losses, at step 4"
+    ) as caught:
+        trainer.fit()
+    assert (caught.value.step, caught.value.rows) == (4, (12, 13, 14, 15))
+    assert_same_run(trainer, good)
+
+
+def test_run_goes_on_after_a_broken_loss(undisturbed, tmp_path):
+    """A run that a broken loss has stopped is sound: with the data mended it ends as if nothing had happened."""
+    trainer = make_trainer(tmp_path / "run", tiny_config(accumulate=2))
+    whole = trainer.source.micro_batches
+
+    def with_a_bad_crop(first_step, last_step):
+        for batch in whole(first_step, last_step):
+            if 30 in batch.rows:  # step 8, behind the checkpoint of step 5
+                batch.images[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    trainer.source.micro_batches = with_a_bad_crop
+    with pytest.raises(NonFiniteLossError, match="step 8"):
+        trainer.fit()
+    resumed = make_trainer(tmp_path / "run", tiny_config(accumulate=2))
+    assert resumed.step == 5 and resumed.fit() == 10
+    assert_same_run(resumed, undisturbed)
+
+
 def test_source_that_ends_early(tmp_path):
     """A source that gives fewer batches than it promised is an error, not an early end."""
     trainer = make_trainer(tmp_path / "run")
@@ -215,7 +290,7 @@ def test_other_config_is_refused(tmp_path, stage):
         description = json.loads((tmp_path / "run" / "config.json").read_text())
         description["config"] = other.to_json()
         (tmp_path / "run" / "config.json").write_text(json.dumps(description))
-    with pytest.raises(RunError, match="another config: seed was 0, is now 1"):
+    with pytest.raises(RunMismatchError, match=r"another configuration:\n  seed: 0 in the run, 1 given\n"):
         make_trainer(tmp_path / "run", other)
 
 
@@ -224,23 +299,15 @@ def test_other_data_is_refused(tmp_path, stage):
     """A run does not go on with the data of another cache."""
     make_trainer(tmp_path / "run").fit(max_steps=1)
     config = tiny_config()
-    student = Student(config, TEACHER)
-    source = FakeSource(config, student.needs)
+    model = Student(config, (TEACHER,))
+    source = FakeSource(config, model.needs)
     source.identity["cache"] = "other"
     if stage == "checkpoint":
         description = json.loads((tmp_path / "run" / "config.json").read_text())
         description["identity"] = source.identity
         (tmp_path / "run" / "config.json").write_text(json.dumps(description))
-    with pytest.raises(RunError, match="another data: cache was 'fake', is now 'other'"):
-        Trainer(config, student, source, tmp_path / "run")
-
-
-def test_foreign_directory_is_refused(tmp_path):
-    """A directory with other files in it is left alone."""
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunError, match="holds no run"):
-        make_trainer(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(RunMismatchError, match=r"another data:\n  cache: fake in the run, other given\n"):
+        Trainer(config, model, source, tmp_path / "run")
 
 
 def test_checkpoints_are_kept_and_removed(tmp_path):
@@ -258,4 +325,32 @@ def test_checkpoints_are_kept_and_removed(tmp_path):
         "config.json",
         "metrics.jsonl",
         "tensorboard",
+        "trainer.lock",
     ]
+
+
+def test_damaged_newest_checkpoint(tmp_path):
+    """A run whose newest checkpoint is damaged does not start from an older one by itself: a person deletes it first."""
+    make_trainer(tmp_path / "run", checkpoint_every=3).fit(max_steps=6)
+    newest = latest_checkpoint(tmp_path / "run")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(RunError, match="from step 5: checkpoint-00000005.safetensors is sound"):
+            make_trainer(tmp_path / "run")
+    newest.unlink()
+    resumed = make_trainer(tmp_path / "run")
+    assert resumed.step == 5 and not resumed.is_new and resumed.fit() == 10
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_deferred_signals(first, second):
+    """Signals wait for the end of the block, in which none is lost; the handlers are then those from before."""
+    with signals_raise():
+        before = [signal.getsignal(number) for number in (first, second)]
+        done = []
+        with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupts():
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), second)
+            done.append("all of it")
+        assert done and [signal.getsignal(number) for number in (first, second)] == before
+        assert isinstance(caught.value, Stopped) and type(caught.value.__context__) is KeyboardInterrupt

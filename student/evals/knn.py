@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backbone import Backbone
 from .features import extract_features
 
 # n features, D width
@@ -45,7 +44,7 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class KNNEvaluator:
-    """Top-1 accuracy for several numbers of neighbours and both readouts."""
+    """Top-1 accuracy for several numbers of neighbours and all readouts that a model has."""
 
     train: Iterable[tuple[Tensor, Tensor]]
     """(images, labels) that vote."""
@@ -53,18 +52,17 @@ class KNNEvaluator:
     """(images, labels) that are classified."""
     n_neighbours: tuple[int, ...] = (10, 20, 100, 200)
     """Larger ones than the training set count as its size."""
-    readouts: tuple[str, ...] = ("cls", "mean")
     temperature: float = 0.07
     device: str | torch.device = "cpu"
 
-    def run(self, model: Backbone | Callable[[Tensor], Tensor]) -> Iterator[tuple[str, float]]:
+    def run(self, model: nn.Module | Callable[[Tensor], Tensor]) -> Iterator[tuple[str, float]]:
         """Yields ("knn/cls/20", accuracy in 0..1) and so on."""
-        train_features, train_labels = extract_features(model, self.train, self.readouts, self.device)
-        test_features, test_labels = extract_features(model, self.test, self.readouts, self.device)
+        train_features, train_labels = extract_features(model, self.train, device=self.device)
+        test_features, test_labels = extract_features(model, self.test, device=self.device)
         train_labels, test_labels = train_labels.to(self.device), test_labels.to(self.device)
 
         possible = sorted({min(n, len(train_labels)) for n in self.n_neighbours})
-        for readout in self.readouts:
+        for readout in train_features:
             voters, asked = train_features[readout].to(self.device), test_features[readout].to(self.device)
             for n in possible:
                 accuracy = knn_accuracy(voters, train_labels, asked, test_labels, n, self.temperature)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Encoded
-from ..batch import Batch, Needs, TeacherShape
+from ..backbones import Encoded
+from ..batch import Batch, Needs
 from ..config import BackboneConfig, MimicConfig
 from ..initial_weights import init_linear_and_norm
 from ..masking import Mask, take
-from .objective import Objective, require_teacher
+from .objective import Objective, Teachers, require_teacher
 
 # B batch, N patches, D width of the teacher
 
@@ -19,19 +19,21 @@ class Mimic(Objective):
     """Mean squared error between one Linear of the visible patch tokens and the teacher's last block, whitened.
 
     The paper divides by the number of tokens only; as in MAE's code for the same notation, the mean is over channels
-    too. CLS takes no part. A prediction of zeros costs about 1.
+    too. CLS takes no part. A prediction of zeros costs about 1. With two teachers each has an objective of its own, and so a
+    Linear of its own ("joint" of the paper's teachers, P000:186; it does not say more).
     """
 
     needs = Needs(layers=(-1,))
 
-    def __init__(self, config: MimicConfig, backbone: BackboneConfig, teacher: TeacherShape | None):
+    def __init__(self, config: MimicConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()
-        teacher = require_teacher(config.kind, backbone, teacher)
+        teacher = require_teacher(config, backbone, teachers)
+        self.teacher = config.teacher
         self.head = nn.Linear(backbone.dim, teacher.dim)
         init_linear_and_norm(self)
 
     def forward(self, encoded: Encoded, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
-        predicted = self.head(encoded.tokens[:, 1:])  # [B, n_keep, D]
-        target = take(batch.targets.patches(-1), mask.keep)  # [B, n_keep, D]
+        predicted = self.head(encoded.patches)  # [B, n_keep, D]
+        target = take(batch.targets[self.teacher].patches(-1), mask.keep)  # [B, n_keep, D]
 
         return F.mse_loss(predicted.float(), target.float()), {}

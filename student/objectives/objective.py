@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..backbone import Encoded
+from ..backbones import Encoded
 from ..batch import Batch, Needs, TeacherShape
-from ..config import BackboneConfig
+from ..config import BackboneConfig, ObjectiveConfig
 from ..errors import ConfigError
 from ..masking import Mask
 
+Teachers = tuple[TeacherShape, ...]
+
 
 class Objective(nn.Module):
-    """A loss together with the heads and predictors it trains; says in `needs` what it reads of the teacher."""
+    """A loss together with the heads and predictors it trains; says in `needs` what it reads of its teacher.
+
+    Built by `Subclass(config, backbone, teachers)`. Sums over the tokens of one crop may only meet those of other crops as a
+    plain mean, unless the class says otherwise (Contrast): then gradient accumulation equals the large batch.
+    """
 
     needs: Needs
+    teacher: int | None
+    """Place of the teacher it reads among the run's teachers; None: it reads none."""
+    reads_final_norm = True
+    """Whether it looks at `Encoded.tokens`; if none of a student's objectives does, what leads there is not trained."""
     no_decay: frozenset[str] = frozenset()
     """Names of own parameters with more than one axis that weight decay spares."""
 
@@ -22,19 +32,26 @@ class Objective(nn.Module):
         """The loss, a float32 scalar without its weight, and further scalars worth logging."""
         raise NotImplementedError
 
+    def after_batch(self) -> None:
+        """What has to follow the backward pass of a micro-batch. Most have nothing to do."""
 
-def require_teacher(kind: str, backbone: BackboneConfig, teacher: TeacherShape | None) -> TeacherShape:
-    """The teacher, if there is one and it looks at the student's patches; else ConfigError."""
-    if teacher is None:
+    def after_step(self, step: int, total_steps: int) -> None:
+        """What has to follow an update of the weights; `step` of `total_steps` is done. Most have nothing to do."""
+
+
+def require_teacher(config: ObjectiveConfig, backbone: BackboneConfig, teachers: Teachers) -> TeacherShape:
+    """The teacher an objective reads, if it is there and looks at the student's patches; else ConfigError."""
+    if config.teacher >= len(teachers):
+        there = f"has {len(teachers)}: {', '.join(teacher.name for teacher in teachers)}" if teachers else "has none"
         raise ConfigError(
-            f"The objective {kind} learns from a teacher's tokens, and this run has no teacher. "
-            f"Train from a cache, or use the objective reconstruct alone."
+            f"The objective {config.name} learns from the tokens of teacher {config.teacher + 1}, and this run {there}. "
+            f"Train from a cache that has it, or use the objective reconstruct alone."
         )
+    teacher = teachers[config.teacher]
     if teacher.grid != backbone.grid:
         raise ConfigError(
-            f"The objective {kind} compares patch by patch: the student has {backbone.grid} patches "
-            f"({backbone.image_size} pixels in patches of {backbone.patch_size}), the teacher "
-            f"{teacher.name} has {teacher.grid}. Choose backbone.image_size and backbone.patch_size "
-            f"to match, or another teacher."
+            f"The objective {config.name} compares patch by patch: the student has {backbone.grid} patches "
+            f"({backbone.image_size} pixels, {backbone.stride} a patch), the teacher {teacher.name} has {teacher.grid}. "
+            f"Choose a backbone of that grid, or another teacher."
         )
     return teacher

@@ -1,0 +1,25 @@
+"""The console scripts student-train, also as `python -m student`, and student-eval."""
+
+from teacher_cache.signals import run_program
+
+
+def train() -> None:
+    def load():
+        from .cli import train
+
+        return train
+
+    run_program(load)
+
+
+def evaluate() -> None:
+    def load():
+        from .cli import evaluate
+
+        return evaluate
+
+    run_program(load)
+
+
+if __name__ == "__main__":
+    train()
