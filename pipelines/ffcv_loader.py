@@ -7,6 +7,7 @@ stages, which hands exceptions to the consumer and ends when the consumer leaves
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -29,39 +30,39 @@ from teacher_cache.compiled import (
     check_rows,
     copy_rows,
     decode_rows,
-    pointer_i64,
-    pointer_u8,
-    pointer_u32,
-    pointer_u64,
     use_threads,
 )
 from teacher_cache.errors import CacheCorruptError
+from teacher_cache.pointers import pointer_i64, pointer_u8, pointer_u32, pointer_u64
 from teacher_cache.reader import CHECKS, StoreReader
 
 ALIGN = 16  # bytes; parts of a record start at multiples of this
 
 # Fields of the uint64 tables through which compiled code finds everything else: addresses, counts and flags.
 BASE, POINTERS, SIZES, CRCS, N_CROPS, IS_JPEG, CROP_ERRORS, N_CROP_FIELDS = range(8)
-SHARDS, SHARD_SIZES, N_SHARDS, SHARD_ROWS, CHECKED, CHECK, OFFSET, PART_ERRORS, N_PART_FIELDS = range(9)
+HANDLES, SHARD_SIZES, N_SHARDS, BY_PREAD, SHARD_ROWS, CHECKED, CHECK, OFFSET, PART_ERRORS, N_PART_FIELDS = range(10)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One array within the record of a row: a record is all wanted arrays of a store, back to back."""
+    """One array within the record of a row: a record is all wanted arrays of all stores, back to back."""
 
+    store: int
+    """Place of its store among those that are read."""
     array: str
     offset: int
     """Bytes from the start of the record; a multiple of ALIGN."""
     n_bytes: int
 
 
-def record_layout(store: StoreReader, arrays: list[str]) -> tuple[list[Part], int]:
-    """Where each array lies in a record, and the bytes of a record."""
+def record_layout(stores: list[StoreReader], arrays: list[list[str]]) -> tuple[list[Part], int]:
+    """Where each array lies in a record, and the bytes of a record. arrays: those wanted of each store."""
     parts, offset = [], 0
-    for array in arrays:
-        n_bytes = store.spec.row_bytes(array, store.teacher)
-        parts.append(Part(array, offset, n_bytes))
-        offset += -(-n_bytes // ALIGN) * ALIGN
+    for place, (store, wanted) in enumerate(zip(stores, arrays, strict=True)):
+        for array in wanted:
+            n_bytes = store.spec.row_bytes(array, store.teacher)
+            parts.append(Part(place, array, offset, n_bytes))
+            offset += -(-n_bytes // ALIGN) * ALIGN
     return parts, offset
 
 
@@ -111,9 +112,10 @@ class DecodeCrops(Operation):
 
 
 class FetchTargets(Operation):
-    """FFCV operation: the records of a batch, copied from the mapped shards of the store that `open` named last.
+    """FFCV operation: the records of a batch, copied from the open shards of the store that `open` named last.
 
-    Output: uint8 [B, record bytes] (record_layout). Each row's CRC-32C is compared as the store's `check` says.
+    Output: uint8 [B, record bytes] (record_layout). Each row's CRC-32C is compared as the store's `check` says. May only run
+    inside `holding` of the batch.
     """
 
     def __init__(self, parts: list[Part], record_bytes: int, max_batch: int):
@@ -122,19 +124,28 @@ class FetchTargets(Operation):
         self.control = np.zeros((len(parts), N_PART_FIELDS), "uint64")
         self.errors = np.zeros((len(parts), max_batch), "int64")
 
-    def open(self, store: StoreReader) -> None:
-        self.store = store  # keeps the maps alive
+    def open(self, stores: list[StoreReader]) -> None:
+        self.stores = stores  # keeps the tables alive
         for part, line, errors in zip(self.parts, self.control, self.errors, strict=True):
-            mapped = store.mapped(part.array)
-            line[SHARDS], line[SHARD_SIZES] = mapped.addresses.ctypes.data, mapped.sizes.ctypes.data
-            line[N_SHARDS], line[SHARD_ROWS] = len(mapped.sizes), store.spec.shard_rows
-            line[CHECKED], line[CHECK] = mapped.checked.ctypes.data, CHECKS[store.check]
+            store = stores[part.store]
+            shards, column = store.shards, store.columns[part.array]
+            line[HANDLES], line[SHARD_SIZES] = shards.handles[column].ctypes.data, shards.sizes[column].ctypes.data
+            line[N_SHARDS], line[BY_PREAD], line[SHARD_ROWS] = store.spec.n_shards, shards.by_pread, store.spec.shard_rows
+            line[CHECKED], line[CHECK] = shards.checked[column].ctypes.data, CHECKS[store.check]
             line[OFFSET], line[PART_ERRORS] = part.offset, errors.ctypes.data
+
+    def holding(self, rows: np.ndarray) -> contextlib.ExitStack:
+        """Context in which the shards of a batch are open. Raises for rows or shards that are not there."""
+        with contextlib.ExitStack() as held:
+            for place, store in enumerate(self.stores):
+                if arrays := [part.array for part in self.parts if part.store == place]:
+                    held.enter_context(store.opened(arrays, rows))
+            return held.pop_all()
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CropNotCachedError or CacheCorruptError if a row of the batch just copied failed."""
         for part, errors in zip(self.parts, self.errors, strict=True):
-            check_rows(errors[: len(rows)], rows, self.store.path / part.array)
+            check_rows(errors[: len(rows)], rows, self.stores[part.store].path / part.array)
 
     def declare_state_and_memory(self, previous_state):
         shape, dtype = (self.record_bytes,), np.dtype("u1")
@@ -143,38 +154,39 @@ class FetchTargets(Operation):
     def generate_code(self) -> Callable:
         address, n_parts, record_bytes = self.control.ctypes.data, len(self.parts), self.record_bytes
         row_bytes = np.array([part.n_bytes for part in self.parts], "uint64")
-        n_rows = np.int64(len(self.store))
+        n_rows = np.int64(len(self.stores[0]))  # the same for all: they belong to one view
 
         def fetch(rows, out, metadata, storage_state):
             control = carray(pointer_u64(np.uint64(address)), (n_parts, N_PART_FIELDS))
             for i in range(n_parts):
                 line = control[i]
-                shards = carray(pointer_u64(line[SHARDS]), line[N_SHARDS])
+                handles = carray(pointer_u64(line[HANDLES]), line[N_SHARDS])
                 sizes = carray(pointer_u64(line[SHARD_SIZES]), line[N_SHARDS])
                 checked = carray(pointer_u8(line[CHECKED]), n_rows)
                 errors = carray(pointer_i64(line[PART_ERRORS]), len(rows))
                 start = np.uint64(out.ctypes.data) + line[OFFSET]
-                copy_rows(rows, start, record_bytes, shards, sizes, np.int64(line[SHARD_ROWS]), row_bytes[i], checked,
-                          np.int64(line[CHECK]), errors)  # fmt: skip
+                copy_rows(rows, start, record_bytes, handles, sizes, line[BY_PREAD] == 1, np.int64(line[SHARD_ROWS]),
+                          row_bytes[i], checked, np.int64(line[CHECK]), errors)  # fmt: skip
             return out[: len(rows)]
 
         return fetch
 
 
 class ReadTargets:
-    """What FetchTargets does, for stores that a compiled copy cannot read (compressed, or the zarr route)."""
+    """What FetchTargets does, where a compiled copy cannot read one of the stores (compressed, or the zarr reader)."""
 
     def __init__(self, parts: list[Part], record_bytes: int):
         self.parts, self.record_bytes = parts, record_bytes
 
-    def open(self, store: StoreReader) -> None:
-        self.store = store
+    def open(self, stores: list[StoreReader]) -> None:
+        self.stores = stores
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [B, record bytes]"""
         out = np.zeros((len(rows), self.record_bytes), "u1")
         for part in self.parts:
-            out[:, part.offset : part.offset + part.n_bytes] = self.store.read(part.array, rows).reshape(len(rows), -1).view("u1")
+            values = self.stores[part.store].read(part.array, rows)
+            out[:, part.offset : part.offset + part.n_bytes] = values.reshape(len(rows), -1).view("u1")
         return out
 
 
@@ -188,25 +200,27 @@ class RawBatch:
 
 
 class JoinedLoader:
-    """One FFCV loader for a whole run: crops of any view joined with the rows of its store. Compiled once.
+    """One FFCV loader for a whole run: crops of any view joined with the rows of its stores. Compiled once.
 
-    batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches prepared in advance.
+    arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches
+    prepared in advance.
     """
 
-    def __init__(self, crops: CropReader, store: StoreReader | None, arrays: list[str], batch_rows: int,
+    def __init__(self, crops: CropReader, stores: list[StoreReader], arrays: list[list[str]], batch_rows: int,
                  workers: int, ahead: int = 3):  # fmt: skip
         self.batch_rows, self.workers, self.ahead = batch_rows, workers, ahead
-        self.parts, self.record_bytes = record_layout(store, arrays) if arrays else ([], 0)
+        self.parts, self.record_bytes = record_layout(stores, arrays)
         self.decode = DecodeCrops(crops.size, batch_rows)
         self.fetch: FetchTargets | None = None
         self.read: ReadTargets | None = None
+        self.stores: list[StoreReader] = []
         specs = {"image": PipelineSpec("image", decoder=self.decode)}
-        if arrays and store.route == "direct" and all(dict(store.spec.codecs)[array] == "none" for array in arrays):
+        if self.parts and all(_is_plain(stores[part.store], part.array) for part in self.parts):
             self.fetch = FetchTargets(self.parts, self.record_bytes, batch_rows)
             specs["targets"] = PipelineSpec("label", decoder=self.fetch)
-        elif arrays:
+        elif self.parts:
             self.read = ReadTargets(self.parts, self.record_bytes)
-        self.open(crops, store)
+        self.open(crops, stores)
 
         reader = Reader(str(crops.path))
         self.metadata = reader.metadata
@@ -229,14 +243,18 @@ class JoinedLoader:
             self.copied[self.handed_out] = event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
 
-    def open(self, crops: CropReader, store: StoreReader | None) -> None:
-        """Read from another view from now on. No epoch may be running."""
+    def open(self, crops: CropReader, stores: list[StoreReader]) -> None:
+        """Read from another view from now on; the shards of the one before are closed. No epoch may be running."""
         if crops.size != self.decode.size:
             raise CacheCorruptError(f"{crops.path}: crops of {crops.size} px, {self.decode.size} px in the views before.")
         self.decode.open(crops)
         for reader in (self.fetch, self.read):
             if reader is not None:
-                reader.open(store)
+                reader.open(stores)
+        for store in self.stores:
+            if store not in stores:
+                store.close()  # how many may be open is counted by the process, not by the store
+        self.stores = stores
 
     def run(self, rows: np.ndarray, slot: int) -> RawBatch:
         """Decode and copy one batch into ring buffer `slot`; raises for the first row that is damaged or missing."""
@@ -244,9 +262,10 @@ class JoinedLoader:
         for kind, prefix in (("operation", "memory"), ("shared", "shared_memory")):
             for node, buffers in self.memory[kind].items():
                 arguments[f"{prefix}_{node}"] = select_buffer(buffers, slot, len(rows))
-        for stage, defined in self.stages:
-            results = stage(**arguments)
-            arguments |= {f"result_{node}": result for node, result in zip(defined, results, strict=True)}
+        with self.fetch.holding(rows) if self.fetch is not None else contextlib.nullcontext():
+            for stage, defined in self.stages:
+                results = stage(**arguments)
+                arguments |= {f"result_{node}": result for node, result in zip(defined, results, strict=True)}
         images, *records = (arguments[f"result_{node}"] for node in self.outputs)
         self.decode.check(rows)
         if self.fetch is not None:
@@ -311,6 +330,11 @@ class _Ahead:
         self.stopping.set()
         self.slots.release()
         self.thread.join()
+
+
+def _is_plain(store: StoreReader, array: str) -> bool:
+    """Whether compiled code can copy its rows as they lie on disk."""
+    return store.reader != "zarr" and dict(store.spec.codecs)[array] == "none"
 
 
 def default_workers() -> int:

@@ -14,7 +14,7 @@ from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
 from teacher_cache.crops import CropPlan, cut, draw, load_image
 from teacher_cache.errors import BadInputError, MismatchError
-from teacher_cache.images import scan
+from teacher_cache.images import read_image, scan
 
 from .source import normalise
 
@@ -55,7 +55,7 @@ class LabelledImages:
 
         def one(row: int) -> np.ndarray:
             name = self.images.names[row]
-            image = load_image((self.path / name).read_bytes(), name)
+            image = load_image(read_image(self.path, name), name)
             return np.asarray(cut(plan, image, draw(plan, name, 0, image.height, image.width)))
 
         with ThreadPoolExecutor() as pool:

@@ -7,21 +7,25 @@ extraction uses: the oracle of the tests, and the baseline of every speed claim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
-from teacher_cache.beton import CropReader
+from student.distributed import local_processes
+from teacher_cache.beton import CropReader, read_checksums
 from teacher_cache.cache import Cache, View
+from teacher_cache.durable import canonical_json
 from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import extract_command, read_manifest, shared_sha256
 
-from .ffcv_loader import JoinedLoader, RawBatch, default_workers
+from .ffcv_loader import JoinedLoader, Part, RawBatch, default_workers
 from .order import Order
 
 STUDENT_MEAN, STUDENT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,8 +61,8 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
 
 
-def complete_views(cache: Cache, store_name: str | None, n_views: int | None) -> list[View]:
-    """The views to train on: the first `n_views`, by default all. Each must be whole, with its store.
+def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None) -> list[View]:
+    """The views to train on: the first `n_views`, by default all. Each must be whole, with its stores.
 
     Raises NotInCacheError that gives the numbers and the command that mends it.
     """
@@ -70,7 +74,7 @@ def complete_views(cache: Cache, store_name: str | None, n_views: int | None) ->
             f"teacher-cache crop --images DIR --views {wanted} {cache.path}"
         )
     views = present[:wanted]
-    for view in views if store_name else ():
+    for view, store_name in itertools.product(views, store_names):
         if store_name not in view.store_names():
             names = view.store_names()
             raise NotInCacheError(
@@ -111,15 +115,18 @@ def teacher_spec(cache: Cache, store_name: str) -> TeacherSpec:
 class CropSource:
     """Crops without targets, in the order of the run; the part that cached and live sources share.
 
+    rank, world: of `world` processes that share each step of `batch_size` rows, this one takes the slice number `rank`.
     steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises NotInCacheError for a cache with fewer rows than
     a step takes, or without the views or targets asked for.
     """
 
     def __init__(self, cache: Cache, *, batch_size: int, accumulate: int = 1, seed: int = 0, device="cpu",
-                 n_views: int | None = None, workers: int | None = None, store_name: str | None = None):  # fmt: skip
+                 n_views: int | None = None, workers: int | None = None, store_names: Sequence[str] = (),
+                 rank: int = 0, world: int = 1):  # fmt: skip
         self.cache, self.device, self.accumulate = cache, torch.device(device), accumulate
-        self.store_name = store_name
-        self.views = complete_views(cache, store_name, n_views)
+        self.store_names = tuple(store_names)
+        self.rank, self.world = rank, world
+        self.views = complete_views(cache, store_names, n_views)
         if cache.n_images < batch_size:
             raise NotInCacheError(
                 f"{cache.path} has {cache.n_images:,} rows, one step takes {batch_size:,}. "
@@ -133,25 +140,27 @@ class CropSource:
             "views": [view.crops_sha256 for view in self.views],
             "order": {"seed": seed, "block_rows": self.order.block_rows, "window_blocks": self.order.window_blocks},
         }
-        self._workers = workers or default_workers()
+        self._workers = workers or max(1, default_workers() // local_processes())
         self._loader: JoinedLoader | None = None
-        self._opened: dict[int, tuple[CropReader, StoreReader | None]] = {}
+        self._opened: dict[int, tuple[CropReader, list[StoreReader]]] = {}
         self._labels = torch.from_numpy(cache.images().labels)
 
-    def _first_store(self) -> StoreReader:
-        return StoreReader(self.views[0].store_path(self.store_name))
-
-    def _open(self, view: View) -> tuple[CropReader, StoreReader | None]:
-        crops = CropReader(view.path)
+    def _open(self, view: View) -> tuple[CropReader, list[StoreReader]]:
+        crops, crops_id = CropReader(view.path), read_checksums(view.path)["crops_id"]
+        if (crops_id, len(crops)) != (self.cache.crops_id, self.cache.n_images):
+            raise CacheCorruptError(
+                f"{view.path} holds {len(crops):,} crops of another cache ({crops_id[:12]}; this one is "
+                f"{self.cache.crops_id[:12]} with {self.cache.n_images:,}). Delete the folder and make the view again."
+            )
         crops.require_same_decoder()
-        return crops, None
+        return crops, []
 
-    def _arrays(self) -> list[str]:
-        """The store's arrays that are read."""
+    def _arrays(self) -> list[list[str]]:
+        """The arrays that are read of each store."""
         return []
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets | None:
-        return None
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
+        return ()
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
@@ -159,12 +168,13 @@ class CropSource:
             view = self.views[epoch % len(self.views)]
             if view.number not in self._opened:  # once a run: readers remember which rows they have checked
                 self._opened[view.number] = self._open(view)
-            crops, store = self._opened[view.number]
-            micro_rows = rows.reshape(-1, rows.shape[1] // self.accumulate)
+            crops, stores = self._opened[view.number]
+            own = rows.reshape(len(rows), self.world, -1)[:, self.rank]  # [steps, batch_size / world]
+            micro_rows = own.reshape(-1, own.shape[1] // self.accumulate)
             if self._loader is None:
-                self._loader = JoinedLoader(crops, store, self._arrays(), micro_rows.shape[1], self._workers)
+                self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers)
             else:
-                self._loader.open(crops, store)
+                self._loader.open(crops, stores)
             for raw in self._loader.batches(micro_rows):
                 yield self._batch(raw)
 
@@ -177,52 +187,46 @@ class CropSource:
         return batch
 
 
-class CachedSource(CropSource):
-    """Crops joined with the targets that a student `needs`, from one store of the cache."""
+class _Stored:
+    """What a run reads of one teacher's stores: layers, their quantiser, the way from a record to targets."""
 
-    def __init__(self, cache: Cache, store_name: str, needs: Needs, *, route: str = "direct", check: str = "first", **options):
-        self.needs, self.route, self.check = needs, route, check
-        super().__init__(cache, store_name=store_name, **options)
-        store = self._first_store()
-        self.teacher, self.spec = store.teacher, store.spec
+    def __init__(self, store: StoreReader, name: str, needs: Needs, cache: Cache, device: torch.device):
+        self.needs, self.teacher, self.spec = needs, store.teacher, store.spec
         self.layers = block_numbers(needs, self.teacher)
         missing = [layer for layer in self.layers if layer not in self.spec.layers]
         if missing or needs.attention and not self.spec.attention:
             what = f"layers {', '.join(map(str, missing))}" if missing else "attention"
             wanted = ",".join(map(str, sorted({*self.layers, *self.spec.layers})))
-            command = extract_command(cache.path, f"{store_name}-more", store.manifest)
+            command = extract_command(cache.path, f"{name}-more", store.manifest)
             raise NotInCacheError(
                 f"{store.path} lacks {what}; it holds layers {', '.join(map(str, self.spec.layers))} of {self.teacher.depth}"
                 f"{' and attention' if self.spec.attention else ', no attention'}. Make a store that has them: {command} "
-                f"--layers {wanted}; then train with --teacher {store_name}-more."
+                f"--layers {wanted}; then train with --teacher {name}-more."
             )
-        self.identity |= {
-            "store": store_name,
+        self.identity = {
+            "store": name,
             "weights_sha256": self.teacher.weights_sha256,
             "probe_sha256": store.manifest.probe_sha256,
+            "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(store.path))).hexdigest(),  # quantiser, head and probe
             "dtype": self.spec.dtype,
         }
-        self.head = teacher_head(store.head, self.device)
+        self.head = teacher_head(store.head, device)
         statistics = [store.statistics[layer] for layer in self.layers] if self.spec.dtype == "int8" else []
-        stacked = lambda name: torch.from_numpy(np.stack([getattr(s, name) for s in statistics])).to(self.device)  # noqa: E731
+        stacked = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in statistics])).to(device)  # noqa: E731
         self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
 
-    def _open(self, view: View) -> tuple[CropReader, StoreReader]:
-        crops, _ = super()._open(view)
-        return crops, StoreReader(view.store_path(self.store_name), self.route, self.check)
-
-    def _arrays(self) -> list[str]:
+    @property
+    def arrays(self) -> list[str]:
         tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
         return tokens + ["scale"] * (self.spec.dtype == "int8" and bool(tokens)) + ["attention"] * self.needs.attention
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets:
-        """One transfer of the quantised record; tokens become float on the device."""
-        record = torch.from_numpy(raw.records).to(self.device, non_blocking=True)  # uint8 [B, record bytes]
-        parts = {part.array: record[:, part.offset : part.offset + part.n_bytes] for part in self._loader.parts}
+    def targets(self, record: Tensor, parts: list[Part]) -> Targets:
+        """Targets from records uint8 [B, record bytes] on the device; parts: of this teacher's arrays."""
+        bytes_of = {part.array: record[:, part.offset : part.offset + part.n_bytes] for part in parts}
 
         def view(array: str) -> Tensor:
             shape = self.spec.row_shape(array, self.teacher)
-            return parts[array].view(getattr(torch, self.spec.row_dtype(array))).unflatten(1, shape)
+            return bytes_of[array].view(getattr(torch, self.spec.row_dtype(array))).unflatten(1, shape)
 
         attention = view("attention").clone() if self.needs.attention else None
         if not self.layers:
@@ -239,6 +243,37 @@ class CachedSource(CropSource):
         return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head)
 
 
+class CachedSource(CropSource):
+    """Crops joined with the targets that a student needs of each of its teachers, from as many stores of the cache."""
+
+    def __init__(self, cache: Cache, store_names: Sequence[str], needs: Sequence[Needs], *, reader: str = "mmap",
+                 check: str = "first", **options):  # fmt: skip
+        self.reader, self.check = reader, check
+        super().__init__(cache, store_names=store_names, **options)
+        first = self.views[0]
+        self.stored = [
+            _Stored(StoreReader(first.store_path(name)), name, wanted, cache, self.device)
+            for name, wanted in zip(store_names, needs, strict=True)
+        ]
+        self.identity["teachers"] = [stored.identity for stored in self.stored]
+
+    def _open(self, view: View) -> tuple[CropReader, list[StoreReader]]:
+        crops, _ = super()._open(view)
+        return crops, [StoreReader(view.store_path(name), self.reader, self.check) for name in self.store_names]
+
+    def _arrays(self) -> list[list[str]]:
+        return [stored.arrays for stored in self.stored]
+
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
+        """One transfer of the quantised record; tokens become float on the device."""
+        records = raw.records if raw.records is not None else np.zeros((len(raw.rows), 0), "u1")
+        record = torch.from_numpy(records).to(self.device, non_blocking=True)  # uint8 [B, record bytes]
+        return tuple(
+            stored.targets(record, [part for part in self._loader.parts if part.store == place])
+            for place, stored in enumerate(self.stored)
+        )
+
+
 def dequantise(q: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int) -> Tensor:
     """teacher_cache.quantize.dequantise on the device: int8 [B, T, D], float16 [B, T, G] -> float32 [B, T, D]."""
     step = scale.float().repeat_interleave(group, dim=-1)[..., : q.shape[-1]]
@@ -246,22 +281,31 @@ def dequantise(q: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: 
 
 
 class LiveSource(CropSource):
-    """The same crops in the same order, their targets computed by `teacher` on the spot.
+    """The same crops in the same order, their targets computed by the teachers on the spot.
 
-    teacher: a teacher_cache.teachers.base.Teacher on the source's device.
+    teachers: teacher_cache.teachers.base.Teacher, on the source's device; needs: of each of them.
     """
 
-    def __init__(self, cache: Cache, teacher, needs: Needs, **options):
+    def __init__(self, cache: Cache, teachers: Sequence, needs: Sequence[Needs], **options):
         super().__init__(cache, **options)
-        if teacher.device.type != self.device.type:
-            raise UsageError(f"The teacher is on {teacher.device}, the student on {self.device}.")
-        self.teacher, self.needs = teacher, needs
-        self.layers = block_numbers(needs, teacher.spec)
-        self.identity |= {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256}
-        self.head = teacher_head(teacher.head, self.device)
+        self.teachers, self.needs = list(teachers), list(needs)
+        for teacher in self.teachers:
+            if teacher.device.type != self.device.type:
+                raise UsageError(f"The teacher is on {teacher.device}, the student on {self.device}.")
+        self.identity["teachers"] = [
+            {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256} for teacher in self.teachers
+        ]
+        self.heads = [teacher_head(teacher.head, self.device) for teacher in self.teachers]
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> Targets:
-        output = self.teacher(images_u8, self.layers or [self.teacher.spec.depth])
-        tokens = output.tokens[:, : len(self.layers)]
-        return Targets(tokens, self.needs.layers, self.teacher.spec.has_cls, output.attention if self.needs.attention else None,
-                       self.head)  # fmt: skip
+    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
+        return tuple(
+            self._targets_of(teacher, needs, head, images_u8)
+            for teacher, needs, head in zip(self.teachers, self.needs, self.heads, strict=True)
+        )
+
+    @staticmethod
+    def _targets_of(teacher, needs: Needs, head: TeacherHead, images_u8: Tensor) -> Targets:
+        layers = block_numbers(needs, teacher.spec)
+        output = teacher(images_u8, layers or [teacher.spec.depth])
+        attention = output.attention if needs.attention else None
+        return Targets(output.tokens[:, : len(layers)], needs.layers, teacher.spec.has_cls, attention, head)

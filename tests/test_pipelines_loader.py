@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cache_fakes import flip_bit
 
 from pipelines.ffcv_loader import JoinedLoader
 from teacher_cache.beton import CropReader
+from teacher_cache.commits import write_commit
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError
 from teacher_cache.reader import StoreReader
 
@@ -19,12 +23,18 @@ ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
 
 def loader_of(cache, batch_rows=4, workers=2, store="fake", arrays=ARRAYS, **options) -> JoinedLoader:
     view = cache.view(0)
-    return JoinedLoader(CropReader(view.path), StoreReader(view.store_path(store), **options), arrays, batch_rows, workers)
+    return JoinedLoader(CropReader(view.path), [StoreReader(view.store_path(store), **options)], [arrays], batch_rows, workers)
 
 
 @pytest.fixture(scope="module")
 def loader(shared_cache) -> JoinedLoader:
     return loader_of(shared_cache)
+
+
+@pytest.fixture(scope="module")
+def shared_loaders(shared_cache):
+    """(store, reader) -> a loader, compiled once. A test opens the view that it wants to read."""
+    return functools.cache(lambda store, reader: loader_of(shared_cache, store=store, reader=reader))
 
 
 def without_padding(loader, records) -> np.ndarray:
@@ -47,11 +57,15 @@ def test_pixel_identity(shared_cache, batch_rows, workers):
             assert np.array_equal(raw.images, seen_by_teacher[raw.rows])
 
 
-@pytest.mark.parametrize("store, options", [("fake", {}), ("fake", {"route": "zarr"}), ("fake-zstd", {})], ids=str)
+WAYS = [("fake", {}), ("fake", {"reader": "pread"}), ("fake", {"window": 2}), ("fake", {"reader": "pread", "window": 1}),
+        ("fake", {"reader": "zarr"}), ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
+
+
+@pytest.mark.parametrize("store, options", WAYS, ids=str)
 def test_records_are_the_rows(shared_cache, store, options):
     """A record is the stored bytes of its row, from every array, whichever way the store is read."""
     loader, plain = loader_of(shared_cache, store=store, **options), StoreReader(shared_cache.view(0).store_path("fake"))
-    assert (loader.fetch is None) == (store != "fake" or bool(options))
+    assert (loader.fetch is None) == (store != "fake" or options.get("reader") == "zarr")
     order = np.random.default_rng(0).permutation(24).reshape(-1, 4)
     for rows, _, records in copies(loader, order):
         stored = [plain.read(array, rows).reshape(len(rows), -1).view("u1") for array in ARRAYS]
@@ -64,11 +78,11 @@ def test_views_are_swapped_in(shared_cache):
     rows = np.arange(8).reshape(2, 4)
     first = copies(loader, rows)
     view = shared_cache.view(1)
-    loader.open(CropReader(view.path), StoreReader(view.store_path("fake")))
+    loader.open(CropReader(view.path), [StoreReader(view.store_path("fake"))])
     other = copies(loader, rows)
     assert np.array_equal(np.concatenate([images for _, images, _ in other]), CropReader(view.path).read(np.arange(8)))
     assert not np.array_equal(first[0][2], other[0][2])
-    loader.open(CropReader(shared_cache.view(0).path), StoreReader(shared_cache.view(0).store_path("fake")))
+    loader.open(CropReader(shared_cache.view(0).path), [StoreReader(shared_cache.view(0).store_path("fake"))])
     for before, after in zip(first, copies(loader, rows), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -99,40 +113,81 @@ def test_an_exception_reaches_the_consumer(loader, monkeypatch):
     assert len(seen) == 2
 
 
-def flip_bit(path, position: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 16]))
-
-
 def test_a_corrupt_crop_raises(cache):
     """One flipped bit inside a JPEG raises with the row, although the JPEG may decode without complaint."""
     crops = CropReader(cache.view(0).path)
-    flip_bit(crops.path, int(crops.pointers[9] + crops.sizes[9] // 2))
+    flip_bit(crops.path, 8 * int(crops.pointers[9] + crops.sizes[9] // 2))
     with pytest.raises(CacheCorruptError, match="row 9 "):
         list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
 
 
-def test_a_corrupt_target_raises(cache):
+COMPILED = pytest.mark.parametrize("reader", ["mmap", "pread"])
+SHARD = "tokens/06/c.1.0.0"  # rows 8 to 15
+
+
+@COMPILED
+def test_a_corrupt_target_raises(cache, reader):
     """One flipped bit in a stored row raises with array and row at its first read."""
-    flip_bit(cache.view(0).store_path("fake") / "tokens/06/c.1.0.0", 2 * (17 * 24 + 4) + 100)
+    flip_bit(cache.view(0).store_path("fake") / SHARD, 8 * (64 + 2 * (17 * 24 + 4) + 100))
     with pytest.raises(CacheCorruptError, match="tokens/06: row 10 "):
-        list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
+        list(loader_of(cache, reader=reader).batches(np.arange(24).reshape(6, 4)))
 
 
-def test_an_unextracted_row_raises(cache):
+@COMPILED
+def test_an_unextracted_row_raises(cache, reader):
     """A row that was never extracted raises; it is never zeros."""
     store = cache.view(0).store_path("fake")
     shards = np.load(store / "shards.npy")
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
-    from teacher_cache.commits import write_commit
-
     write_commit(store, 0, shards[0])
     with pytest.raises(CropNotCachedError, match="row 8 "):
-        list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
+        list(loader_of(cache, reader=reader).batches(np.arange(24).reshape(6, 4)))
+
+
+def swap(shard: Path) -> None:
+    aside, other = shard.rename(shard.with_name("aside")), shard.with_name("c.0.0.0")
+    other.rename(shard)
+    aside.rename(other)
+
+
+DAMAGE = {
+    "deleted": Path.unlink,
+    "emptied": lambda shard: os.truncate(shard, 0),
+    "cut": lambda shard: os.truncate(shard, shard.stat().st_size // 2),
+    "swapped": swap,
+    "a wrong index": lambda shard: flip_bit(shard, -40),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake", "zarr")])
+def test_damaged_shards_raise(shared_loaders, cache, damage, store, reader):
+    """A shard that is gone, emptied, cut short or in another's place raises where its rows are asked for, with its name; the
+    batches before are right."""
+    loader, rows = shared_loaders(store, reader), np.arange(24)[::-1].reshape(6, 4)  # the third batch is the first of the shard
+    view = cache.view(0)
+    reference = [records for _, _, records in copies(loader, rows[:2])]
+    DAMAGE[damage](view.store_path(store) / SHARD)
+    loader.open(CropReader(view.path), [StoreReader(view.store_path(store), reader)])
+    seen = []
+    with pytest.raises(CacheCorruptError, match=SHARD):
+        for raw in loader.batches(rows):
+            seen.append(without_padding(loader, raw.records))
+    assert np.array_equal(seen, reference)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut"])
+def test_cut_short_while_training(shared_loaders, cache, damage):
+    """With pread, a shard that is cut short in place while it is open raises in the consumer, and the process lives on."""
+    loader, view = shared_loaders("fake", "pread"), cache.view(0)
+    loader.open(CropReader(view.path), [StoreReader(view.store_path("fake"), "pread")])
+    rows = np.arange(24).reshape(6, 4)
+    assert len(copies(loader, rows)) == 6
+    DAMAGE[damage](view.store_path("fake") / SHARD)
+    with pytest.raises(CacheCorruptError, match="tokens/06: row 8 is damaged .its shard was cut short"):
+        copies(loader, rows)
+    assert len(copies(loader, rows[4:])) == 2
 
 
 def test_leaving_early_leaks_no_thread(loader):
@@ -166,10 +221,14 @@ def test_two_loaders_at_once(shared_cache, loader):
         assert np.array_equal(without_padding(other, second.records), reference[2])
 
 
-def test_no_file_descriptor_a_shard(shared_cache):
-    """Mapping shards keeps no descriptors open: ImageNet's thousands of shards would exhaust them."""
+def test_few_shards_stay_open(shared_loaders, cache):
+    """Going to another view closes the shards of the one before, and maps keep no file open."""
+    loader, rows = shared_loaders("fake", "mmap"), np.arange(24).reshape(6, 4)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    readers = [StoreReader(shared_cache.view(0).store_path("fake")) for _ in range(20)]
-    for reader in readers:
-        reader.read("tokens/06", np.arange(24))
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    readers = [(CropReader(view.path), [StoreReader(view.store_path("fake"))]) for view in cache.views()]
+    for number in (0, 1, 0):
+        loader.open(*readers[number])
+        copies(loader, rows)
+        maps = Path("/proc/self/maps").read_text()
+        assert [view.number for view in cache.views() if f"{view.path}/fake.zarr" in maps] == [number]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + len(readers) + 1  # one a crops.beton

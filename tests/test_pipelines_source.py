@@ -9,91 +9,146 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cache_fakes import crop_folder
 from fakes import FakeTeacher
 
 from pipelines.presets import PRESETS, recipe
 from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, teacher_shape
-from student.batch import Needs
-from student.config import AlignConfig
+from student.batch import Batch, Needs
 from student.masking import draw_noise
 from student.model import Student
 from teacher_cache import quantize
 from teacher_cache.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError
 from teacher_cache.extract import ExtractPlan, extract_view
+from teacher_cache.reader import READERS
 
 ALL = Needs(layers=(-5, -4, -3, -2, -1), attention=True)
 # The stated bounds, relative: float16 rounding (2**-11 a value), and int8 with its measured error of about 1 %.
 BOUND = {"fake16": (2e-4, 2e-3), "fake": (1e-2, 5e-2)}
 
 
-def small_config(preset: str):
-    """The preset's method on the crops and grid of the test cache."""
-    config = recipe(preset).tiny().config
-    levels = [replace(o, levels=3) if isinstance(o, AlignConfig) else o for o in config.objectives]
-    return replace(
-        config, backbone=replace(config.backbone, image_size=32, patch_size=8), objectives=tuple(levels), batch_size=12
-    )
+class Unlike(FakeTeacher):
+    """A FakeTeacher with something left out, for methods whose teachers lack it."""
+
+    def __init__(self, has_cls: bool):
+        super().__init__(has_cls=has_cls)
+        self.spec = replace(self.spec, projection_dim=None)
+        del self.head["projection"]
 
 
-def loss_and_gradients(config, source, teacher):
-    """Loss, parts and gradients of one step of a fresh student on the source's first batch."""
-    student = Student(config, teacher_shape(teacher.spec))
-    batch = next(iter(source(student.needs).micro_batches(0, 1)))
-    noise = draw_noise(config.seed, 0, config.batch_size, student.n_patches)
+TEACHERS = {"fake": FakeTeacher(), "plain": Unlike(True), "gap": Unlike(False)}
+"""With projection and CLS, as CLIP; with CLS alone, as DINO; with neither, as a Swin."""
+
+
+def stand_in(name: str) -> str:
+    """Which of the fake teachers has what a preset's real one has."""
+    return "gap" if name.startswith("moby") else "fake" if name.startswith("clip") else "plain"
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory, image_folder):
+    """The first batch of 8 with all layers of three teachers: live, from float16 and from int8 stores of one cache."""
+    cache = crop_folder(tmp_path_factory.mktemp("teachers") / "c", image_folder)
+    for name, teacher in TEACHERS.items():
+        for suffix, dtype in (("", "int8"), ("16", "float16")):
+            plan = ExtractPlan(layers="last6", dtype=dtype, shard_rows=8, batch_size=5)
+            extract_view(cache.view(0), name + suffix, teacher, plan)
+    every = tuple(range(-6, 0))
+    needs = [Needs(every, attention=teacher.spec.has_cls) for teacher in TEACHERS.values()]
+    sources = {"live": LiveSource(cache, list(TEACHERS.values()), needs, batch_size=8)}
+    for suffix in ("", "16"):
+        sources["fake" + suffix] = CachedSource(cache, [name + suffix for name in TEACHERS], needs, batch_size=8)
+    return {name: next(iter(source.micro_batches(0, 1))) for name, source in sources.items()}
+
+
+def loss_and_gradients(preset: str, batch: Batch) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of one step of a preset's fresh miniature on the targets that it wants of a batch of all."""
+    names = [stand_in(name) for name in recipe(preset).teachers]
+    shapes = tuple(teacher_shape(TEACHERS[name].spec) for name in names)
+    config = recipe(preset).tiny(shapes).config
+    student = Student(config, shapes)
+    batch = replace(batch, targets=tuple(batch.targets[list(TEACHERS).index(name)] for name in names))
     torch.manual_seed(0)  # drop path
-    loss, parts = student(batch, noise)
+    loss, _ = student(batch, student.draw_mask(batch, draw_noise(config.seed, 0, 8, student.n_patches)))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("store", BOUND)
-@pytest.mark.parametrize("preset", ["mr-mae-b16", "maskalign-b16", "mr-mae-demo", "maskalign-demo"])
-def test_cached_equals_live(shared_cache, teacher, preset, store):
-    """Loss and gradients from a cache equal the live teacher's: to float16 rounding, or within int8's stated bound."""
-    config = small_config(preset)
-    options = {"batch_size": config.batch_size}
-    live_loss, live = loss_and_gradients(config, lambda needs: LiveSource(shared_cache, teacher, needs, **options), teacher)
-    loss, cached = loss_and_gradients(config, lambda needs: CachedSource(shared_cache, store, needs, **options), teacher)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if recipe(name).teachers])
+def test_cached_equals_live(batches, preset, store):
+    """Loss and gradients from a cache equal the live teachers': to float16 rounding, or within int8's stated bound."""
+    live_loss, live = loss_and_gradients(preset, batches["live"])
+    loss, cached = loss_and_gradients(preset, batches[store])
     loss_bound, gradient_bound = BOUND[store]
     assert abs(loss - live_loss) / live_loss < loss_bound
     assert (cached - live).norm() / live.norm() < gradient_bound
     assert loss != live_loss  # the two really took different ways
 
 
+def test_one_store_trains_five_methods(batches):
+    """The targets of one CLIP store train MR-MAE, MR-MCMAE, MaskAlign, MILAN and CAE v2: a step lowers each one's loss."""
+    batch = replace(batches["fake"], targets=batches["fake"].targets[:1])
+    shapes = (teacher_shape(TEACHERS["fake"].spec),)
+    for preset in ("mr-mae-b16", "mr-mcmae-b", "maskalign-b16", "milan-b16", "cae-v2-b16"):
+        config = recipe(preset).tiny(shapes).config
+        student = Student(config, shapes)
+        mask = student.draw_mask(batch, draw_noise(0, 0, 8, student.n_patches))
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
+        student.eval()
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss, _ = student(batch, mask)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] > losses[1] > losses[2], preset
+
+
+def test_processes_share_a_step(shared_cache):
+    """Every process takes its own slice of a step, together the rows that one process takes, in its order."""
+    whole = CachedSource(shared_cache, ["fake"], [ALL], batch_size=8, accumulate=2)
+    parts = [CachedSource(shared_cache, ["fake"], [ALL], batch_size=8, accumulate=2, rank=rank, world=2) for rank in (0, 1)]
+    rows = [[batch.rows for batch in source.micro_batches(1, 5)] for source in (whole, *parts)]
+    one, first, second = (torch.stack(of).reshape(4, -1) for of in rows)
+    assert torch.equal(one, torch.cat([first, second], 1)) and first.shape == (4, 4)
+
+
 def test_mae_has_the_same_pixels(shared_cache, teacher):
     """A method without a teacher reads the very crops that the others read, in the same order, and nothing else."""
     plain = CropSource(shared_cache, batch_size=8)
-    joined = CachedSource(shared_cache, "fake", ALL, batch_size=8)
+    joined = CachedSource(shared_cache, ["fake"], [ALL], batch_size=8)
     for mae, other in zip(plain.micro_batches(0, 7), joined.micro_batches(0, 7), strict=True):
         assert torch.equal(mae.images, other.images) and torch.equal(mae.rows, other.rows)
-        assert torch.equal(mae.labels, other.labels) and mae.targets is None
+        assert torch.equal(mae.labels, other.labels) and mae.targets == ()
 
 
 def test_targets_and_labels_belong_to_their_rows(shared_cache, teacher):
     """Over two views and a resume, every batch's targets are the teacher's on that batch's own pixels."""
-    source = CachedSource(shared_cache, "fake16", ALL, batch_size=8, accumulate=2)
+    source = CachedSource(shared_cache, ["fake16"], [ALL], batch_size=8, accumulate=2)
     labels = shared_cache.images().labels
-    live = LiveSource(shared_cache, teacher, ALL, batch_size=8, accumulate=2)
+    live = LiveSource(shared_cache, [teacher], [ALL], batch_size=8, accumulate=2)
     n_batches = 0
     for cached, on_the_spot in zip(source.micro_batches(2, 8), live.micro_batches(2, 8), strict=True):
         n_batches += 1
         assert torch.equal(cached.images, on_the_spot.images) and len(cached.images) == 4
         assert cached.labels.tolist() == labels[cached.rows.numpy()].tolist()
         for layer in ALL.layers:
-            torch.testing.assert_close(cached.targets.layer(layer), on_the_spot.targets.layer(layer), atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(cached.targets.attention, on_the_spot.targets.attention, atol=0, rtol=0)
-        torch.testing.assert_close(cached.targets.head.projection, on_the_spot.targets.head.projection, atol=0, rtol=0)
+            torch.testing.assert_close(cached.targets[0].layer(layer), on_the_spot.targets[0].layer(layer), atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(cached.targets[0].attention, on_the_spot.targets[0].attention, atol=0, rtol=0)
+        torch.testing.assert_close(cached.targets[0].head.projection, on_the_spot.targets[0].head.projection, atol=0, rtol=0)
     assert n_batches == 12
 
 
 def test_batches_stay_what_they_were(shared_cache):
     """A batch kept by the consumer is not overwritten by later ones, although the loader's buffers are."""
-    source = CachedSource(shared_cache, "fake", ALL, batch_size=4)
+    source = CachedSource(shared_cache, ["fake"], [ALL], batch_size=4)
     kept = list(source.micro_batches(0, 12))
     for batch, again in zip(kept, source.micro_batches(0, 12), strict=True):
-        assert torch.equal(batch.images, again.images) and torch.equal(batch.targets.tokens, again.targets.tokens)
-        assert torch.equal(batch.targets.attention, again.targets.attention)
+        assert torch.equal(batch.images, again.images) and torch.equal(batch.targets[0].tokens, again.targets[0].tokens)
+        assert torch.equal(batch.targets[0].attention, again.targets[0].attention)
 
 
 def test_dequantise_equals_the_reference():
@@ -112,8 +167,8 @@ def test_dequantise_equals_the_reference():
     [
         (lambda c: CropSource(c, batch_size=25), "24 rows, one step takes 25"),
         (lambda c: CropSource(c, batch_size=4, n_views=3), "has 2 finished views, 3 are asked for.*--views 3"),
-        (lambda c: CachedSource(c, "nope", ALL, batch_size=4), "no targets of nope; it has fake, fake-zstd, fake16.*extract"),
-        (lambda c: CachedSource(c, "fake", Needs(layers=(-6, -1)), batch_size=4), "lacks layers 1;.*--layers 1,2,3,4,5,6"),
+        (lambda c: CachedSource(c, ["nope"], [ALL], batch_size=4), "no targets of nope; it has fake, fake-zstd, fake16.*extract"),
+        (lambda c: CachedSource(c, ["fake"], [Needs(layers=(-6, -1))], batch_size=4), "lacks layers 1;.*--layers 1,2,3,4,5,6"),
     ],
     ids=["few rows", "few views", "no store", "no layer"],
 )
@@ -129,40 +184,7 @@ def test_an_incomplete_view_is_refused(cache):
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
     with pytest.raises(NotInCacheError, match="View 1 .* 0 of 24 rows .* teacher-cache extract"):
-        CachedSource(cache, "fake", ALL, batch_size=4)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets(name):
-    """Every preset builds, is named like its function, and its docstring has command, and what differs from the paper."""
-    made = recipe(name)
-    assert made.name == name and made.plan.size == made.config.backbone.image_size
-    text = PRESETS[name].__doc__
-    assert f"--preset {name} " in text and "Deviations:" in text
-    tiny = made.tiny().config
-    assert Student(tiny, TEACHERS_OF_PRESETS.get(made.teacher)).n_patches == made.config.backbone.n_patches
-    assert sum(p.numel() for p in Student(tiny, TEACHERS_OF_PRESETS.get(made.teacher)).parameters()) < 1e6
-
-
-def _shapes():
-    from student.batch import TeacherShape
-
-    clip = TeacherShape("clip-b16", (14, 14), 768, 12, True, True, 512)
-    return {None: None, "clip-b16": clip, "demo": TeacherShape("demo", (8, 8), 64, 6, True, True, None)}
-
-
-TEACHERS_OF_PRESETS = _shapes()
-
-
-def test_papers_numbers():
-    """Batch, learning rate, epochs, mask and loss weights of the presets are the papers' (method_specs 1.5 and 5.5)."""
-    mr, align, mae = (recipe(name).config for name in ("mr-mae-b16", "maskalign-b16", "mae-b16"))
-    assert (mr.batch_size, mr.epochs, mr.optim.warmup_epochs, mr.optim.peak_lr(1024)) == (1024, 400, 80, pytest.approx(6e-4))
-    assert [o.weight for o in mr.objectives] == [0.5, 0.5] and mr.mask.n_keep(196) == 49
-    assert (align.batch_size, align.epochs, align.optim.warmup_epochs, align.optim.min_lr) == (1024, 200, 20, 1e-5)
-    assert align.optim.peak_lr(1024) == pytest.approx(6e-4) and align.mask.n_keep(196) == 58
-    assert align.objectives[0].levels == 5 and align.backbone.drop_path == 0.1
-    assert (mae.batch_size, mae.optim.peak_lr(4096), mae.optim.warmup_epochs) == (4096, pytest.approx(2.4e-3), 40)
+        CachedSource(cache, ["fake"], [ALL], batch_size=4)
 
 
 def test_foreign_stores_are_refused(cache, shared_cache):
@@ -171,7 +193,7 @@ def test_foreign_stores_are_refused(cache, shared_cache):
     shutil.rmtree(store)
     shutil.copytree(shared_cache.view(0).store_path("fake"), store)
     with pytest.raises(CacheCorruptError, match="made from other crops"):
-        CachedSource(cache, "fake", ALL, batch_size=4)
+        CachedSource(cache, ["fake"], [ALL], batch_size=4)
 
     shutil.rmtree(store)
     other = FakeTeacher(seed=1)
@@ -181,7 +203,46 @@ def test_foreign_stores_are_refused(cache, shared_cache):
     shutil.rmtree(cache.view(1).store_path("fake"))
     shutil.copytree(shared_cache.view(1).store_path("fake"), cache.view(1).store_path("fake"))
     with pytest.raises(CacheCorruptError, match="quantised otherwise"):
-        CachedSource(cache, "fake", ALL, batch_size=4)
+        CachedSource(cache, ["fake"], [ALL], batch_size=4)
+
+
+def test_foreign_crops_are_refused(cache, image_folder, tmp_path):
+    """A view of another cache in place of one's own is refused, whether or not it has as many rows."""
+    for name, crop_format in (("few", "jpeg95"), ("other", "jpeg90")):
+        images = shutil.copytree(image_folder, tmp_path / name)
+        if name == "few":
+            shutil.rmtree(images / "class-2")
+        other = crop_folder(tmp_path / f"{name}-cache", images, crop_format=crop_format)
+        shutil.rmtree(cache.view(0).path)
+        shutil.copytree(other.view(0).path, cache.view(0).path)
+        with pytest.raises(CacheCorruptError, match=f"view-000 holds {len(other.view(0).crops())} crops of another cache"):
+            next(iter(CropSource(cache, batch_size=4).micro_batches(0, 1)))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_give_equal_batches(shared_cache, reader):
+    """Whichever way targets are read, a run sees the same batches, and its identity is the same."""
+    plain, other = (CachedSource(shared_cache, ["fake"], [ALL], batch_size=8, reader=name) for name in ("mmap", reader))
+    assert plain.identity == other.identity
+    for expected, batch in zip(plain.micro_batches(1, 5), other.micro_batches(1, 5), strict=True):
+        assert torch.equal(batch.targets[0].tokens, expected.targets[0].tokens) and torch.equal(batch.rows, expected.rows)
+        assert torch.equal(batch.targets[0].attention, expected.targets[0].attention) and torch.equal(
+            batch.images, expected.images
+        )
+
+
+def test_another_quantiser_is_another_run(cache, teacher, monkeypatch):
+    """A run's identity tells stores apart that differ in nothing but how they were quantised."""
+    before = CachedSource(cache, ["fake"], [ALL], batch_size=8).identity
+    fit = quantize.ChannelStatistics.fit
+    monkeypatch.setattr(quantize.ChannelStatistics, "fit", lambda tokens: replace(fit(tokens), spread=2 * fit(tokens).spread))
+    for view in cache.views():
+        shutil.rmtree(view.store_path("fake"))
+        extract_view(view, "fake", teacher, ExtractPlan(shard_rows=8, batch_size=5))
+    after = CachedSource(cache, ["fake"], [ALL], batch_size=8).identity
+    assert {key for key in before if before[key] != after[key]} == {"teachers"}
+    (one,), (two,) = before["teachers"], after["teachers"]
+    assert {key for key in one if one[key] != two[key]} == {"shared_sha256"}
 
 
 def test_another_decoder_is_refused(cache, monkeypatch):
@@ -194,9 +255,9 @@ def test_another_decoder_is_refused(cache, monkeypatch):
 
 def test_a_row_is_checked_once_a_run(shared_cache):
     """With check="first", the second epoch compares no checksum again: readers stay open for the whole run."""
-    source = CachedSource(shared_cache, "fake", ALL, batch_size=8)
+    source = CachedSource(shared_cache, ["fake"], [ALL], batch_size=8)
     list(source.micro_batches(0, 6))
-    stores = [store for _, store in source._opened.values()]
-    assert len(stores) == 2 and all(store.mapped("tokens/06").checked.all() for store in stores)
+    stores = [store for _, (store,) in source._opened.values()]
+    assert len(stores) == 2 and all(store.shards.checked[store.columns["tokens/06"]].all() for store in stores)
     list(source.micro_batches(6, 12))
-    assert [store for _, store in source._opened.values()] == stores
+    assert [store for _, (store,) in source._opened.values()] == stores

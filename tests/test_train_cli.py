@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from fakes import FakeTeacher
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+import student.trainer
 from student.cli import evaluate, train
+from teacher_cache.extract import ExtractPlan, extract_view
 
 FIT = ["--set", "backbone.image_size=32", "--set", "backbone.patch_size=8", "--set", "batch_size=8"]
+CHECKPOINT = "checkpoint-00000001.safetensors"
 
 
 def run(command, *arguments) -> object:
@@ -99,12 +107,19 @@ def test_live_trains_too(shared_cache, teacher, tmp_path, monkeypatch):
         ([], 2, "--preset is missing; student-train --list"),
         (["--preset", "maskaling-b16"], 2, "no preset 'maskaling-b16'. Did you mean maskalign-b16?"),
         (["--preset", "mae-b16"], 2, "--cache is missing"),
-        (["--preset", "mae-b16", "--cache", "nowhere", "--out", "x"], 1, "nowhere is no cache"),
+        (["--preset", "mae-b16", "--cache", "nowhere", "--out", "x"], 2, "nowhere is no cache"),
+        (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--reader", "pread"], 2, "--reader is about stored targets"),
+        (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--check", "never"], 2, "--check is about stored targets"),
+        (["--preset", "maskalign-b16", "--live", "--reader", "zarr", "--cache", "CACHE", "--out", "x"], 2, "this run reads none"),
+        (["--preset", "mae-b16", "--set", "backbone.depth=1000000000"], 2, "depth must be at most 512"),
+        (["--preset", "mae-b16", "--set", "objectives.0.weight=nan"], 2, "weight must be a finite number, not nan"),
+        (["--preset", "mae-b16", "--set", "preset=\x1b[2J", "--show"], 2, "preset must be printable"),
+        (["--preset", "mae-b16", "--keep-checkpoints", "0"], 2, "0 is not in the range"),
         (["--preset", "mae-b16", "--set", "batch"], 2, "--set batch: give key=value"),
         (["--preset", "mae-b16", "--set", "batch=3"], 2, "no field 'batch'.*batch_size"),
-        (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x"], 2, "are 32 px, mae-b16 takes 224 px"),
+        (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x"], 2, "crop plan size: 32 in the cache, 224 in the preset"),
         (
-            ["--preset", "mae-b16", *FIT, "--set", "batch_size=4096", "--cache", "CACHE", "--out", "x"],
+            ["--preset", "mae-b16", "--tiny", "--set", "batch_size=4096", "--cache", "CACHE", "--out", "x"],
             1,
             "24 rows, one step takes 4,096",
         ),
@@ -125,15 +140,159 @@ def test_bad_requests(shared_cache, tmp_path, monkeypatch, arguments, code, mess
     assert not list(tmp_path.iterdir())
 
 
-def test_another_configuration_is_refused(shared_cache, tmp_path):
-    """--out that holds another run is refused, naming what differs; the run there stays as it is."""
+def test_another_run_is_refused(shared_cache, tmp_path):
+    """--out that holds another run is refused, naming both sides of what differs; the run there stays as it is."""
     assert maskalign(shared_cache, tmp_path / "run", "--max-steps", "1").exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     result = maskalign(shared_cache, tmp_path / "run", "--set", "optim.weight_decay=0.1")
-    assert result.exit_code == 1 and "optim.weight_decay was 0.05, is now 0.1" in result.output
+    assert result.exit_code == 2 and "\n  optim.weight_decay: 0.05 in the run, 0.1 given\n" in result.output
     result = maskalign(shared_cache, tmp_path / "run", "--views", "1")
-    assert result.exit_code == 1 and "views" in result.output
+    assert result.exit_code == 2 and "\n  views: 2 in the run, 1 given\n" in result.output
+    result = run(
+        train,
+        "--cache",
+        shared_cache.path,
+        "--preset",
+        "maskalign-b16",
+        "--tiny",
+        *FIT,
+        "--teacher",
+        "fake16",
+        "--out",
+        tmp_path / "run",
+    )
+    assert result.exit_code == 2 and "teachers: fake in the run, fake16 given" in result.output
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+
+
+def test_other_targets_under_the_same_name(cache, teacher, tmp_path):
+    """A run does not go on with targets of another teacher that took the place of its own: both weights are named."""
+    assert maskalign(cache, tmp_path / "run", "--max-steps", "1").exit_code == 0
+    other = FakeTeacher(seed=1)
+    for view in cache.views():
+        shutil.rmtree(view.store_path("fake"))
+        extract_view(view, "fake", other, ExtractPlan(shard_rows=8, batch_size=5))
+    result = maskalign(cache, tmp_path / "run")
+    weights = [spec.weights_sha256[:12] for spec in (teacher.spec, other.spec)]
+    expected = f"weights of the teacher: sha256 {weights[0]} in the run, sha256 {weights[1]} given"
+    assert result.exit_code == 2 and expected in result.output and "output of the teacher on the probe image" in result.output
+
+
+def test_accepted_mismatch(shared_cache, tmp_path):
+    """A preset refuses crops that it was not made for, with the command that makes the right ones; accepted, it is on record."""
+    arguments = ["--cache", shared_cache.path, "--preset", "mae-demo", "--set", "batch_size=8", "--max-steps", "1", "--out"]
+    refused = run(train, *arguments, tmp_path / "refused")
+    assert refused.exit_code == 2 and "crop plan scale: [0.3, 1.0] in the cache, [0.5, 1.0] in the preset" in refused.output
+    assert "teacher-cache crop --preset mae-demo --images DIR NEW" in refused.output and not (tmp_path / "refused").exists()
+    accepted = run(train, *arguments, tmp_path / "run", "--accept-mismatch")
+    assert accepted.exit_code == 0 and "(accepted)" in accepted.output
+    identity = json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
+    assert [line.split(":")[0] for line in identity["accepted_mismatch"]] == ["crop plan scale", "crop plan flip_p"]
+
+
+def test_live_takes_the_teacher_that_is_named(shared_cache, tmp_path):
+    """--live runs the teacher of --teacher, not the preset's, and refuses one that does not exist."""
+    arguments = ["--cache", shared_cache.path, "--preset", "maskalign-demo", "--tiny", "--live", "--max-steps", "1"]
+    result = run(train, *arguments, "--teacher", "nonsense", "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "no teacher named 'nonsense'" in result.output
+    assert run(train, *arguments, "--teacher", "demo", "--out", tmp_path / "run").exit_code == 0
+    identity = json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
+    assert [teacher["live"] for teacher in identity["teachers"]] == ["demo"]
+
+
+def test_two_teachers(shared_cache, tmp_path):
+    """Joint training reads two stores of one cache, and says so in the run's identity."""
+    arguments = [
+        "--cache",
+        shared_cache.path,
+        "--preset",
+        "mr-mae-b16-clip-dino",
+        "--tiny",
+        "--max-steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    ]
+    result = run(train, *arguments, "--teacher", "fake")
+    assert result.exit_code == 2 and "has 2 teachers (clip-b16, dino-b16): give --teacher" in result.output
+    assert run(train, *arguments, "--teacher", "fake", "--teacher", "fake16").exit_code == 0
+    (line,) = metrics(tmp_path / "run")
+    assert {"mimic", "mimic-2", "reconstruct"} <= set(line["parts"])
+    identity = json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
+    assert [teacher["store"] for teacher in identity["teachers"]] == ["fake", "fake16"]
+
+
+def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
+    """A store whose targets are infinite stops the run at its step with the rows; the run folder goes on once they are mended."""
+    from pipelines.source import CachedSource
+
+    sound = CachedSource._targets
+
+    def with_infinity(source, raw, images_u8):
+        targets = sound(source, raw, images_u8)
+        if 7 in raw.rows:
+            targets[0].tokens[list(raw.rows).index(7)] = float("inf")
+        return targets
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedSource, "_targets", with_infinity)
+        result = maskalign(shared_cache, tmp_path / "run")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    step, rows = re.search(r"loss became (?:nan|inf) at step (\d) .* Rows of that batch: \[([\d, ]+)\]", result.output).groups()
+    assert "7" in rows.split(", ") and len(metrics(tmp_path / "run")) == int(step) - 1
+    assert maskalign(shared_cache, tmp_path / "run").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "run")
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("reader", ["pread", "zarr"])
+def test_readers_give_the_same_run(shared_cache, tmp_path, reader):
+    """Whichever way targets are read, the losses are the same, and a run may be resumed with another reader."""
+    assert maskalign(shared_cache, tmp_path / "run", "--reader", "mmap", "--max-steps", "1").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "run", "--reader", reader, "--check", "always", "--max-steps", "3").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "whole", "--max-steps", "3").exit_code == 0
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
+
+
+def test_keep_checkpoints(shared_cache, tmp_path):
+    """--keep-checkpoints says how many stay; where there is none yet, the run says that it starts again."""
+    arguments = ["--checkpoint-every", "1", "--keep-checkpoints", "3"]
+    assert maskalign(shared_cache, tmp_path / "run", *arguments).exit_code == 0
+    names = [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))]
+    assert names == [f"checkpoint-0000000{step}.safetensors" for step in (4, 5, 6)]
+    for name in names:
+        (tmp_path / "run" / name).unlink()
+    result = maskalign(shared_cache, tmp_path / "run", "--max-steps", "1")
+    assert result.exit_code == 0 and "resumed  at step 0: no checkpoint is there" in result.output
+
+
+@pytest.mark.parametrize(
+    "make, code, message",
+    [
+        (lambda run: None, 2, "holds no checkpoint. Give the --out folder"),
+        (lambda run: run.write_text("mine"), 2, "holds no checkpoint"),
+        (lambda run: (run / CHECKPOINT).parent.mkdir(), 2, "holds no checkpoint"),
+        (lambda run: [run.mkdir(), (run / CHECKPOINT).write_bytes(b"x" * 99)], 1, "is damaged .* Restore it"),
+        (lambda run: [run.mkdir(), (run / CHECKPOINT).mkdir()], 1, "cannot be read"),
+        (
+            lambda run: [run.mkdir(), (run / CHECKPOINT).symlink_to("/etc/passwd")],
+            1,
+            "is a link to /etc/passwd, outside the folder",
+        ),
+        (
+            lambda run: [run.mkdir(), save_file({"a": torch.zeros(1)}, run / CHECKPOINT)],
+            1,
+            "no readable description of a student",
+        ),
+    ],
+    ids=["nothing", "file", "empty", "garbage", "folder", "link", "foreign"],
+)
+def test_evaluating_what_is_no_run(shared_cache, tmp_path, make, code, message):
+    """student-eval on a folder that holds no sound run ends with one sentence."""
+    make(tmp_path / "run")
+    result = run(evaluate, "knn", tmp_path / "run", "--train", shared_cache.path, "--val", shared_cache.path)
+    assert result.exit_code == code and re.search(message, result.output) and result.output.count("\n") == 1, result.output
 
 
 def test_list_and_show():
@@ -147,23 +306,59 @@ def test_list_and_show():
     assert again.output == shown  # every line can be handed back to --set
 
 
+@pytest.mark.parametrize("number, code, how", [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 75, "Stopped by SIGTERM")])
+@pytest.mark.parametrize(
+    "step, said", [(0, "No step is saved yet; the same command starts again."), (4, "Step 4 is saved; the same")]
+)
+def test_signals_save_the_last_step(shared_cache, tmp_path, monkeypatch, number, code, how, step, said):
+    """Ctrl-C and SIGTERM in the middle of a step save the one before it, say so, and have exit codes of their own."""
+    draw_noise = student.trainer.draw_noise
+
+    def disturbed(seed, step_now, *arguments):
+        if step_now == step:
+            os.kill(os.getpid(), number)
+        return draw_noise(seed, step_now, *arguments)
+
+    monkeypatch.setattr(student.trainer, "draw_noise", disturbed)
+    result = maskalign(shared_cache, tmp_path / "run")
+    assert result.exit_code == code and f"\n{how}. {said}" in result.output
+    monkeypatch.undo()
+    result = maskalign(shared_cache, tmp_path / "run", "--max-steps", step + 1)
+    assert result.exit_code == 0 and f"resumed  at step {step}" in result.output
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_cleanly(shared_cache, tmp_path, number):
-    """Ctrl-C and pre-emption end a run with one clean line and its last step saved; the same command finishes it."""
-    arguments = ["--cache", str(shared_cache.path), "--preset", "mae-b16", "--tiny", *FIT, "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "student.cli", *arguments, "--set", "epochs=2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ})
+def test_preemption(shared_cache, tmp_path):
+    """While one process trains its folder is refused to another; SIGTERM ends it with code 75 and one clean line; then the same
+    command goes on."""
+    arguments = [
+        "--cache",
+        shared_cache.path,
+        "--preset",
+        "mae-b16",
+        "--tiny",
+        *FIT,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "epochs=2000",
+    ]
+    command = [sys.executable, "-m", "student", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 5) and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text().count("\n") > 5) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    second = run(train, *arguments)
+    assert second.exit_code == 2 and f"process {process.pid} on host {socket.gethostname()} is training there" in second.output
+    process.terminate()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in output, output
-    assert re.search(r"^Interrupted\. Step [\d,]+ is saved; the same command goes on", output, re.MULTILINE), output
+    assert process.returncode == 75 and "Traceback" not in output, output
+    saved = re.search(
+        r"^Stopped by SIGTERM\. Step ([\d,]+) is saved; the same command goes on from there\.$", output, re.MULTILINE
+    )
     n_steps = len(metrics(tmp_path / "run"))
-    assert n_steps > 5
-    result = run(train, *arguments, "--set", "epochs=2000", "--max-steps", str(n_steps + 3))
+    assert n_steps > 5 and int(saved[1].replace(",", "")) == n_steps
+    result = run(train, *arguments, "--max-steps", n_steps + 3)
     assert result.exit_code == 0 and f"resumed  at step {n_steps:,}" in result.output
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, n_steps + 4))

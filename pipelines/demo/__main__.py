@@ -65,7 +65,7 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from student.backbone import Backbone
+    from student.backbones import build_backbone
     from student.checkpoint import latest_checkpoint, load_backbone
 
     from ..labelled import LabelledImages
@@ -76,7 +76,7 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     torch.manual_seed(config.seed)
     rows = {
         "raw pixels": (pixel_accuracy(voters, asked), None),
-        "random init": (accuracy(Backbone(config.backbone), voters, asked), None),
+        "random init": (accuracy(build_backbone(config.backbone), voters, asked), None),
     }
     for label, preset in STUDENTS.items():
         backbone, _ = load_backbone(latest_checkpoint(OUT / preset))
