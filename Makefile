@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test soak check clean
 
 READY := .venv/.ready
 
@@ -12,11 +12,14 @@ demo: $(READY) ## the whole project in a few minutes: crops, teacher, cache, stu
 test: $(READY) ## the test suite
 	@.venv/bin/python -m pytest
 
+soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full count (docs/reliability.md); hours
+	@.venv/bin/python -m pytest tests/soak --full --soak-report soak-out
+
 check: $(READY) ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 clean: ## remove everything that make made
-	rm -rf .venv demo-out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out soak-out *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10

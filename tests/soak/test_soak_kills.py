@@ -1,0 +1,103 @@
+"""A writer that dies anywhere: started again, it leaves the very files that an undisturbed one leaves."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+
+import pytest
+import warm
+from cache_fakes import contents
+from deaths import DIED, EXIT, Mortal
+from forks import fork
+
+ARGUMENTS = ("--teacher", "fake", "--views", 2, "--layers", "last2", "--shard-rows", 8, "--batch-size", 5, "--workers", 1)
+"""24 images make 3 parts of the crop stage, 2 views, and in each a store of 3 shards of 4 arrays."""
+
+PHASES = (
+    ("claiming", r"\.claim"),
+    ("crop stage, clearing up", r"(unlink|rmdir) crops\.partial"),
+    ("crop stage, parts", r" crops\.partial/view-"),
+    ("crop stage, beginning", r" crops\.partial"),
+    ("crop stage, a view aside", r" view-\d+\.partial/"),
+    ("crop stage, publishing", r" (view-\d+(\.partial)?|\.\.?|(cache\.json|\w+\.txt|labels\.npy|spare\.tar)(\.partial)?)$"),
+    ("store, beginning", r"\.zarr\.partial| view-\d+/\w+\.zarr$"),
+    ("store, clearing up", r"(unlink|rmdir) .*\.zarr/commits"),
+    ("store, commit records", r"\.zarr/commits"),
+    ("store, shards", r"\.zarr/(tokens/\d+|scale|attention)(/c\.[\d.]+(\.partial)?)?$"),
+    ("store, folding", r"\.zarr(/(shards\.npy|complete\.json|spare\.tar)(\.partial)?)?$"),
+)  # fmt: skip
+"""Which part of the work a call belongs to, as deaths.Mortal spells it: the first pattern that is found in it."""
+
+
+def phase_of(call: str) -> str:
+    found = [phase for phase, pattern in PHASES if re.search(pattern, call)]
+    assert found, f"a call that belongs to no phase: {call}"
+    return found[0]
+
+
+def extract(cache, images) -> None:
+    """`teacher-cache extract`, both stages; ends the process."""
+    warm.run_program("teacher-cache", "extract", "--images", images, *ARGUMENTS, cache)
+
+
+def extract_counting(cache, images) -> list[str]:
+    """The same; returns the calls that it made."""
+    mortal = Mortal(cache)
+    mortal.install()
+    try:
+        extract(cache, images)
+    except SystemExit as ended:
+        assert not ended.code
+    return mortal.calls
+
+
+def extract_dying(cache, images, at: int, death: str) -> None:
+    """The same, dying at call `at`."""
+    Mortal(cache, at, death).install()
+    extract(cache, images)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, image_folder):
+    """The calls and the files of an extraction that nothing disturbs."""
+    cache = tmp_path_factory.mktemp("undisturbed") / "c"
+    calls = fork(extract_counting, cache, image_folder).ok().value
+    assert {phase_of(call) for call in calls} == {phase for phase, _ in PHASES}
+    return calls, contents(cache)
+
+
+def die_and_resume(deaths: list[str], seed: int, n: int, undisturbed, image_folder, tmp_path, fell) -> None:
+    """Die at the seed-th of `n` points spread over all calls, in two cases of three again when resumed, then resume."""
+    calls, expected = undisturbed
+    cache, draw = tmp_path / "c", random.Random(f"{deaths} {seed}")
+    points = [seed * len(calls) // n, *(draw.randrange(len(calls)) for _ in range(draw.randrange(3)))]
+    for number, point in enumerate(points):
+        ended = fork(extract_dying, cache, image_folder, point, draw.choice(deaths))
+        shutil.rmtree(f"{cache}.stash", ignore_errors=True)
+        if number and not ended.code:
+            break  # there was less left to do than that
+        assert ended.code == EXIT and "Traceback" not in ended.output, ended.output
+        call = ended.output.splitlines()[-1].removeprefix(f"{DIED} ")
+        assert number or phase_of(call) == phase_of(calls[point])  # a folder is not listed in the same order everywhere
+        fell("again, resuming" if number else phase_of(call))
+    fork(extract, cache, image_folder).says(code=0)
+    found = contents(cache)
+    assert found.keys() == expected.keys(), ended.output
+    assert [name for name in expected if found[name] != expected[name]] == [], ended.output
+
+
+N = 1000
+
+
+@pytest.mark.soak("kill at every write, fsync, rename, mkdir, unlink of crop stage and extraction", full=N, short=30)
+def test_killed(seed, undisturbed, image_folder, tmp_path, fell):
+    """Killed at any call that changes the disk, half of a write written: resumed, all files are those of an undisturbed run."""
+    die_and_resume(["kill"], seed, N, undisturbed, image_folder, tmp_path, fell)
+
+
+@pytest.mark.soak("power cut at every such call: all that was not fsynced is lost", full=N, short=30)
+def test_power_cut(seed, undisturbed, image_folder, tmp_path, fell):
+    """The same when the power is cut: unsynced data, names, renames and removals are lost."""
+    die_and_resume(["power", "power", "power", "harsh"], seed, N, undisturbed, image_folder, tmp_path, fell)
