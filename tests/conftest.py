@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from teacher_cache.crops import CropPlan
 from teacher_cache.extract import ExtractPlan, extract_view
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored
 
 PLAN = CropPlan(size=32, scale=(0.3, 1.0))
 
