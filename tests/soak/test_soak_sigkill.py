@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cache_fakes import contents
 from fakes import write_images
-from forks import Command, kill_when, run_forked, start_forked
+from forks import Command, kill_when, start_forked
 from safetensors import safe_open
 
 SHARDS = 30
@@ -94,17 +94,9 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def cache(images, tmp_path_factory) -> Path:
-    """What students of this file learn from."""
-    cache = tmp_path_factory.mktemp("cache") / "c"
-    run_forked("teacher-cache", "extract", *EXTRACT, "--images", images, cache).says(code=0)
-    return cache
-
-
-@pytest.fixture(scope="module")
-def undisturbed_run(start, cache, tmp_path_factory) -> Path:
+def undisturbed_run(start, undisturbed, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run") / "r"
-    start("student-train", *TRAIN, "--cache", cache, "--out", run).wait().says(code=0)
+    start("student-train", *TRAIN, "--cache", undisturbed, "--out", run).wait().says(code=0)
     return run
 
 
@@ -126,13 +118,13 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.soak("SIGKILL of `student-train`, twice in a row", full=10, short=1)
-def test_training_killed(seed, start, cache, undisturbed_run, tmp_path, fell):
+def test_training_killed(seed, start, undisturbed, undisturbed_run, tmp_path, fell):
     """Killed twice and run again, a run has the weights, moments and losses of an undisturbed one, to the bit."""
     run, draw = tmp_path / "r", random.Random(seed)
     first, second = sorted(draw.sample(range(1, STEPS), 2))
     at_checkpoint = draw.random() < 0.5  # aim at the writing of one
     for aim in (first, second):
-        process = start("student-train", *TRAIN, "--cache", cache, "--out", run)
+        process = start("student-train", *TRAIN, "--cache", undisturbed, "--out", run)
 
         def is_time(aim=aim) -> bool:
             return n_steps(run) >= aim and (not at_checkpoint or any(run.glob("checkpoint-*.partial*")))
@@ -145,7 +137,7 @@ def test_training_killed(seed, start, cache, undisturbed_run, tmp_path, fell):
         else:
             process.wait().says(code=0)
             fell("ended before it could be killed")
-    start("student-train", *TRAIN, "--cache", cache, "--out", run).wait().says(code=0)
+    start("student-train", *TRAIN, "--cache", undisturbed, "--out", run).wait().says(code=0)
     expected, found = last_checkpoint(undisturbed_run), last_checkpoint(run)
     assert expected.keys() == found.keys() and all((expected[name] == found[name]).all() for name in expected)
     assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
