@@ -93,19 +93,19 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         from .distributed import processes
 
         chosen, changes = recipe(preset), _overrides(overrides)
+        config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
-            _show(preset, with_overrides((chosen.tiny() if tiny else chosen).config, changes))
+            _show(preset, config)
             return
-        with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
                 raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
         _require_fitting_options(chosen, teachers, live, weights, reader, check)
 
         with processes(device) as device:
-            device, _ = pick_device(device, "auto")
-            opened = Cache(cache)
-            lesson = _live(teachers or chosen.teachers, weights, device) if live else _stored(opened, chosen, teachers)
+            device, precision = pick_device(device, config.precision)
+            opened, names = Cache(cache), teachers or chosen.teachers
+            lesson = _live(names, weights, device, precision) if live else _stored(opened, names)
             if tiny:
                 chosen = chosen.tiny(lesson.shapes, opened.plan.size)
             mismatches = [] if tiny else chosen.mismatches(opened.plan, [shape.name for shape in lesson.shapes])
@@ -184,24 +184,22 @@ class _Lesson:
     """(cache, needs, reading options, other options) -> student.batch.BatchSource"""
 
 
-def _stored(cache: Cache, chosen, teachers: tuple[str, ...]) -> _Lesson:
+def _stored(cache: Cache, teachers: tuple[str, ...]) -> _Lesson:
     """Targets from the cache, or none at all."""
     from pipelines.source import CachedSource, CropSource, teacher_shape, teacher_spec
 
-    names = tuple(_store(cache, name) for name in teachers or chosen.teachers)
+    names = tuple(_store(cache, name) for name in teachers)
     shapes = tuple(teacher_shape(teacher_spec(cache, name)) for name in names)
     if not names:
         return _Lesson((), (), lambda cache, needs, reading, data: CropSource(cache, **data))
     return _Lesson(names, shapes, lambda cache, needs, reading, data: CachedSource(cache, names, needs, **reading, **data))
 
 
-def _live(names: tuple[str, ...], weights: tuple[str, ...], device: str) -> _Lesson:
+def _live(names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str) -> _Lesson:
     """Teachers run on the spot, by their names for `teacher-cache extract --teacher`."""
     from pipelines.source import LiveSource, teacher_shape
-    from teacher_cache.device import pick_device
     from teacher_cache.teachers import load_teacher
 
-    device, precision = pick_device(device, "auto")
     given = weights or (None,) * len(names)
     loaded = [load_teacher(name, path, None, device, precision) for name, path in zip(names, given, strict=True)]
     shapes = tuple(teacher_shape(teacher.spec) for teacher in loaded)

@@ -17,14 +17,15 @@ from .errors import ConfigError
 def processes(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did, for the length of the block; gives this one's device.
 
-    `auto` and `cuda` become the GPU of this process's own. Raises ConfigError if it was asked for another one.
+    One process alone keeps `device` as it is; of several, `auto` and `cuda` become the GPU of this process's own. Raises
+    ConfigError if it was asked for another one.
     """
     n_processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if n_processes == 1:
         yield device
         return
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)

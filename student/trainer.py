@@ -195,7 +195,7 @@ class Trainer:
             batch = self._next(batches, len(micro_noise))
             waited += time.perf_counter() - asked
 
-            mask = self.student.draw_mask(batch, micro_noise.to(self.device))
+            mask = self.student.draw_mask(batch, micro_noise)
             place = rank() * self.config.accumulate + index  # among the micro-batches of the step, over all processes
             torch.manual_seed(position_seed("drop path", self.config.seed, self.step, place))
             with self._gradients_shared(index == self.config.accumulate - 1):

@@ -71,8 +71,9 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
                 require_same_probe(store, teacher)
             n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
             with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
+                statistics = read_statistics(store, manifest.store) if missing else {}
                 for shard in missing:
-                    _extract_shard(store, manifest, crops, teacher, shard, plan.batch_size, advance)
+                    _extract_shard(store, manifest, statistics, crops, teacher, shard, plan.batch_size, advance)
             return _complete(store, manifest.store, wait) or bool(missing)
 
 
@@ -199,8 +200,9 @@ def _stored(tokens: np.ndarray, spec: StoreSpec, statistics: dict[int, ChannelSt
     return {**arrays, "scale": np.stack(scales, 1)}  # scale [B, L, C+N, G]
 
 
-def _extract_shard(store: Path, manifest: Manifest, crops: CropReader, teacher, shard: int, batch_size: int, advance) -> None:
-    spec, statistics = manifest.store, read_statistics(store, manifest.store)
+def _extract_shard(store: Path, manifest: Manifest, statistics: dict[int, ChannelStatistics], crops: CropReader, teacher,
+                   shard: int, batch_size: int, advance) -> None:  # fmt: skip
+    spec = manifest.store
     with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
         for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
             tokens, attention = run_teacher(teacher, images, rows, spec.layers)

@@ -168,13 +168,17 @@ def check_array_json(store: Path, array: str) -> None:
     _check_array_json(store, array, _read_listed(store, _small_files_of(store), f"{array}/zarr.json"), expected)
 
 
+def is_same_json(found: bytes, expected: bytes) -> bool:
+    """Whether two pieces of JSON are the same value, however it is spelled; `found` may be none at all."""
+    try:
+        return json.loads(found) == json.loads(expected)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _check_array_json(store: Path, array: str, found: bytes, expected: bytes) -> None:
     """Raise CacheCorruptError unless two array descriptions are the same value, however it is spelled."""
-    try:
-        same = json.loads(found) == json.loads(expected)
-    except (ValueError, RecursionError):
-        same = False
-    if not same:
+    if not is_same_json(found, expected):
         raise CacheCorruptError(f"{store / array / 'zarr.json'}: does not describe the array that the store's manifest does.")
 
 
@@ -318,7 +322,8 @@ def read_head(store: Path, teacher: TeacherSpec) -> dict[str, np.ndarray]:
 def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
     """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
     weights, name = manifest.teacher.weights, manifest.teacher.name
-    with_weights = "" if weights == "built-in" or weights.startswith("timm pretrained") else f" --weights {weights}"
+    comes_by_itself = weights == "built-in" or " pretrained: " in weights  # LoadedWeights.source of what timm or open_clip loads
+    with_weights = "" if comes_by_itself else f" --weights {weights}"
     with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
     return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {cache}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from teacher_cache.estimate import store_bytes
 from teacher_cache.reader import StoreReader
 from teacher_cache.shards import HEADER_BYTES, header, require_header
 from teacher_cache.spare import is_current
-from teacher_cache.store import manifest_sha256, read_manifest, read_small_array
+from teacher_cache.store import Manifest, extract_command, manifest_sha256, read_manifest, read_small_array
 from teacher_cache.writer import ShardWriter, missing_bytes, missing_shards
 
 
@@ -373,3 +374,19 @@ def test_other_format_version(finished):
     (path / "store.json").write_bytes(seal({"files": files}))
     with pytest.raises(BadInputError, match="t.zarr: a store of format version 2; this program reads version 1. Use the version"):
         StoreReader(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("built-in", "teacher-cache extract --teacher t C"),
+        ("timm pretrained: t", "teacher-cache extract --teacher t C"),
+        ("open_clip pretrained: t/laion2b", "teacher-cache extract --teacher t C"),
+        ("random:0", "teacher-cache extract --teacher t --weights random:0 C"),
+        ("/data/ViT-B-16.pt", "teacher-cache extract --teacher t --weights /data/ViT-B-16.pt C"),
+    ],
+)
+def test_command_asks_for_weights_that_do_not_come_by_themselves(weights, expected):
+    manifest = Manifest(replace(TEACHER, weights=weights), spec_of(), 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {})
+    assert extract_command(Path("C"), "t", manifest) == expected
+    assert extract_command(Path("C"), "other", manifest) == expected.replace(" C", " --name other C")

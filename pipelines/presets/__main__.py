@@ -14,8 +14,7 @@ from . import PRESETS, recipe
 def shape_of(name: str) -> TeacherShape:
     """What a student must know of a teacher of the table."""
     entry = TEACHERS[name]
-    has_cls = entry.module != "moby_swin"
-    return TeacherShape(name, entry.grid, entry.dim, entry.depth, has_cls, has_cls, entry.projection_dim)
+    return TeacherShape(name, entry.grid, entry.dim, entry.depth, entry.has_cls, entry.has_cls, entry.projection_dim)
 
 
 def line(preset: str) -> str:

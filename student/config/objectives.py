@@ -35,9 +35,12 @@ class PredictorConfig(Checked):
         require(0 <= self.drop_path < 1, f"predictor.drop_path must be in 0..1, not {self.drop_path}.")
 
 
+@dataclass(frozen=True)
 class _Objective(Checked):
-    weight: float
-    teacher: int
+    weight: float = 1.0
+    """Factor of this loss in the total."""
+    teacher: int = 0
+    """Which of the run's teachers, counted from 0."""
 
     @property
     def name(self) -> str:
@@ -54,10 +57,6 @@ class MimicConfig(_Objective):
     """MR-MAE's mimic loss: visible tokens through one Linear to the teacher's last block (P000:62-64)."""
 
     kind: ClassVar[str] = "mimic"
-    weight: float = 1.0
-    """Factor of this loss in the total."""
-    teacher: int = 0
-    """Which of the run's teachers, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,6 @@ class AlignConfig(_Objective):
     """MaskAlign's alignment of student blocks with the teacher's last `levels` blocks."""
 
     kind: ClassVar[str] = "align"
-    weight: float = 1.0
-    teacher: int = 0
     levels: int = 5
     """K: number of teacher blocks, counted from the last."""
     mixing: Literal["dynamic", "layer-wise"] = "dynamic"
@@ -82,9 +79,6 @@ class ReconstructConfig(_Objective):
     """MAE's reconstruction of the hidden patches by a small decoder: normalised pixels, and teacher tokens if wanted."""
 
     kind: ClassVar[str] = "reconstruct"
-    weight: float = 1.0
-    teacher: int = 0
-    """Of `mimic`; without that, no teacher is read."""
     mimic: float = 0.0
     """Factor of a second loss of the same decoder: the teacher's last block, whitened, at hidden patches."""
     decoder: PredictorConfig = field(default_factory=PredictorConfig)
@@ -99,8 +93,6 @@ class CosineConfig(_Objective):
     """Directions of the teacher's projected tokens, at every token: MILAN (scale 2), CAE v2 (scale 1)."""
 
     kind: ClassVar[str] = "cosine"
-    weight: float = 1.0
-    teacher: int = 0
     scale: float = 1.0
     """The loss of a token is scale * (1 - cos)."""
     tokens: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -121,8 +113,6 @@ class ContrastConfig(_Objective):
     """MimCo's two InfoNCE losses, of hidden patches and of the image, against queues of keys of the frozen teacher."""
 
     kind: ClassVar[str] = "contrast"
-    weight: float = 1.0
-    teacher: int = 0
     patch_weight: float = 1.0
     image_weight: float = 1.0
     hidden_dim: int = 4096

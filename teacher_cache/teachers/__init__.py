@@ -44,6 +44,8 @@ class TeacherEntry:
     std: tuple[float, float, float]
     norm_eps: float
     projection_dim: int | None = None
+    has_cls: bool = True
+    """Whether there is a CLS token, and with it attention to keep."""
     native_size: int | None = None
     """Side of the input that its position table was trained at, where that is not `image_size`."""
     pickled: tuple[str, ...] = ()
@@ -114,16 +116,16 @@ TEACHERS: dict[str, TeacherEntry] = {
             about="MoBY Swin-T, window 7: no CLS, no attention; its 2 blocks are those of the last stage",
             weights_from="moby_swin_t_300ep_pretrained.pth of github.com/SwinTransformer/storage, release v1.0.3 "
             "(Transformer-SSL's README links it in the row of DeiT-S, and DeiT-S's in the row of Swin-T)",
-            dim=768, depth=2, heads=24, patch_size=32, image_size=224, norm_eps=1e-5, pickled=("yacs.config.CfgNode",),
-            **_IMAGENET,
+            dim=768, depth=2, heads=24, patch_size=32, image_size=224, norm_eps=1e-5, has_cls=False,
+            pickled=("yacs.config.CfgNode",), **_IMAGENET,
         ),
         TeacherEntry(
             name="moby-swin-b",
             module="moby_swin",
             about="MoBY Swin-B, window 7: no CLS, no attention; its 2 blocks are those of the last stage",
             weights_from="a checkpoint of your own, trained with Transformer-SSL: none was published",
-            dim=1024, depth=2, heads=32, patch_size=32, image_size=224, norm_eps=1e-5, pickled=("yacs.config.CfgNode",),
-            **_IMAGENET,
+            dim=1024, depth=2, heads=32, patch_size=32, image_size=224, norm_eps=1e-5, has_cls=False,
+            pickled=("yacs.config.CfgNode",), **_IMAGENET,
         ),
         TeacherEntry(
             name="slip-b16",

@@ -9,10 +9,8 @@ Cannot be told: another training of the same ViT with a learned position table t
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
-from . import TeacherEntry
-from .base import Teacher
 from .published_vit import LEARNED, load_published
 from .weights import Layout
 
@@ -25,13 +23,4 @@ LAYOUTS = (
     Layout(),
 )
 
-
-def load(
-    entry: TeacherEntry,
-    weights: str | os.PathLike | None,
-    image_size: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-) -> Teacher:
-    """The teacher of one line of the table; see `load_teacher`."""
-    return load_published(entry, weights, LAYOUTS, LEARNED, image_size, device, precision)
+load = partial(load_published, layouts=LAYOUTS, positions=LEARNED)

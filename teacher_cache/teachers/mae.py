@@ -7,22 +7,11 @@ another last norm, and is refused.
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
-from . import TeacherEntry
-from .base import Teacher
 from .published_vit import COLUMNS_FIRST, load_published
 from .weights import Layout
 
 LAYOUTS = (Layout(inside=("model",), ignore=("mask_token", "decoder_*")),)
 
-
-def load(
-    entry: TeacherEntry,
-    weights: str | os.PathLike | None,
-    image_size: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-) -> Teacher:
-    """The teacher of one line of the table; see `load_teacher`."""
-    return load_published(entry, weights, LAYOUTS, COLUMNS_FIRST, image_size, device, precision)
+load = partial(load_published, layouts=LAYOUTS, positions=COLUMNS_FIRST)

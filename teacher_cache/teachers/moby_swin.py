@@ -91,7 +91,7 @@ def load(
         dim=entry.dim,
         depth=entry.depth,
         heads=entry.heads,
-        has_cls=False,
+        has_cls=entry.has_cls,
         n_registers=0,
         mean=entry.mean,
         std=entry.std,

@@ -8,10 +8,8 @@ others. The position table is fixed, rows before columns, and is loaded too: MAE
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
-from . import TeacherEntry
-from .base import Teacher
 from .published_vit import ROWS_FIRST, load_published
 from .weights import Layout
 
@@ -23,13 +21,4 @@ LAYOUTS = (
     ),
 )
 
-
-def load(
-    entry: TeacherEntry,
-    weights: str | os.PathLike | None,
-    image_size: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-) -> Teacher:
-    """The teacher of one line of the table; see `load_teacher`."""
-    return load_published(entry, weights, LAYOUTS, ROWS_FIRST, image_size, device, precision)
+load = partial(load_published, layouts=LAYOUTS, positions=ROWS_FIRST)

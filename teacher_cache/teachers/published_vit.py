@@ -29,15 +29,17 @@ ROWS_FIRST = "MoCo v3's fixed one (sine and cosine of the row, then of the colum
 def load_published(
     entry: TeacherEntry,
     weights: str | os.PathLike | None,
+    image_size: int | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    *,
     layouts: Sequence[Layout],
     positions: str,
-    image_size: int | None,
-    device: str,
-    precision: str,
 ) -> Teacher:
-    """The teacher of one line of the table, from one of its official layouts.
+    """The teacher of one line of the table, from one of its official layouts; see `load_teacher`.
 
-    positions: the kind of its position table: LEARNED, COLUMNS_FIRST or ROWS_FIRST
+    layouts, positions: bound by the module of each family, to make its own `load`; positions is the kind of its position
+      table: LEARNED, COLUMNS_FIRST or ROWS_FIRST
     Raises BadInputError for a file that does not fit, also where only the position table shows it.
     """
     check_precision(precision, device)

@@ -9,10 +9,8 @@ Cannot be told: how long it was trained (25, 50 or 100 epochs).
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
-from . import TeacherEntry
-from .base import Teacher
 from .published_vit import LEARNED, load_published
 from .weights import Layout
 
@@ -33,13 +31,4 @@ LAYOUTS = (
     ),
 )
 
-
-def load(
-    entry: TeacherEntry,
-    weights: str | os.PathLike | None,
-    image_size: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-) -> Teacher:
-    """The teacher of one line of the table; see `load_teacher`."""
-    return load_published(entry, weights, LAYOUTS, LEARNED, image_size, device, precision)
+load = partial(load_published, layouts=LAYOUTS, positions=LEARNED)
