@@ -34,9 +34,15 @@ STUDENT_MEAN, STUDENT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # B batch, N patches, C 1 with CLS else 0, D width, L layers, G groups of channels
 
 
-def teacher_shape(spec: TeacherSpec) -> TeacherShape:
-    """What a student must know of the teacher behind a store."""
-    return TeacherShape(spec.name, spec.grid, spec.dim, spec.depth, spec.has_cls, spec.has_cls, spec.projection_dim)
+def teacher_shape(spec: TeacherSpec, n_visible: int | None = None) -> TeacherShape:
+    """What a student must know of its teacher. n_visible: patch tokens that a store keeps of it, None if all."""
+    return TeacherShape(spec.name, spec.grid, spec.dim, spec.depth, spec.has_cls, spec.has_cls, spec.projection_dim, n_visible)
+
+
+def stored_shape(cache: Cache, store_name: str) -> TeacherShape:
+    """`teacher_shape` of the teacher behind a store of view 0."""
+    manifest = read_manifest(cache.finished_view(0).store_path(store_name))
+    return teacher_shape(manifest.teacher, manifest.store.visible or None)
 
 
 def teacher_head(arrays: dict[str, np.ndarray], device: torch.device) -> TeacherHead:
@@ -105,11 +111,6 @@ def _how_to_make(views: list[View], store_name: str) -> str:
         return f"Make them: {command}; or train on fewer views: --views {len(having)}."
     command = f"teacher-cache extract --teacher NAME --name {store_name} {views[0].cache.path}"
     return f"Make them: {command}; or choose one with --teacher."
-
-
-def teacher_spec(cache: Cache, store_name: str) -> TeacherSpec:
-    """The teacher behind a store of view 0."""
-    return read_manifest(cache.finished_view(0).store_path(store_name)).teacher
 
 
 class CropSource:
@@ -211,14 +212,15 @@ class _Stored:
             "dtype": self.spec.dtype,
         }
         self.head = teacher_head(store.head, device)
-        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.dtype == "int8" else []
+        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.is_quantised else []
         stacked = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in statistics])).to(device)  # noqa: E731
         self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
 
     @property
     def arrays(self) -> list[str]:
         tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
-        return tokens + ["scale"] * (self.spec.dtype == "int8" and bool(tokens)) + ["attention"] * self.needs.attention
+        scale = ["scale"] * (self.spec.is_quantised and bool(tokens))
+        return tokens + scale + ["attention"] * self.needs.attention + ["index"] * (self.spec.visible > 0)
 
     def targets(self, record: Tensor, parts: list[Part]) -> Targets:
         """Targets from records uint8 [B, record bytes] on the device; parts: of this teacher's arrays."""
@@ -229,18 +231,20 @@ class _Stored:
             return bytes_of[array].view(getattr(torch, self.spec.row_dtype(array))).unflatten(1, shape)
 
         attention = view("attention").clone() if self.needs.attention else None
+        index = view("index").long() if self.spec.visible else None
         if not self.layers:
-            tokens = record.new_empty((len(record), 0, self.teacher.n_tokens, self.teacher.dim), dtype=torch.float32)
-        elif self.spec.dtype == "float16":
+            n_tokens = self.spec.n_tokens(self.teacher)
+            tokens = record.new_empty((len(record), 0, n_tokens, self.teacher.dim), dtype=torch.float32)
+        elif not self.spec.is_quantised:
             tokens = torch.stack([view(ARRAY_NAME.format(layer)) for layer in self.layers], 1).float()
         else:
-            scale = view("scale")  # [B, layers of the store, C+N, G]
+            scale = view("scale")  # [B, layers of the store, T, G]
             tokens = torch.stack([
                 dequantise(view(ARRAY_NAME.format(layer)), scale[:, self.spec.layers.index(layer)], self._centre[i],
                            self._spread[i], self.spec.group)
                 for i, layer in enumerate(self.layers)
             ], 1)  # fmt: skip
-        return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head)
+        return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head, index)
 
 
 class CachedSource(CropSource):
@@ -274,10 +278,17 @@ class CachedSource(CropSource):
         )
 
 
-def dequantise(q: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int) -> Tensor:
-    """teacher_cache.quantize.dequantise on the device: int8 [B, T, D], float16 [B, T, G] -> float32 [B, T, D]."""
-    step = scale.float().repeat_interleave(group, dim=-1)[..., : q.shape[-1]]
-    return torch.addcmul(centre, q.float() * step, spread)
+def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int) -> Tensor:
+    """teacher_cache.quantize.dequantise on the device: int8 [B, T, D] or, two to a byte, uint8 [B, T, ceil(D / 2)], and float16
+    [B, T, G] -> float32 [B, T, D].
+    """
+    dim = len(centre)
+    if stored.dtype == torch.uint8:
+        levels = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)[..., :dim].float() - 8
+    else:
+        levels = stored.float()
+    step = scale.float().repeat_interleave(group, dim=-1)[..., :dim]
+    return torch.addcmul(centre, levels * step, spread)
 
 
 class LiveSource(CropSource):

@@ -35,6 +35,7 @@ class Targets:
     has_cls: bool  # C = 1: row 0 of the token axis is CLS
     attention: Tensor | None  # float32 [B, N], CLS to patches, last block, mean over heads; 0..1
     head: TeacherHead
+    index: Tensor | None = None  # int64 [B, K]: the patches whose tokens these are, K for N above; None: all, row by row
 
     def layer(self, which: int) -> Tensor:
         """All tokens of one block, [B, C+N, D]; `which` counts from the end, -1 is the last block.
@@ -49,8 +50,21 @@ class Targets:
         return self.tokens[:, self.layers.index(which)]
 
     def patches(self, which: int) -> Tensor:
-        """The patch tokens of one block, [B, N, D]: `layer` without CLS."""
+        """The patch tokens of one block, [B, N, D]: `layer` without CLS. RunError if there are only those of visible patches."""
+        if self.index is not None:
+            raise RunError("The batch holds tokens of visible patches only; `needs.hidden` must ask for the others.")
         return self.layer(which)[:, int(self.has_cls) :]
+
+    def visible(self, which: int, keep: Tensor) -> Tensor:
+        """The tokens of the visible patches `keep` of one block: int64 [B, n] -> [B, n, D].
+
+        Where only tokens of visible patches are there, `keep` is the beginning of `index`: masking.StoredRace sees to that.
+        """
+        if self.index is not None:
+            first = int(self.has_cls)
+            return self.layer(which)[:, first : first + keep.shape[1]]
+        patches = self.patches(which)
+        return patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,12 @@ class Needs:
 
     layers: tuple[int, ...] = ()  # counted from the end, ascending
     attention: bool = False
+    hidden: bool = False  # tokens of hidden patches too, not of visible ones alone
 
     def __or__(self, other: Needs) -> Needs:
         """What two parts want together."""
-        return Needs(tuple(sorted({*self.layers, *other.layers})), self.attention or other.attention)
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        return Needs(layers, self.attention or other.attention, self.hidden or other.hidden)
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,8 @@ class TeacherShape:
     has_cls: bool
     has_attention: bool
     projection_dim: int | None
+    n_visible: int | None = None
+    """K, where only tokens of visible patches are stored: the first of an attention race, one a crop and view; None: all."""
 
 
 class BatchSource(Protocol):

@@ -186,10 +186,10 @@ class _Lesson:
 
 def _stored(cache: Cache, teachers: tuple[str, ...]) -> _Lesson:
     """Targets from the cache, or none at all."""
-    from pipelines.source import CachedSource, CropSource, teacher_shape, teacher_spec
+    from pipelines.source import CachedSource, CropSource, stored_shape
 
     names = tuple(_store(cache, name) for name in teachers)
-    shapes = tuple(teacher_shape(teacher_spec(cache, name)) for name in names)
+    shapes = tuple(stored_shape(cache, name) for name in names)
     if not names:
         return _Lesson((), (), lambda cache, needs, reading, data: CropSource(cache, **data))
     return _Lesson(names, shapes, lambda cache, needs, reading, data: CachedSource(cache, names, needs, **reading, **data))

@@ -101,6 +101,22 @@ def _attention_top(batch: Batch, noise: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class StoredRace:
+    """Keeps the first `n_keep` of the patches whose tokens are stored: the race of `_attention_race`, run when they were.
+
+    So the mask of a crop is the same in every epoch that reads its view, and noise plays no part.
+    """
+
+    n_keep: int
+    needs: Needs = Needs()
+
+    def __call__(self, batch: Batch, noise: Tensor) -> Mask:
+        keep = batch.targets[0].index[:, : self.n_keep]
+        is_kept = torch.zeros(noise.shape, dtype=torch.int8, device=keep.device).scatter_(1, keep, 1)
+        return Mask(keep, drop=torch.argsort(is_kept, dim=1, stable=True)[:, : noise.shape[1] - self.n_keep])
+
+
+@dataclass(frozen=True)
 class UnitMasker:
     """Keeps `n_keep` square units of `side` x `side` patches, uniformly (SimMIM data_simmim.py:21-45); MimCo.
 
@@ -199,8 +215,14 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def build_masker(config: MaskConfig, backbone: BackboneConfig, teachers: tuple[TeacherShape, ...] = ()) -> Masker:
-    """The masker a configuration names; ConfigError if it looks at attention and the first teacher has none."""
+    """The masker a configuration names; ConfigError if it looks at attention and the first teacher has none, or if only tokens
+    of visible patches are stored and it would keep others.
+    """
     n_keep = config.n_keep(backbone)
+    if teachers and teachers[0].n_visible is not None:
+        _require_stored(config, n_keep, teachers[0])
+        _require_attention(config, backbone, teachers)
+        return StoredRace(n_keep)
     if config.kind == "unit":
         side = config.unit_side(backbone)
         return UnitMasker(n_keep // side**2, side, backbone.grid)
@@ -211,6 +233,20 @@ def build_masker(config: MaskConfig, backbone: BackboneConfig, teachers: tuple[T
     _require_attention(config, backbone, teachers)
     score = {"attention": _attention_race, "attention-top": _attention_top}[config.kind]
     return ScoreMasker(n_keep, score, Needs(attention=True))
+
+
+def _require_stored(config: MaskConfig, n_keep: int, teacher: TeacherShape) -> None:
+    stored = f"the store of {teacher.name} keeps the tokens of {teacher.n_visible} visible patches, drawn by attention"
+    if config.kind != "attention":
+        raise ConfigError(
+            f"mask.kind={config.kind} chooses other patches than those stored: {stored}. Use mask.kind=attention, or a store of "
+            "all tokens (teacher-cache extract --tokens all)."
+        )
+    if n_keep > teacher.n_visible:
+        raise ConfigError(
+            f"mask.ratio={config.ratio} leaves {n_keep} patches visible, and {stored}. Set a higher mask.ratio, or make a store "
+            f"of as many (teacher-cache extract --tokens visible:{n_keep})."
+        )
 
 
 def _require_attention(config: MaskConfig, backbone: BackboneConfig, teachers: tuple[TeacherShape, ...]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .backbones import build_backbone
 from .batch import Batch, Needs
 from .config import TrainConfig
+from .errors import ConfigError
 from .masking import Mask, build_masker
 from .objectives import build_objective
 from .objectives.objective import Teachers
@@ -44,6 +45,7 @@ class Student(nn.Module):
             reduce(Needs.__or__, (needs for teacher, needs in wanted if teacher == place), Needs())
             for place in range(len(teachers))
         )
+        _require_stored_tokens(self.objectives, teachers)
 
     def draw_mask(self, batch: Batch, noise: Tensor) -> Mask:
         """Which patches are visible in each crop; noise: float32 [B, N] in (0, 1), see `masking.draw_noise`."""
@@ -71,3 +73,22 @@ class Student(nn.Module):
         """To be called after each update of the weights; `step` of `total_steps` is done."""
         for objective in self.objectives.values():
             objective.after_step(step, total_steps)
+
+
+def _require_stored_tokens(objectives: nn.ModuleDict, teachers: Teachers) -> None:
+    """Raise ConfigError if an objective reads tokens of hidden patches, or by another mask, where visible ones are stored."""
+    for name, objective in objectives.items():
+        teacher = None if objective.teacher is None else teachers[objective.teacher]
+        if teacher is None or teacher.n_visible is None:
+            continue
+        stored = f"the store of {teacher.name} keeps those of {teacher.n_visible} visible patches only"
+        if objective.needs.hidden:
+            raise ConfigError(
+                f"The objective {name} learns from the tokens of hidden patches too, and {stored}. Use a store of all tokens "
+                "(teacher-cache extract --tokens all), or an objective on visible patches: align, mimic."
+            )
+        if objective.teacher > 0:
+            raise ConfigError(
+                f"The objective {name} reads teacher {objective.teacher + 1}; {stored}, and the mask is drawn by the first. "
+                "Use a store of all its tokens (teacher-cache extract --tokens all)."
+            )

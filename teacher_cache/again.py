@@ -22,6 +22,7 @@ from .cropping import cut_image
 from .errors import BadInputError, TeacherCacheError, UnknownNameError, UsageError
 from .progress import progress
 from .quantize import ChannelStatistics, token_errors
+from .race import race, take_visible
 from .reader import StoreReader
 from .spec import LayerFidelity
 from .store import read_manifest, store_file_name
@@ -209,8 +210,10 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray) -> Iterator[Find
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
             tokens, attention = run_teacher(teacher, crops.read(rows[batch]), rows[batch], spec.layers)
+            if spec.visible:
+                tokens = take_visible(tokens, reader.read("index", rows[batch]), int(reader.teacher.has_cls))
             for i, layer in enumerate(spec.layers):
-                stored = reader.tokens(rows[batch], layer)  # [B, C+N, D]
+                stored = reader.tokens(rows[batch], layer)  # [B, T, D]
                 errors = token_errors(tokens[:, i], stored, reader.statistics.get(layer, plain))
                 medians[i, batch], worst[i, batch] = np.median(errors, 1), errors.max(1)
             if spec.attention:
@@ -218,6 +221,8 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray) -> Iterator[Find
                 apart[batch] = difference / np.linalg.norm(attention, axis=1)
             advance(len(rows[batch]))
 
+    if spec.visible:
+        yield from _race_again(store, reader, rows, view.number)
     verdicts = [("attention", "the attention", apart, 4 * tolerance)]
     for i, fidelity in enumerate(reader.manifest.fidelity):
         typical, single = limits(fidelity, tolerance)
@@ -230,3 +235,15 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray) -> Iterator[Find
                 f"{rows[errors.argmax()]} is off by {errors.max():.2g}, up to {limit:.2g} is rounding."
             )
             yield Finding("damaged", str(store / array), message)
+
+
+def _race_again(store: Path, reader: StoreReader, rows: np.ndarray, view: int) -> Iterator[Finding]:
+    """Whether the visible patches of `rows` are those that the stored attention chooses."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        again = race(reader.read("attention", batch), batch, view, reader.spec.visible)
+        wrong = batch[(reader.read("index", batch) != again).any(1)]
+        if len(wrong):
+            message = f"the visible patches of row {wrong[0]} are not those that its attention chooses."
+            yield Finding("damaged", str(store / "index"), message)
+            return

@@ -62,6 +62,18 @@ class ShardRange(click.ParamType):
         return shards
 
 
+class TokenChoice(click.ParamType):
+    """`all` or `visible:K`, as the number of patches to keep: 0 is all."""
+
+    name = "all|visible:K"
+
+    def convert(self, value, param, context) -> int:
+        match = re.fullmatch(r"visible:([1-9][0-9]{0,8})", value)
+        if value != "all" and not match:
+            self.fail(f"{value!r}: give all, or visible:K with the number of patches, such as visible:59.", param, context)
+        return int(match[1]) if match else 0
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="teacher-cache")
 def main():
@@ -116,7 +128,9 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
 @click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
 @click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
-@click.option("--dtype", type=click.Choice(["float16", "int8"]), help="[default: int8]")
+@click.option("--dtype", type=click.Choice(["float16", "int8", "int4"]), help="[default: int8]")
+@click.option("--tokens", type=TokenChoice(), help="all; or visible:K, CLS and the K patches of each crop that its attention "
+              "draws first, for methods that learn from visible patches alone. [default: all]")  # fmt: skip
 @click.option("--codec", type=click.Choice(["auto", "zstd", "lz4", "none"]),
               help="auto compresses tokens where that saves at least 15 %. [default: auto]")  # fmt: skip
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
@@ -127,11 +141,12 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="Run the teacher's blocks through torch.compile.")
 @REPAIR
 @DRY_RUN
-def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shard_rows, shards: range | None, image_size,
-            batch_size, device, precision, repair: bool, dry_run: bool, skip_bad: bool, workers: int | None,
-            **crop_options):  # fmt: skip
+def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int | None, codec, shard_rows,
+            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, dry_run: bool,
+            skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
@@ -144,7 +159,12 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
       teacher-cache extract --teacher timm:vit_tiny_patch16_224 --weights random:0 --layers last CACHE
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --repair CACHE
 
-    Many GPUs: make the crops with teacher-cache crop, see the number of shards with --dry-run, and start one process a range.
+    The GPUs of one machine share the work under torchrun, when the crops are there:
+
+    \b
+      torchrun --nproc-per-node 8 -m teacher_cache extract --teacher clip-b16 --weights ViT-B-16.pt CACHE
+
+    Many machines: make the crops with teacher-cache crop, see the number of shards with --dry-run, and start one process a range.
     They may start at the same moment; whoever makes the last shard completes the store. A range that was interrupted is
     started again. As a Slurm array of 16 tasks, with S shards a task:
 
@@ -154,8 +174,12 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
     """
     with one_line_errors(KEPT):
-        from . import sigbus
+        from .share import Share
+
+        share = Share.of_this_process(shards, repair)
+        from . import sigbus  # what follows imports numba, which asks once how many threads it may have
         from .cache import Cache, view_path
+        from .device import pick_device
         from .extract import extract_view
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
 
@@ -163,19 +187,27 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, codec, shar
         if repair:
             _refuse_beside_repair(cache, dry_run, shards)
             _repair(cache, crop_options["images"], store_name)
-        plan, image_size = plan_targets(view_path(cache, 0) / f"{store_name}.zarr", image_size, layers=layers, dtype=dtype,
-                                        codec=codec, shard_rows=shard_rows, batch_size=batch_size)  # fmt: skip
-        loaded = _load_teacher(teacher, weights, image_size, device, precision)
+        given = {"layers": layers, "dtype": dtype, "visible": tokens, "codec": codec, "shard_rows": shard_rows,
+                 "batch_size": batch_size}  # fmt: skip
+        plan, image_size = plan_targets(view_path(cache, 0) / f"{store_name}.zarr", image_size, **given)
+        loaded = _load_teacher(teacher, weights, image_size, *pick_device(device, precision, share.local_rank))
+        if compiled:
+            loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
-        crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=shards is None)
+        may_make = shards is None and share.world == 1
+        crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=may_make)
         stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
         n_bytes = _say_crops(crops.job) if crops.job else 0
         spec = plan.store_spec(loaded.spec, crops.n_images)
+        shards = share.shards(shards, spec.n_shards)
+        if not shards and shards is not None:
+            say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
+            return
         n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
         _say_space(cache, n_bytes)
         if dry_run:
             return
-        if shards is None:
+        if may_make:
             _make_crops(cache, crops.job, skip_bad, workers)
         sigbus.install()
         views = [Cache(cache).finished_view(number) for number in range(crops.n_views)]
@@ -228,10 +260,8 @@ def _repair(cache: Path, images: Path | None, store: str | None = None) -> None:
 
 
 def _load_teacher(teacher: str, weights: str | None, image_size: int | None, device: str, precision: str):
-    from .device import pick_device
     from .teachers import load_teacher
 
-    device, precision = pick_device(device, precision)
     loaded = load_teacher(teacher, weights, image_size, device, precision)
     say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
         f"{loaded.precision} on {device}")  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .errors import UsageError
 
 
-def pick_device(device: str, precision: str) -> tuple[str, str]:
-    """Resolve `auto`, or UsageError for a device that is not there."""
+def pick_device(device: str, precision: str, local_rank: int = 0) -> tuple[str, str]:
+    """Resolve `auto`, or UsageError for a device that is not there. local_rank: which GPU is meant if none is named."""
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank:
+        device = f"cuda:{local_rank}"
     try:
         kind = torch.device(device).type
     except RuntimeError:

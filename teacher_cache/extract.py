@@ -2,7 +2,8 @@
 
 A shard is the unit of work: decode its crops, run the teacher, quantise, append, commit. Batches restart at each shard, so the
 same inputs give the same bytes, interrupted or not, by one process or by several that share the shards out. The quantiser is
-fitted once, on view 0, by one process, before any shard.
+fitted once, on view 0, by one process, before any shard. While the teacher works on one batch, the next are decoded, and those
+before quantised on its device, copied to the host and written.
 """
 
 from __future__ import annotations
@@ -10,25 +11,31 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from . import writer
+from .background import BackgroundWriter
 from .beton import CropReader
 from .cache import View
 from .claims import claimed, claimed_range, store_claim, store_claims
 from .commits import count_commits, fold, is_complete, is_folded
-from .errors import BadInputError, MismatchError, NotInCacheError
+from .encode import Encoder, require_finite
+from .errors import MismatchError, NotInCacheError
 from .estimate import full_disk_explained, human
 from .planning import ExtractPlan, own_shards
-from .progress import progress, waiting
+from .progress import note, progress, waiting
 from .quantize import ChannelStatistics, dequantise, quantise, token_errors
+from .race import race, take_visible
 from .spec import ARRAY_NAME, LayerFidelity, StoreSpec
 from .store import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
 
@@ -40,6 +47,10 @@ TRIAL_ROWS = 16
 """Whole rows on which codecs are tried."""
 CODEC_GAIN = 0.15
 """`auto` compresses an array if that saves this share of its bytes."""
+DECODE_AHEAD = 2
+"""Batches that are decoded while the teacher works on another."""
+SLOW_SHARE, SLOW_S = 0.1, 60.0
+"""A share of the time, and a time, from which one says what the teacher had to wait for."""
 PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative L2 difference of the probe's output that another machine may show."""
 
@@ -71,9 +82,8 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
                 require_same_probe(store, teacher)
             n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
             with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
-                statistics = read_statistics(store, manifest.store) if missing else {}
-                for shard in missing:
-                    _extract_shard(store, manifest, statistics, crops, teacher, shard, plan.batch_size, advance)
+                if missing:
+                    _extract_shards(store, missing, crops, teacher, plan.batch_size, advance)
             return _complete(store, manifest.store, wait) or bool(missing)
 
 
@@ -161,56 +171,78 @@ def probe_output(teacher, layers: tuple[int, ...]) -> np.ndarray:
     return teacher(image, layers).tokens[0].mean(1).cpu().numpy()
 
 
-def _batches(crops: CropReader, rows: range, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers, uint8 crops) in order; the next batch is decoded while the caller works on this one."""
-    chunks = [np.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+def _cut(rows: range, batch_size: int) -> list[np.ndarray]:
+    """Row numbers, `batch_size` at a time."""
+    return [np.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+
+
+def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device) -> Iterator[torch.Tensor]:
+    """The crops of each batch, uint8 [B, size, size, 3] on the host, from where `device` can fetch them while it works.
+
+    DECODE_AHEAD batches are decoded in a thread while the caller works.
+    """
+
+    def decode(rows: np.ndarray) -> torch.Tensor:
+        images = torch.from_numpy(crops.read(rows))
+        return images.pin_memory() if device.type == "cuda" else images
+
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
-        pending = ahead.submit(crops.read, chunks[0])
-        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            images = pending.result()
-            if following is not None:
-                pending = ahead.submit(crops.read, following)
-            yield chunk, images
+        pending = deque(ahead.submit(decode, rows) for rows in batches[:DECODE_AHEAD])
+        try:
+            for following in [*batches[DECODE_AHEAD:], *[None] * DECODE_AHEAD][: len(batches)]:
+                images = pending.popleft().result()
+                if following is not None:
+                    pending.append(ahead.submit(decode, following))
+                yield images
+        finally:
+            for task in pending:
+                task.cancel()
 
 
-def run_teacher(teacher, images: np.ndarray, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite or BadInputError naming the row."""
-    output = teacher(torch.from_numpy(images).to(teacher.device), layers)
-    finite = output.tokens.isfinite().flatten(1).all(1)
-    if output.attention is not None:
-        finite &= output.attention.isfinite().all(1)
-    if not finite.all():
-        bad = rows[(~finite).cpu().numpy()]
-        raise BadInputError(
-            f"{teacher.spec.name} gives non-finite values for row {bad[0]} ({len(bad)} of {len(rows)} rows of its batch). "
-            "Check the weights; with --precision bf16 try fp32."
-        )
+    output = teacher(torch.as_tensor(images, device=teacher.device), layers)
+    tokens = output.tokens.cpu().numpy()
     attention = None if output.attention is None else output.attention.cpu().numpy()
-    return output.tokens.cpu().numpy(), attention
+    finite = np.isfinite(tokens).all((1, 2, 3))
+    require_finite(finite if attention is None else finite & np.isfinite(attention).all(1), rows, teacher.spec.name)
+    return tokens, attention
 
 
-def _stored(tokens: np.ndarray, spec: StoreSpec, statistics: dict[int, ChannelStatistics]) -> dict[str, np.ndarray]:
-    """Row arrays of a batch of tokens [B, L, C+N, D]."""
-    if spec.dtype == "float16":
-        return {ARRAY_NAME.format(layer): tokens[:, i].astype("float16") for i, layer in enumerate(spec.layers)}
-    arrays, scales = {}, []
-    for i, layer in enumerate(spec.layers):
-        arrays[ARRAY_NAME.format(layer)], scale = quantise(tokens[:, i], statistics[layer], spec.group)
-        scales.append(scale)
-    return {**arrays, "scale": np.stack(scales, 1)}  # scale [B, L, C+N, G]
-
-
-def _extract_shard(store: Path, manifest: Manifest, statistics: dict[int, ChannelStatistics], crops: CropReader, teacher,
-                   shard: int, batch_size: int, advance) -> None:  # fmt: skip
+def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
+    """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order."""
+    manifest = read_manifest(store)
     spec = manifest.store
-    with writer.ShardWriter(store, spec, manifest.teacher, shard) as out:
-        for rows, images in _batches(crops, spec.rows_of(shard), batch_size):
-            tokens, attention = run_teacher(teacher, images, rows, spec.layers)
-            arrays = _stored(tokens, spec, statistics)
-            if spec.attention:
-                arrays["attention"] = attention
-            out.append(arrays)
-            advance(len(rows))
+    encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device, teacher.spec.name)
+    batches = [(shard, rows) for shard in shards for rows in _cut(spec.rows_of(shard), batch_size)]
+    begin, waited = time.monotonic(), dict.fromkeys(("the crops", "the disk"), 0.0)
+    with BackgroundWriter(store, manifest, advance) as out:
+        decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
+        before: Callable[[], None] | None = None  # hands the batch before to the writer when it is encoded
+        for shard, rows in batches:
+            try:
+                start = time.monotonic()
+                images = next(decoded)
+                waited["the crops"] += time.monotonic() - start
+                encoded = encode(teacher(images.to(teacher.device, non_blocking=True), spec.layers), rows)
+            finally:  # what is encoded is kept, also if this batch fails
+                if before is not None:
+                    before()
+            before = partial(_hand_over, out, shard, encoded, is_last=rows[-1] == spec.rows_of(shard)[-1])
+        before()
+        waited["the disk"] = out.waited_s
+    _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
+
+
+def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable[[], dict[str, np.ndarray]], is_last: bool) -> None:
+    out.put(shard, encoded(), is_last)
+
+
+def _tell_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
+    """Say what the teacher had to wait for, if it was for long."""
+    for whom, waited_s in waited.items():
+        if seconds > SLOW_S and waited_s > SLOW_SHARE * seconds:
+            note(f"{what}: {whom} could not keep up with the teacher, which waited {waited_s / seconds:.0%} of the time for it.")
 
 
 def _kept(store: Path, teacher, plan: ExtractPlan, view: View, own: range) -> str:
@@ -260,48 +292,50 @@ def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
     """
     n_rows = min(FIT_ROWS, max(TRIAL_ROWS, len(crops) // 8), len(crops))
     draws = np.random.Philox(key=0)
-    samples, trial, trial_attention = [], [], []
+    samples, trial = [], []
     with progress("fitting the quantiser", n_rows, "crops") as advance:
-        for rows, images in _batches(crops, range(n_rows), plan.batch_size):
+        batches = _cut(range(n_rows), plan.batch_size)
+        for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
             tokens, attention = run_teacher(teacher, images, rows, spec.layers)
-            n_tokens = tokens.shape[2]
+            if spec.visible:
+                tokens = take_visible(tokens, race(attention, rows, 0, spec.visible), int(teacher.spec.has_cls))
             for row, row_tokens in zip(rows, tokens, strict=True):
-                drawn = np.argsort(draws.random_raw(n_tokens), kind="stable")[:FIT_TOKENS]
+                drawn = np.argsort(draws.random_raw(row_tokens.shape[1]), kind="stable")[:FIT_TOKENS]
                 samples.append(row_tokens[:, drawn])  # [L, FIT_TOKENS, D]
                 if row < TRIAL_ROWS:
                     trial.append(row_tokens)
-            if attention is not None:
-                trial_attention.append(attention[rows < TRIAL_ROWS])
             advance(len(rows))
 
-    by_layer = np.concatenate(samples, axis=1)  # [L, n, D]
+    by_layer, trial = np.concatenate(samples, axis=1), np.stack(trial, axis=1)  # [L, n, D], [L, TRIAL_ROWS, T, D]
     statistics, fidelity = {}, []
+    codecs = dict.fromkeys(spec.array_names, "none" if plan.codec == "auto" else plan.codec)
     for i, layer in enumerate(spec.layers):
         channel = ChannelStatistics.fit(by_layer[i])
-        if spec.dtype == "int8":
+        if spec.is_quantised:
             statistics[layer] = channel
-            stored = dequantise(*quantise(by_layer[i], channel, spec.group), channel, spec.group)
-        else:
-            stored = by_layer[i].astype("float16").astype("float32")
-        errors = token_errors(by_layer[i], stored, channel)
+        _, read_back = _round_trip(by_layer[i], channel, spec)
+        errors = token_errors(by_layer[i], read_back, channel)
         median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
         fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
-
-    arrays = _stored(np.stack(trial), spec, statistics)
-    if spec.attention:
-        arrays["attention"] = np.concatenate(trial_attention)
-    return statistics, tuple(fidelity), {name: _choose_codec(name, values, plan.codec) for name, values in arrays.items()}
+        if plan.codec == "auto":
+            codecs[ARRAY_NAME.format(layer)] = _choose_codec(_round_trip(trial[i], channel, spec)[0])
+    return statistics, tuple(fidelity), codecs
 
 
-def _choose_codec(array: str, rows: np.ndarray, codec: str) -> str:
-    """`auto`: zstd for tokens if it saves CODEC_GAIN of the bytes of these rows, else none. Any other choice stands.
+def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [..., D] as they are stored, and as float32 [..., D] read back."""
+    if not spec.is_quantised:
+        stored = tokens.astype("float16")
+        return stored, stored.astype("float32")
+    stored, scale = quantise(tokens, channel, spec.dtype, spec.group)
+    return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)
+
+
+def _choose_codec(rows: np.ndarray) -> str:
+    """What `auto` means for stored tokens: zstd if it saves CODEC_GAIN of the bytes of these rows, else none.
 
     Scales and attention are a hundredth of the bytes: compressing them would save nothing and cost the compiled read.
     """
-    if codec != "auto":
-        return codec
-    if not array.startswith("tokens/"):
-        return "none"
     encode = writer.encoder("zstd")
     compressed = sum(len(encode(row.tobytes())) for row in rows)
     return "zstd" if compressed <= (1 - CODEC_GAIN) * rows.nbytes else "none"

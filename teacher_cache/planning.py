@@ -13,8 +13,8 @@ from .cache import Cache
 from .cropping import CropJob, plan_job
 from .crops import CropPlan
 from .errors import UsageError
-from .quantize import GROUP
-from .spec import ARRAY_NAME, CODECS, DTYPES, StoreSpec, TeacherSpec
+from .quantize import GROUPS
+from .spec import CODECS, DTYPES, StoreSpec, TeacherSpec, array_names
 from .store import is_begun, read_manifest
 
 
@@ -75,6 +75,8 @@ class ExtractPlan:
     codec: str = "auto"
     shard_rows: int = 2048
     batch_size: int = 64
+    visible: int = 0
+    """K: keep CLS and the first K patches of an attention race (race.py); 0: keep all tokens."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES or self.codec not in CODECS:
@@ -104,12 +106,21 @@ class ExtractPlan:
     def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
         """The store this plan asks for; `codecs` as decided on a trial, by default none."""
         layers = self.layers_of(teacher)
-        names = [ARRAY_NAME.format(i) for i in layers] + ["scale"] * (self.dtype == "int8") + ["attention"] * teacher.has_cls
+        if self.visible and not teacher.has_cls:
+            raise UsageError(
+                f"--tokens visible:{self.visible}: {teacher.name} has no CLS token, so there is no attention to choose by. Give "
+                "--tokens all."
+            )
+        if self.visible > teacher.n_patches:
+            raise UsageError(
+                f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
+            )
+        names = array_names(layers, self.dtype, teacher.has_cls, self.visible)
         codecs = codecs or dict.fromkeys(names, "none")
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUP if self.dtype == "int8" else 0, attention=teacher.has_cls,
-            codecs=tuple((name, codecs[name]) for name in names),
+            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, codecs[name]) for name in names),
+            visible=self.visible,
         )  # fmt: skip
 
 
@@ -122,7 +133,7 @@ def plan_targets(store: Path, image_size: int | None, **given) -> tuple[ExtractP
     if is_begun(store):
         found = read_manifest(store)
         layers = ",".join(map(str, found.store.layers))
-        base = ExtractPlan(layers=layers, dtype=found.store.dtype, shard_rows=found.store.shard_rows)
+        base = ExtractPlan(layers, found.store.dtype, shard_rows=found.store.shard_rows, visible=found.store.visible)
         image_size = image_size or found.teacher.image_size
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None}), image_size
 

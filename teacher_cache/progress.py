@@ -23,6 +23,11 @@ def _count(number: float, unit: str) -> str:
     return human(number) if unit == "B" else f"{number:,.0f} {unit}"
 
 
+def note(line: str) -> None:
+    """Say something worth knowing beside the progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. `done` units were finished before (a resumed run); the rate counts only new ones. Unit `B`: bytes."""

@@ -1,8 +1,16 @@
 """Whitened tokens <-> stored numbers.
 
-int8: value = (q * scale) * spread + centre, with centre and spread fixed per layer and channel, and one float16 scale for each
-token and group of at most 128 channels. With q in -127 .. 127 the error of a value is at most scale * spread / 2 plus the
-float16 rounding of scale (2**-11 relative), so a token with one massive channel damages only its own group.
+    value = (q * scale) * spread + centre
+
+with centre and spread fixed per layer and channel, and one float16 scale for each token and group of neighbouring channels, so
+that a token with one massive channel damages only its own group.
+
+int8: groups of at most 128, q in -127 .. 127, scale >= 0. The error of a value is at most scale * spread / 2 plus the float16
+rounding of scale (2**-11 relative).
+
+int4: groups of at most 16, q in -8 .. 7. The value of largest magnitude becomes -8, so that all 16 levels are used, and scale has
+the opposite sign of that value. Two to a byte as q + 8, the even channel in the low half; behind an odd last channel the high
+half is 15.
 """
 
 from __future__ import annotations
@@ -11,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GROUP = 128
-"""Channels a scale."""
+GROUPS = {"int8": 128, "int4": 16}
+"""Channels a scale, at most, of each quantised dtype."""
 SPREAD_FLOOR = 0.1
 """Of the median spread: dead and sparse channels have MAD 0, and without a floor every value of theirs is NaN."""
 LEAST_SPREAD = 1e-3
@@ -38,21 +46,59 @@ class ChannelStatistics:
         return (tokens.astype("float32") - self.centre) / self.spread
 
 
-def quantise(tokens: np.ndarray, statistics: ChannelStatistics, group: int = GROUP) -> tuple[np.ndarray, np.ndarray]:
-    """float [..., D] -> (int8 [..., D], float16 scale [..., G]). -128 is never produced: it is the stores' fill value."""
+def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """float [..., D] -> what is stored of it, and float16 scale [..., G].
+
+    Stored is int8 [..., D], in which -128 never occurs, or for int4 uint8 [..., ceil(D / 2)], in which 0 never fills the bytes of
+    a group: these are the stores' fill values.
+    """
     standard = statistics.standardise(tokens)
-    dim = standard.shape[-1]
-    starts = np.arange(0, dim, group)
-    scale = (np.maximum.reduceat(np.abs(standard), starts, axis=-1) / 127).astype("float16")
-    step = np.repeat(scale.astype("float32"), group, axis=-1)[..., :dim]
-    levels = np.divide(standard, step, out=np.zeros_like(standard), where=step > 0)
-    return np.rint(levels).clip(-127, 127).astype("int8"), scale
+    starts = np.arange(0, standard.shape[-1], group)
+    highest, lowest = (reduce.reduceat(standard, starts, axis=-1) for reduce in (np.maximum, np.minimum))
+    largest = np.maximum(np.abs(highest), np.abs(lowest))
+    if dtype == "int8":
+        scale = (largest / 127).astype("float16")
+        return _levels(standard, scale, group, -127, 127).astype("int8"), scale
+    scale = (np.where(highest >= -lowest, -largest, largest) / 8).astype("float16")
+    levels = _levels(standard, scale, group, -8, 7)
+    alone = np.maximum.reduceat(levels, starts, axis=-1) == -8  # nothing but -8: +7 of a larger scale says the same
+    scale = np.where(alone, scale * np.float16(-8 / 7), scale)
+    levels = np.where(_per_channel(alone, group, levels.shape[-1]), 7, levels)
+    return pack(levels.astype("int8")), scale
 
 
-def dequantise(q: np.ndarray, scale: np.ndarray, statistics: ChannelStatistics, group: int = GROUP) -> np.ndarray:
-    """The inverse: int8 [..., D] and float16 [..., G] -> float32 [..., D]."""
-    step = np.repeat(scale.astype("float32"), group, axis=-1)[..., : q.shape[-1]]
-    return (q.astype("float32") * step) * statistics.spread + statistics.centre
+def dequantise(stored: np.ndarray, scale: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> np.ndarray:
+    """The inverse: what is stored and float16 [..., G] -> float32 [..., D]."""
+    dim = len(statistics.centre)
+    levels = stored if dtype == "int8" else unpack(stored, dim)
+    step = _per_channel(scale.astype("float32"), group, dim)
+    return (levels.astype("float32") * step) * statistics.spread + statistics.centre
+
+
+def pack(levels: np.ndarray) -> np.ndarray:
+    """int8 [..., D] in -8 .. 7 -> uint8 [..., ceil(D / 2)]."""
+    nibbles = (levels + 8).astype("uint8")
+    if nibbles.shape[-1] % 2:
+        nibbles = np.concatenate([nibbles, np.full((*nibbles.shape[:-1], 1), 15, "uint8")], axis=-1)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, dim: int) -> np.ndarray:
+    """uint8 [..., ceil(D / 2)] -> int8 [..., D] in -8 .. 7."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return nibbles[..., :dim].astype("int8") - 8
+
+
+def _levels(standard: np.ndarray, scale: np.ndarray, group: int, least: int, most: int) -> np.ndarray:
+    """float32 [..., D]: whole multiples of the scale of each value's group; 0 where that is 0."""
+    step = _per_channel(scale.astype("float32"), group, standard.shape[-1])
+    levels = np.divide(standard, step, out=np.zeros_like(standard), where=step != 0)
+    return np.rint(levels).clip(least, most)
+
+
+def _per_channel(of_groups: np.ndarray, group: int, dim: int) -> np.ndarray:
+    """[..., G] -> [..., D]"""
+    return np.repeat(of_groups, group, axis=-1)[..., :dim]
 
 
 def token_errors(true: np.ndarray, stored: np.ndarray, statistics: ChannelStatistics) -> np.ndarray:

@@ -61,7 +61,7 @@ class StoreReader:
 
     @cached_property
     def statistics(self):
-        """ChannelStatistics per layer (int8), else empty."""
+        """ChannelStatistics per layer; empty for float16."""
         return read_statistics(self.path, self.spec)
 
     @cached_property
@@ -111,12 +111,15 @@ class StoreReader:
         return out
 
     def tokens(self, rows, layer: int) -> np.ndarray:
-        """Whitened tokens as float32 [len(rows), C+N, D], dequantised. For looking, not for training."""
+        """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
+
+        T = C+N, or of a store of visible tokens C+K, in the order of `index`.
+        """
         stored = self.read(ARRAY_NAME.format(layer), rows)
-        if self.spec.dtype == "float16":
+        if not self.spec.is_quantised:
             return stored.astype("float32")
         scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
-        return dequantise(stored, scale, self.statistics[layer], self.spec.group)
+        return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)
 
     def _require(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class ArrayCheck:
         self.column = self.spec.array_names.index(array)
         self.codec = dict(self.spec.codecs)[array]
         self.row_bytes = self.spec.row_bytes(array, manifest.teacher)
-        self._value_fault = _value_check(array, self.spec.row_dtype(array))
+        self._value_fault = _value_check(array, manifest)
         self._store_sha256 = store_sha256
 
     def path(self, shard: int) -> Path:
@@ -129,17 +130,24 @@ def _rows(rows: list[int]) -> str:
     return f"row {rows[0]}" if len(rows) == 1 else f"{len(rows)} rows, e.g. {', '.join(map(str, rows[:3]))}"
 
 
-def _value_check(array: str, dtype: str) -> Callable[[bytes | bytearray, int], str | None]:
+def _value_check(array: str, manifest: Manifest) -> Callable[[bytes | bytearray, int], str | None]:
     """What is wrong with the numbers in the first n bytes of a row of `array`: (bytes, n) -> reason or None."""
     if array == "scale":
-        return _scale_fault
+        return _float16_fault if manifest.store.dtype == "int4" else _scale_fault
     if array == "attention":
         return _attention_fault
-    return {"int8": _int8_fault, "float16": _float16_fault}[dtype]
+    if array == "index":
+        return partial(_index_fault, n_patches=manifest.teacher.n_patches)
+    return {"int8": _int8_fault, "int4": _int4_fault, "float16": _float16_fault}[manifest.store.dtype]
 
 
 def _int8_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
     return "holds the fill value -128" if data.find(b"\x80", 0, n_bytes) >= 0 else None
+
+
+def _int4_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
+    """Every value of a byte says something; only a row of nothing but the fill value is none."""
+    return None if any(memoryview(data)[:n_bytes]) else "holds nothing but the fill value 0"
 
 
 def _float16_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
@@ -157,3 +165,10 @@ def _attention_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
     if not (np.isfinite(attention) & (attention >= 0)).all():
         return "holds attention that is negative or not finite"
     return None if attention.sum(dtype="float64") <= 1 + SUM_SLACK else "holds attention that sums to more than 1"
+
+
+def _index_fault(data: bytes | bytearray, n_bytes: int, n_patches: int) -> str | None:
+    index = np.frombuffer(data, "<i4", n_bytes // 4)
+    if index.min() < 0 or index.max() >= n_patches:
+        return f"holds numbers of patches that are not 0 to {n_patches - 1}"
+    return None if len(np.unique(index)) == len(index) else "holds a patch twice"

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from .errors import CacheCorruptError, UsageError
 
 FORMAT_VERSION = 1
+"""Of a cache and its crops."""
+STORE_VERSIONS = (1, 2)
+"""Of stores; 2 came with int4 and visible tokens, and says nothing else otherwise than 1."""
 
 MAX_SIDE = 1 << 14
 """Of images and patches in pixels, of grids in patches."""
@@ -123,9 +126,15 @@ class TeacherSpec:
         return from_json(cls, value)
 
 
-DTYPES = ("float16", "int8")
+DTYPES = ("float16", "int8", "int4")
 CODECS = ("auto", "zstd", "lz4", "none")
 ARRAY_NAME = "tokens/{:02d}"
+
+
+def array_names(layers: tuple[int, ...], dtype: str, attention: bool, visible: int) -> list[str]:
+    """The row arrays of a store that keeps this: see StoreSpec.array_names."""
+    tokens = [ARRAY_NAME.format(layer) for layer in layers]
+    return tokens + ["scale"] * (dtype != "float16") + ["attention"] * attention + ["index"] * (visible > 0)
 
 
 @dataclass(frozen=True)
@@ -138,13 +147,15 @@ class StoreSpec:
     layers: tuple[int, ...]
     """Stored block numbers, ascending, from 1."""
     dtype: str
-    """`float16`: whitened values as they are. `int8`: see quantize.py."""
+    """`float16`: whitened values as they are. `int8`, `int4`: see quantize.py."""
     group: int
-    """Channels that share a scale (int8); 0 for float16."""
+    """Channels that share a scale; 0 for float16."""
     attention: bool
     """Whether CLS -> patch attention of the last block is kept."""
     codecs: tuple[tuple[str, str], ...]
     """(array, `zstd` | `lz4` | `none`) for every row array, in the order of their bytes in a commit record."""
+    visible: int = 0
+    """K, patch tokens kept of each crop: the first of an attention race (race.py), in its order, beside CLS. 0: all N."""
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -160,6 +171,9 @@ class StoreSpec:
         _require_count("group", self.group, *((0, 0) if self.dtype == "float16" else (MAX_WIDTH,)))
         if not isinstance(self.attention, bool):
             raise UsageError(f"attention must be true or false, not {self.attention!r}")
+        _require_count("visible", self.visible, MAX_SIDE**2, least=0)
+        if self.visible and not self.attention:
+            raise UsageError("visible tokens are chosen by attention, which has to be kept too")
         if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS[1:]):
             raise UsageError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
         if self.n_shards * len(self.codecs) > MAX_SHARD_FILES:
@@ -174,15 +188,26 @@ class StoreSpec:
             raise UsageError(f"layers {self.layers} of a teacher with {teacher.depth} blocks")
         if self.attention and not teacher.has_cls:
             raise UsageError("attention of a teacher without CLS token")
+        if self.visible > teacher.n_patches:
+            raise UsageError(f"{self.visible} visible patches of a teacher with {teacher.n_patches}")
         largest = max(self.row_bytes(array, teacher) for array in self.array_names)
         if largest > MAX_ROW_BYTES:
             raise UsageError(f"rows of {largest:,} bytes; at most {MAX_ROW_BYTES:,} are allowed")
 
     @property
     def array_names(self) -> list[str]:
-        """The row arrays: tokens of each layer, then scale (int8), then attention."""
-        tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
-        return tokens + ["scale"] * (self.dtype == "int8") + ["attention"] * self.attention
+        """The row arrays: tokens of each layer, then scale (int8, int4), then attention, then index (visible tokens)."""
+        return array_names(self.layers, self.dtype, self.attention, self.visible)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether tokens come with scales, and the store with channel statistics."""
+        return self.dtype != "float16"
+
+    @property
+    def version(self) -> int:
+        """The oldest format version of stores that can say this."""
+        return 2 if self.visible or self.dtype == "int4" else 1
 
     @property
     def n_shards(self) -> int:
@@ -195,21 +220,28 @@ class StoreSpec:
         """G, scales a token and layer."""
         return -(-teacher.dim // self.group) if self.group else 0
 
+    def n_tokens(self, teacher: TeacherSpec) -> int:
+        """T, stored tokens of a crop and layer: C + N, or C + K of visible tokens."""
+        return self.visible + int(teacher.has_cls) if self.visible else teacher.n_tokens
+
     def row_shape(self, array: str, teacher: TeacherSpec) -> tuple[int, ...]:
-        """Shape of one row of `array`: tokens [C+N, D], scale [L, C+N, G], attention [N]."""
+        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]), scale [L, T, G], attention [N], index [K]."""
         if array == "attention":
             return (teacher.n_patches,)
+        if array == "index":
+            return (self.visible,)
         if array == "scale":
-            return (len(self.layers), teacher.n_tokens, self.n_groups(teacher))
-        return (teacher.n_tokens, teacher.dim)
+            return (len(self.layers), self.n_tokens(teacher), self.n_groups(teacher))
+        return (self.n_tokens(teacher), -(-teacher.dim // 2) if self.dtype == "int4" else teacher.dim)
 
     def row_dtype(self, array: str) -> str:
         """numpy name of the array's little-endian dtype."""
-        return {"attention": "float32", "scale": "float16"}.get(array, self.dtype)
+        of_tokens = "uint8" if self.dtype == "int4" else self.dtype
+        return {"attention": "float32", "scale": "float16", "index": "int32"}.get(array, of_tokens)
 
     def row_bytes(self, array: str, teacher: TeacherSpec) -> int:
         """Bytes of one uncompressed row."""
-        itemsize = {"float32": 4, "float16": 2, "int8": 1}[self.row_dtype(array)]
+        itemsize = {"float32": 4, "int32": 4, "float16": 2, "int8": 1, "uint8": 1}[self.row_dtype(array)]
         return math.prod(self.row_shape(array, teacher)) * itemsize
 
     def to_json(self) -> dict:

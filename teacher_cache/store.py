@@ -38,10 +38,10 @@ from .durable import (
 from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
 from .spare import SPARE, pack_members
-from .spec import FORMAT_VERSION, LayerFidelity, StoreSpec, TeacherSpec
+from .spec import STORE_VERSIONS, LayerFidelity, StoreSpec, TeacherSpec
 
-FILL = {"int8": -128, "float16": "NaN", "float32": "NaN"}
-"""Values that are never written, so that plain zarr readers can tell a hole."""
+FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
+"""Values that are never written (of uint8: that never fill a group), so that plain zarr readers can tell a hole."""
 COMPRESSION = {
     "none": [],
     "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
@@ -82,26 +82,37 @@ class Manifest:
 
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
-        return {"format_version": FORMAT_VERSION, **value}
+        if self.store.version == 1:
+            del value["store"]["visible"]
+        return {"format_version": self.store.version, **value}
 
     @classmethod
     def from_json(cls, value: dict) -> Manifest:
         try:
             value = dict(value)
             version = value.pop("format_version")
-            if version != FORMAT_VERSION:
+            if version not in STORE_VERSIONS:
                 raise BadInputError(
-                    f"a store of format version {version}; this program reads version {FORMAT_VERSION}. Use the version of "
-                    "teacher-cache that wrote it."
+                    f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
+                    "Use the version of teacher-cache that wrote it."
                 )
             value["teacher"] = TeacherSpec.from_json(value["teacher"])
-            value["store"] = StoreSpec.from_json(value["store"])
+            value["store"] = StoreSpec.from_json(_as_version_2(value["store"]) if version == 1 else value["store"])
+            if value["store"].version != version:
+                raise ValueError(f"format version {version} of a store of version {value['store'].version}")
             value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
             return cls(**value)
         except BadInputError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise CacheCorruptError(f"manifest: {error!r}.") from error
+
+
+def _as_version_2(store: dict) -> dict:
+    """The `store` of a manifest of version 1, which knows no visible tokens."""
+    if "visible" in store:
+        raise ValueError("version 1 has no visible tokens")
+    return {**store, "visible": 0}
 
 
 def is_begun(store: Path) -> bool:
@@ -202,7 +213,7 @@ def _array_json(shape, chunk_shape, dtype: str, codecs: list) -> bytes:
 
 def _codecs(dtype: str, codec: str = "none") -> list[dict]:
     """zarr's codecs of a chunk whose bytes end with their CRC-32C."""
-    endian = {} if dtype == "int8" else {"configuration": {"endian": "little"}}
+    endian = {} if dtype in ("int8", "uint8") else {"configuration": {"endian": "little"}}
     return [{"name": "bytes", **endian}, *COMPRESSION[codec], {"name": "crc32c"}]
 
 
@@ -252,7 +263,7 @@ def create_store(
 ) -> None:
     """Begin a store: all its small files and their spare, in a folder aside that is renamed into place.
 
-    statistics: per layer (int8 only). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
+    statistics: per layer (not for float16). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
     probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
     """
     files = small_files(manifest, statistics, head, probe)
@@ -277,7 +288,7 @@ def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     shapes = {"probe": (len(spec.layers), teacher.dim), "head/gamma": (teacher.dim,), "head/beta": (teacher.dim,)}
     if teacher.projection_dim is not None:
         shapes["head/projection"] = (teacher.dim, teacher.projection_dim)
-    for layer in spec.layers if spec.dtype == "int8" else ():
+    for layer in spec.layers if spec.is_quantised else ():
         shapes |= {f"quant/{layer:02d}/{name}": (teacher.dim,) for name in ("centre", "spread")}
     return shapes
 
@@ -307,7 +318,7 @@ def shared_sha256(store: Path) -> dict[str, str]:
 
 def read_statistics(store: Path, spec: StoreSpec) -> dict[int, ChannelStatistics]:
     """Per stored layer; empty for float16."""
-    if spec.dtype == "float16":
+    if not spec.is_quantised:
         return {}
     names = ("centre", "spread")
     return {i: ChannelStatistics(*(read_small_array(store, f"quant/{i:02d}/{name}") for name in names)) for i in spec.layers}

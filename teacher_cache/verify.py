@@ -327,7 +327,7 @@ def _contradictions(view: View, store: Path, manifest: Manifest) -> Iterator[Fin
     if hashlib.sha256(values["probe"].tobytes()).hexdigest() != manifest.probe_sha256:
         yield _judge(store / "probe", "its SHA-256 is not the one that the manifest names.")
 
-    layers = manifest.store.layers if manifest.store.dtype == "int8" else ()
+    layers = manifest.store.layers if manifest.store.is_quantised else ()
     statistics = {i: ChannelStatistics(values[f"quant/{i:02d}/centre"], values[f"quant/{i:02d}/spread"]) for i in layers}
     head = {name.removeprefix("head/"): array for name, array in values.items() if name.startswith("head/")}
     expected = small_files(manifest, statistics, head, values["probe"])

@@ -9,6 +9,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +42,37 @@ class _ShardFile:
     def __init__(self, path: Path, n_slots: int, codec: str):
         self.path = path
         self.index = np.full((n_slots, 2), EMPTY_SLOT, "<u8")
-        self.encode = encoder(codec)
+        self.codec, self.encode = codec, encoder(codec)
         self.n_rows = self.n_bytes = self.crc = 0
         self.file = create_aside(path, buffering=1 << 20)
         self.aside = Path(self.file.name)
 
-    def append(self, row: np.ndarray) -> None:
-        payload = self.encode(row.tobytes())
-        chunk = payload + crc32c(payload).to_bytes(4, "little")
-        self.index[self.n_rows] = self.n_bytes, len(chunk)
-        self.n_rows += 1
-        self.write(chunk)
+    def chunks(self, rows: np.ndarray) -> np.ndarray:
+        """The bytes, uint8 [n], of the next rows as they stand in the file; the index has them already, write them next."""
+        if self.codec == "none":
+            payload = np.ascontiguousarray(rows).reshape(len(rows), -1).view("u1")
+            chunks = np.empty((len(rows), payload.shape[1] + 4), "u1")
+            chunks[:, :-4] = payload
+            chunks[:, -4:] = np.array([crc32c(row) for row in payload], "<u4")[:, None].view("u1")
+            lengths, data = np.full(len(rows), chunks.shape[1]), chunks.reshape(-1)
+        else:
+            encoded = [self.encode(row.tobytes()) for row in rows]
+            pieces = [payload + crc32c(payload).to_bytes(4, "little") for payload in encoded]
+            lengths, data = np.array([len(piece) for piece in pieces]), np.frombuffer(b"".join(pieces), "u1")
+        starts = self.n_bytes + np.cumsum(lengths) - lengths
+        self.index[self.n_rows : self.n_rows + len(rows)] = np.stack([starts, lengths], 1)
+        self.n_rows += len(rows)
+        self.note(data)
+        return data
 
-    def write(self, data: bytes) -> None:
-        self.file.write(data)
+    def note(self, data) -> None:
+        """Count bytes that are about to be written."""
         self.n_bytes += len(data)
         self.crc = zlib.crc32(data, self.crc)
+
+    def write(self, data: bytes) -> None:
+        self.note(data)
+        self.file.write(data)
 
     def finish(self) -> tuple[int, int]:
         """Write the index and make the file durable, still aside; returns its bytes and CRC-32 (commits.FILE_DTYPE)."""
@@ -81,11 +97,13 @@ class _ShardFile:
 class ShardWriter:
     """Writes one shard of all arrays; use as a context manager.
 
+    pool: threads that work out checksums and compress, an array each; the files themselves are written by the caller's thread.
     Leaving it by an exception, or a disk that is full when it is left, commits nothing and leaves no file aside.
     """
 
-    def __init__(self, store: Path, spec: StoreSpec, teacher: TeacherSpec, shard: int):
+    def __init__(self, store: Path, spec: StoreSpec, teacher: TeacherSpec, shard: int, pool: Executor | None = None):
         self.store, self.spec, self.shard = store, spec, shard
+        self._map = map if pool is None else pool.map
         self.n_rows = len(spec.rows_of(shard))
         self.shapes = {array: (spec.row_shape(array, teacher), spec.row_dtype(array)) for array in spec.array_names}
         self.files: dict[str, _ShardFile] = {}
@@ -101,13 +119,14 @@ class ShardWriter:
 
     def append(self, rows: dict[str, np.ndarray]) -> None:
         """Append the next rows. rows: array name -> [n, *row shape] in the store's dtype."""
-        for array, file in self.files.items():
-            shape, dtype = self.shapes[array]
-            values = rows[array]
-            if values.shape[1:] != shape or values.dtype != dtype:
-                raise UsageError(f"{array}: rows must be {dtype} {shape}, not {values.dtype} {values.shape[1:]}.")
-            for row in values:
-                file.append(row)
+        for array, (shape, dtype) in self.shapes.items():
+            if rows[array].shape[1:] != shape or rows[array].dtype != dtype:
+                raise UsageError(f"{array}: rows must be {dtype} {shape}, not {rows[array].dtype} {rows[array].shape[1:]}.")
+            if self.files[array].n_rows + len(rows[array]) > self.n_rows:
+                raise UsageError(f"shard {self.shard} of {array} has {self.n_rows} rows; more are appended.")
+        chunks = self._map(lambda array: self.files[array].chunks(rows[array]), self.files)
+        for file, data in zip(self.files.values(), chunks, strict=True):
+            file.file.write(data)
 
     def __enter__(self) -> ShardWriter:
         return self

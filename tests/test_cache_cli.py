@@ -16,7 +16,8 @@ import pytest
 from cache_fakes import contents, failing_at, flip_bit
 from click.testing import CliRunner
 
-from teacher_cache import cli, estimate, extract, parts, teachers
+from teacher_cache import cli, estimate, parts, teachers
+from teacher_cache.background import BackgroundWriter
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
 from teacher_cache.commits import write_commit
@@ -179,7 +180,7 @@ def test_too_little_space(tmp_path, image_folder, monkeypatch, command):
 def test_ctrl_c(tmp_path, image_folder, monkeypatch):
     """Interrupted, the command says that finished work is kept, exits with 130, and the same command goes on."""
     whole = extract_to(tmp_path / "whole", image_folder) and contents(tmp_path / "whole")
-    for module, name, call in ((parts.WorkFolder, "commit", 1), (extract, "_extract_shard", 2)):
+    for module, name, call in ((parts.WorkFolder, "commit", 1), (BackgroundWriter, "put", 2)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing_at(getattr(module, name), call, KeyboardInterrupt()))
             said = extract_to(tmp_path / "c", image_folder, code=130).stderr
@@ -189,6 +190,33 @@ def test_ctrl_c(tmp_path, image_folder, monkeypatch):
 
 
 # --- shares of the work ----------------------------------------------------------------------------------------------
+
+
+def test_torchrun(tmp_path, image_folder, made, monkeypatch):
+    """Processes of torchrun share the shards: together they make what one makes; more of them than shards are told so."""
+    run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    for rank in (1, 3, 0, 2):  # 4 processes, 3 shards
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4}.items():
+            monkeypatch.setenv(name, str(value))
+        said = run(*FAKE, *SMALL, tmp_path / "c").stderr
+        assert ("There are 3 shards for 4 processes: none for this one." in said) == (rank == 0)
+    assert "Done. Next:" in said and contents(tmp_path / "c") == contents(made)
+    assert "torchrun's processes share the shards among themselves" in run(*FAKE, "--shards", "0:1", made, code=2).stderr
+    assert "--repair is for one process" in run(*FAKE, "--repair", made, code=2).stderr
+    said = run(*FAKE, *SMALL, "--images", image_folder, tmp_path / "new", code=2).stderr
+    assert "First run: teacher-cache crop" in said
+
+
+def test_tokens_option(tmp_path, image_folder):
+    """--tokens visible:K and --dtype int4 make such a store, and the command that goes on need not repeat them."""
+    extract_to(tmp_path / "c", image_folder, "--tokens", "visible:5", "--dtype", "int4")
+    store = read_manifest(tmp_path / "c" / "view-000" / "fake.zarr").store
+    assert (store.visible, store.dtype) == (5, "int4")
+    assert "already holds" in run(*FAKE, tmp_path / "c").stderr
+    said = run(*FAKE, "--tokens", "all", tmp_path / "c", code=2).stderr
+    assert "visible: 5 in the store, 0 given" in said
+    for wrong in ("visible:0", "visible", "5", "visible:-1"):
+        assert "give all, or visible:K with the number of patches" in run(*FAKE, "--tokens", wrong, tmp_path / "c", code=2).stderr
 
 
 def test_shards(tmp_path, image_folder, made):
@@ -326,13 +354,13 @@ def test_a_file_where_a_folder_should_be(made, image_folder, name):
 @pytest.mark.parametrize("gone", ["c", "c/view-000", "c/view-000/fake.zarr"])
 def test_a_cache_that_vanishes(tmp_path, image_folder, monkeypatch, gone):
     """A cache that is deleted while it is written to ends the command with a sentence and code 1."""
-    make_shard = extract._extract_shard
+    put = BackgroundWriter.put
 
-    def vanish(*arguments):
-        shutil.rmtree(tmp_path / gone)
-        make_shard(*arguments)
+    def vanish(*arguments, **options):
+        shutil.rmtree(tmp_path / gone, ignore_errors=True)
+        put(*arguments, **options)
 
-    monkeypatch.setattr(extract, "_extract_shard", vanish)
+    monkeypatch.setattr(BackgroundWriter, "put", vanish)
     said = extract_to(tmp_path / "c", image_folder, code=1).stderr
     assert f"Error: {tmp_path / gone} was deleted or moved while" in said
 
@@ -441,7 +469,7 @@ def test_inspect(cache):
 def test_inspect_of_an_unfinished_cache(tmp_path, image_folder, monkeypatch):
     """inspect tells how much of an unfinished store is done."""
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "_extract_shard", failing_at(extract._extract_shard, 3, KeyboardInterrupt()))
+        patch.setattr(BackgroundWriter, "put", failing_at(BackgroundWriter.put, 5, KeyboardInterrupt()))
         extract_to(tmp_path / "c", image_folder, code=130)
     assert "16 of 24 (67%), 2 of 3 shards, NOT complete: run extract again" in run("inspect", tmp_path / "c").stdout
     result = run("verify", "--json", tmp_path / "c", code=1)

@@ -184,7 +184,8 @@ def stored_row(store: Path, array: str, row: int) -> np.ndarray:
     offset, n_bytes = struct.unpack_from("<QQ", index, 16 * slot)
     chunk = data[offset : offset + n_bytes]
     assert crc32c(chunk[:-4]) == int.from_bytes(chunk[-4:], "little")
-    return np.frombuffer(chunk[:-4], {"int8": "i1", "float16": "<f2", "float32": "<f4"}[about["data_type"]]).reshape(shape)
+    dtypes = {"int8": "i1", "uint8": "u1", "int32": "<i4", "float16": "<f2", "float32": "<f4"}
+    return np.frombuffer(chunk[:-4], dtypes[about["data_type"]]).reshape(shape)
 
 
 def whitened(store: Path, layer: int, row: int) -> np.ndarray:

@@ -1,20 +1,24 @@
-"""The int8 quantiser: its error bound, and features that would break a careless one."""
+"""The quantisers: their error bounds, and features that would break a careless one."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from teacher_cache import encode
 from teacher_cache.quantize import (
-    GROUP,
+    GROUPS,
     LEAST_SPREAD,
     ChannelStatistics,
     dequantise,
+    pack,
     quantise,
     token_errors,
+    unpack,
 )
 
 
@@ -28,11 +32,11 @@ def features(n=512, dim=256, seed=0):
     return (tokens / tokens.std(1, keepdims=True)).astype("float32")
 
 
-def round_trip(tokens, statistics, group=GROUP):
-    q, scale = quantise(tokens, statistics, group)
+def round_trip(tokens, statistics, group=128):
+    q, scale = quantise(tokens, statistics, "int8", group)
     assert q.dtype == np.int8 and q.min(initial=0) >= -127 and scale.dtype == np.float16 and np.isfinite(scale).all()
     assert scale.shape == (*tokens.shape[:-1], -(-tokens.shape[-1] // group))
-    return q, scale, dequantise(q, scale, statistics, group)
+    return q, scale, dequantise(q, scale, statistics, "int8", group)
 
 
 def bound(tokens, scale, statistics, group):
@@ -65,6 +69,73 @@ def test_error_on_vit_like_features():
     statistics = ChannelStatistics.fit(tokens)
     errors = token_errors(tokens, round_trip(tokens, statistics)[2], statistics)
     assert 1e-3 < np.median(errors) < 0.01 and errors.max() < 0.05
+
+
+# --- int4 --------------------------------------------------------------------------------------------------------------
+
+
+def round_trip_4(tokens, statistics, group=GROUPS["int4"]):
+    stored, scale = quantise(tokens, statistics, "int4", group)
+    assert stored.dtype == np.uint8 and stored.shape == (*tokens.shape[:-1], -(-tokens.shape[-1] // 2))
+    assert scale.dtype == np.float16 and np.isfinite(scale).all()
+    return stored, scale, dequantise(stored, scale, statistics, "int4", group)
+
+
+@settings(max_examples=150, deadline=None)
+@given(values, values, st.sampled_from([1, 2, 3, 16]))
+def test_error_bound_of_int4(fitted, tokens, group):
+    """The error is at most half a step, or one for a value of the other sign beyond the last level; no row is all 0."""
+    dim = min(fitted.shape[1], tokens.shape[1])
+    statistics, tokens = ChannelStatistics.fit(fitted[:, :dim]), tokens[:, :dim]
+    stored, scale, back = round_trip_4(tokens, statistics, group)
+    step = np.abs(np.repeat(scale.astype("float64"), group, axis=-1)[..., :dim])
+    largest = 8 * np.maximum(step * 2**-10, 2**-24)
+    rounding = 4e-7 * (np.abs(tokens).astype("float64") + np.abs(statistics.centre) + 8 * step * statistics.spread)
+    assert (np.abs(back.astype("float64") - tokens) <= (step + largest) * statistics.spread * (1 + 1e-3) + rounding).all()
+    assert stored.any(-1).all()
+
+
+def test_levels_of_int4():
+    """The largest magnitude becomes -8; a group of nothing else becomes 7; the even channel is in the low half of a byte."""
+    statistics = ChannelStatistics(np.zeros(4, "float32"), np.ones(4, "float32"))
+    tokens = np.array([[8, -3, 0, 1], [-8, 7, 2, -1], [4, 4, 4, 4], [0, 0, 0, 0]], "float32")
+    stored, scale, back = round_trip_4(tokens, statistics, 4)
+    assert unpack(stored, 4).tolist() == [[-8, 3, 0, -1], [-8, 7, 2, -1], [7, 7, 7, 7], [0, 0, 0, 0]]
+    assert scale.ravel() == pytest.approx([-1, 1, 4 / 7, 0], rel=1e-3) and back == pytest.approx(tokens, abs=2e-3)
+    assert stored[0].tolist() == [(3 + 8) << 4 | 0, (-1 + 8) << 4 | 8]
+
+
+def test_packing():
+    """What is packed comes back, also an odd number of channels, whose last byte is filled up with 15."""
+    levels = np.random.default_rng(0).integers(-8, 8, (5, 7)).astype("int8")
+    packed = pack(levels)
+    assert np.array_equal(unpack(packed, 7), levels) and (packed[:, -1] >> 4 == 15).all()
+
+
+def test_error_of_int4_on_gaussian_tokens():
+    """In groups of 16 channels the standardised error of the median Gaussian token is below 8 %."""
+    tokens = np.random.default_rng(0).standard_normal((512, 768)).astype("float32")
+    statistics = ChannelStatistics.fit(tokens)
+    errors = token_errors(tokens, round_trip_4(tokens, statistics)[2], statistics)
+    assert 0.05 < np.median(errors) < 0.08
+
+
+# --- on a device ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(values, values, st.sampled_from(["int8", "int4"]), st.sampled_from([1, 2, 3, 16, 128]))
+def test_on_the_device_it_is_the_same(fitted, tokens, dtype, group):
+    """torch quantises to the very numbers that numpy does, so that a store's bytes do not depend on where it was done."""
+    dim = min(fitted.shape[1], tokens.shape[1])
+    statistics, tokens = ChannelStatistics.fit(fitted[:, :dim]), np.ascontiguousarray(tokens[:, :dim])
+    expected = quantise(tokens, statistics, dtype, group)
+    ours = encode.quantise(*map(torch.tensor, (tokens, statistics.centre, statistics.spread)), dtype, group)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.numpy().dtype == b.dtype and a.numpy().tobytes() == b.tobytes()
+
+
+# --- features that would break a careless one ----------------------------------------------------------------------------
 
 
 def test_a_massive_channel_damages_only_its_group():
@@ -108,9 +179,10 @@ def test_awkward_features(case):
     tokens = SURVIVORS[case](features()).astype("float32")
     statistics = ChannelStatistics.fit(tokens)
     assert (statistics.spread >= LEAST_SPREAD * 0.999).all()
+    assert np.isfinite(round_trip_4(tokens, statistics)[2]).all()
     _, scale, back = round_trip(tokens, statistics)
     assert np.isfinite(back).all() and np.isfinite(token_errors(tokens, back, statistics)).all()
-    assert (np.abs(back - tokens) <= bound(tokens, scale, statistics, GROUP)).all()
+    assert (np.abs(back - tokens) <= bound(tokens, scale, statistics, 128)).all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -133,7 +205,7 @@ def test_smallest_scales():
 def test_full_range_is_used():
     """The largest value of a group becomes 127 or -127, never -128, which marks holes in a store."""
     tokens = np.concatenate([features(), -features(seed=1)])
-    q, _ = quantise(tokens, ChannelStatistics.fit(tokens))
+    q, _ = quantise(tokens, ChannelStatistics.fit(tokens), "int8", 128)
     groups = np.abs(q.reshape(len(q), 2, 128).astype(int)).max(-1)
     assert groups.min() >= 126 and groups.max() == 127 and (q == -127).any()
 
@@ -142,7 +214,7 @@ def test_leading_shape_does_not_matter():
     """Quantising [B, T, D] gives what its rows give one by one."""
     tokens = features().reshape(8, 64, 256)
     statistics = ChannelStatistics.fit(tokens.reshape(-1, 256))
-    whole, single = quantise(tokens, statistics), [quantise(row, statistics) for row in tokens]
+    whole, single = quantise(tokens, statistics, "int8", 128), [quantise(row, statistics, "int8", 128) for row in tokens]
     assert all(np.array_equal(whole[k], np.stack([one[k] for one in single])) for k in (0, 1))
 
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 
 from teacher_cache import decompress, sigbus, writer
+from teacher_cache.durable import crc32c
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
 from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.quantize import ChannelStatistics, dequantise
@@ -126,7 +127,7 @@ def test_tokens_are_dequantised(store_of, dtype):
     expected = arrays["tokens/03"][[5, 0]].astype("float32")
     if dtype == "int8":
         statistics = ChannelStatistics(np.arange(6, dtype="float32"), np.arange(1, 7, dtype="float32"))
-        expected = dequantise(arrays["tokens/03"][[5, 0]], arrays["scale"][[5, 0], 1], statistics, 4)
+        expected = dequantise(arrays["tokens/03"][[5, 0]], arrays["scale"][[5, 0], 1], statistics, "int8", 4)
     assert same(tokens, expected)
 
 
@@ -347,7 +348,19 @@ def test_sound_checksum_around_wrong_data(tmp_path, monkeypatch, reader, codec):
     """Rows whose checksum fits but which are too short, or no compressed data at all, are refused."""
     spec, path = spec_of(3, 3, layers=(1,), codec=codec), tmp_path / "t.zarr"
     begin(path, spec)
-    monkeypatch.setattr(writer, "encoder", lambda _: lambda row: b"garbage, but not compressed"[:20])
+    chunk = b"garbage, but not compressed"[:20]
+    sealed = chunk + crc32c(chunk).to_bytes(4, "little")
+
+    def chunks(file, rows):
+        data = np.frombuffer(sealed * len(rows), "u1")
+        file.index[file.n_rows : file.n_rows + len(rows)] = [
+            (file.n_bytes + i * len(sealed), len(sealed)) for i in range(len(rows))
+        ]
+        file.n_rows += len(rows)
+        file.note(data)
+        return data
+
+    monkeypatch.setattr(writer._ShardFile, "chunks", chunks)
     fill(path, spec, values_of(spec))
     for check in ("first", "never"):
         with pytest.raises(CacheCorruptError, match="tokens/01: row 0 is damaged"):

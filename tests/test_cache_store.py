@@ -369,10 +369,12 @@ def test_damaged_commit_records(tmp_path):
 def test_other_format_version(finished):
     """A store of a later format says so instead of being misread."""
     path = finished
-    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format_version": 1', '"format_version": 2'))
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format_version": 1', '"format_version": 3'))
     files = {**read_sealed(path / "store.json")["files"], "zarr.json": sha256_file(path / "zarr.json")}
     (path / "store.json").write_bytes(seal({"files": files}))
-    with pytest.raises(BadInputError, match="t.zarr: a store of format version 2; this program reads version 1. Use the version"):
+    with pytest.raises(
+        BadInputError, match="t.zarr: a store of format version 3; this program reads versions 1, 2. Use the version"
+    ):
         StoreReader(path)
 
 

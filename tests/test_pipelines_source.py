@@ -156,8 +156,8 @@ def test_dequantise_equals_the_reference():
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(3, 5, 200)).astype("float32") * generator.lognormal(size=200).astype("float32")
     statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, 200))
-    q, scale = quantize.quantise(tokens, statistics, 128)
-    reference = quantize.dequantise(q, scale, statistics, 128)
+    q, scale = quantize.quantise(tokens, statistics, "int8", 128)
+    reference = quantize.dequantise(q, scale, statistics, "int8", 128)
     ours = dequantise(*map(torch.from_numpy, (q, scale, statistics.centre, statistics.spread)), 128)
     np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-6, atol=1e-6)
 

@@ -78,6 +78,21 @@ def test_crops_of_another_size_are_resized_as_recorded(tiny):
     assert torch.equal(tiny.preprocess(crops_u8(2, 32)), (crops_u8(2, 32).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
 
 
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "demo"])
+def test_a_compiled_teacher_says_the_same(name):
+    """With its blocks compiled, a teacher gives the tokens and the attention it gave before, for any choice of layers."""
+    teacher = load_teacher(name, None if name == "demo" else "random:0", 32, "cpu", "fp32")
+    side = teacher.spec.image_size
+    images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = [teacher(images, layers) for layers in ((1, teacher.spec.depth), (2,))]
+    torch._dynamo.reset()
+    teacher.compile(backend="aot_eager")
+    for layers, expected in zip(((1, teacher.spec.depth), (2,)), before, strict=True):
+        again = teacher(images, layers)
+        torch.testing.assert_close(again.tokens, expected.tokens, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again.attention, expected.attention, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("images", "says"),
     [

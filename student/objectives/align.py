@@ -17,7 +17,7 @@ from ..batch import Batch, Needs
 from ..config import AlignConfig, BackboneConfig
 from ..errors import ConfigError
 from ..initial_weights import init_linear_and_norm
-from ..masking import Mask, take
+from ..masking import Mask
 from .objective import Objective, Teachers, require_teacher
 
 # B batch, n tokens (CLS if student and teacher have one, then the visible patches), K levels, S student blocks, D width
@@ -67,7 +67,7 @@ class Align(Objective):
         parts = {}
         for adaptor, tokens, level in zip(self.adaptors, students, self.levels, strict=True):
             # Float32 before cat, which autocast to bfloat16 refuses for the float16 of a cache.
-            target = take(targets.patches(level), mask.keep).float()  # [B, n_keep, D of the teacher]
+            target = targets.visible(level, mask.keep).float()  # [B, n_keep, D of the teacher]
             if self.with_cls:
                 target = torch.cat([targets.layer(level)[:, :1].float(), target], dim=1)
             parts[f"layer{level}"] = 2 * F.smooth_l1_loss(adaptor(tokens).float(), target, beta=1.0)

@@ -94,7 +94,7 @@ class Contrast(Objective):
     the large batch, all else is equal, because queues and key projectors move on once a step.
     """
 
-    needs = Needs(layers=(-1,))
+    needs = Needs(layers=(-1,), hidden=True)
 
     def __init__(self, config: ContrastConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()

@@ -31,7 +31,7 @@ class Cosine(Objective):
     Public names: MILAN's decoder_pred and CAE's decoder.head are `head`; all the rest is `predictor` (see Predictor).
     """
 
-    needs = Needs(layers=(-1,))
+    needs = Needs(layers=(-1,), hidden=True)
 
     def __init__(self, config: CosineConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()

@@ -9,7 +9,7 @@ from ..backbones import Encoded
 from ..batch import Batch, Needs
 from ..config import BackboneConfig, MimicConfig
 from ..initial_weights import init_linear_and_norm
-from ..masking import Mask, take
+from ..masking import Mask
 from .objective import Objective, Teachers, require_teacher
 
 # B batch, N patches, D width of the teacher
@@ -34,6 +34,6 @@ class Mimic(Objective):
 
     def forward(self, encoded: Encoded, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
         predicted = self.head(encoded.patches)  # [B, n_keep, D]
-        target = take(batch.targets[self.teacher].patches(-1), mask.keep)  # [B, n_keep, D]
+        target = batch.targets[self.teacher].visible(-1, mask.keep)  # [B, n_keep, D]
 
         return F.mse_loss(predicted.float(), target.float()), {}

@@ -26,6 +26,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from teacher_cache.background import THREAD
+
 EXIT = 9
 """Exit code of a process that died where it was told to."""
 DIED = "died at:"
@@ -84,7 +86,7 @@ class Mortal:
 
     def call(self, operation: str, path: str, dying=lambda: None) -> None:
         """A call that is about to be made: die instead, having done `dying`, if it is the one."""
-        assert threading.current_thread() is threading.main_thread(), "writes of other threads have no order to count them in"
+        assert threading.current_thread().name in ("MainThread", THREAD), "writes of other threads have no order to count them in"
         if len(self.calls) == self.at:
             code = 1  # should dying itself fail: nobody may take that for an error of the program
             try:

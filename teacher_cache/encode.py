@@ -1,0 +1,145 @@
+"""What a store keeps of a teacher's output, worked out where the output is: on the GPU, if the teacher runs there.
+
+The numbers are those of quantize.py and race.py to the bit, which are their definition and what readers use; a test holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import BadInputError
+from .quantize import ChannelStatistics
+from .race import arrivals
+from .spec import ARRAY_NAME, StoreSpec
+
+# B batch, L layers, C+N tokens of the teacher, T tokens that are kept, D channels, G groups of channels
+
+
+class Encoder:
+    """Row arrays of one store from a teacher's output.
+
+    statistics: of each layer; empty for float16. view: of the store.
+    """
+
+    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], view: int, device: torch.device, name: str):
+        self.spec, self.view, self.device, self.name = spec, view, device, name
+        self.statistics = {
+            layer: (torch.tensor(channel.centre, device=device), torch.tensor(channel.spread, device=device))
+            for layer, channel in statistics.items()
+        }
+
+    def __call__(self, output, rows: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to encode the output for `rows`; the function that is returned waits for it: array name -> [B, *row shape].
+
+        output: teachers.base.TeacherOutput. Waiting raises BadInputError for values that are not finite, naming the row.
+        """
+        tokens, attention, spec = output.tokens, output.attention, self.spec
+        finite = tokens.isfinite().flatten(1).all(1)
+        if attention is not None:
+            finite &= attention.isfinite().all(1)
+        arrays = {"finite": finite}
+        if spec.visible:
+            arrays["index"] = self._index(attention, rows)  # int32 [B, K]
+            tokens = _of_visible(tokens, arrays["index"].long(), tokens.shape[2] - attention.shape[1])  # [B, L, T, D]
+        scales = []
+        for i, layer in enumerate(spec.layers):
+            if spec.is_quantised:
+                stored, scale = quantise(tokens[:, i], *self.statistics[layer], spec.dtype, spec.group)
+                scales.append(scale)
+            else:
+                stored = tokens[:, i].half()
+            arrays[ARRAY_NAME.format(layer)] = stored
+        if scales:
+            arrays["scale"] = torch.stack(scales, 1)  # [B, L, T, G]
+        if spec.attention:
+            arrays["attention"] = attention
+        wait = to_host(arrays)
+
+        def finished() -> dict[str, np.ndarray]:
+            on_host = wait()
+            require_finite(on_host.pop("finite"), rows, self.name)
+            return on_host
+
+        return finished
+
+    def _index(self, attention: Tensor, rows: np.ndarray) -> Tensor:
+        """race.race on the device. The logarithms come from the host: those of two devices differ in the last bit."""
+        arriving = torch.from_numpy(arrivals(attention.shape[1], rows, self.view)).to(self.device)  # float64 [B, N]
+        speed = attention.double() / arriving
+        return torch.argsort(speed, dim=1, descending=True, stable=True)[:, : self.spec.visible].int()
+
+
+def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
+    """Begin to copy tensors to the host, behind what their device has still to do; the function returned waits for them."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    done = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        done = torch.cuda.Event()
+        done.record()
+
+    def wait() -> dict[str, np.ndarray]:
+        if done is not None:
+            done.synchronize()
+        return {name: copy.numpy() for name, copy in copies.items()}
+
+    return wait
+
+
+def require_finite(finite: np.ndarray, rows: np.ndarray, name: str) -> None:
+    """Raise BadInputError unless the teacher's output for every row is finite. finite: bool [B]."""
+    if not finite.all():
+        bad = rows[~finite]
+        raise BadInputError(
+            f"{name} gives non-finite values for row {bad[0]} ({len(bad)} of {len(rows)} rows of its batch). "
+            "Check the weights; with --precision bf16 try fp32."
+        )
+
+
+def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: int) -> tuple[Tensor, Tensor]:
+    """quantize.quantise on the device: float32 [..., D] -> int8 [..., D] or uint8 [..., ceil(D / 2)], and float16 [..., G]."""
+    standard = (tokens.float() - centre) / spread
+    dim = standard.shape[-1]
+    n_short = -dim % group  # the last group is filled up with one of its own values, which changes neither end
+    padded = torch.cat([standard, standard[..., -1:].expand(*standard.shape[:-1], n_short)], -1) if n_short else standard
+    groups = padded.unflatten(-1, (-1, group))  # [..., G, group]
+    lowest, highest = groups.amin(-1), groups.amax(-1)
+    largest = torch.maximum(highest.abs(), lowest.abs())
+    if dtype == "int8":
+        scale = (largest / 127).half()
+        return _levels(groups, scale, -127, 127)[..., :dim].to(torch.int8), scale
+    scale = (torch.where(highest >= -lowest, -largest, largest) / 8).half()
+    levels = _levels(groups, scale, -8, 7)
+    alone = levels.unflatten(-1, groups.shape[-2:]).amax(-1) == -8
+    scale = torch.where(alone, _times(scale, -8 / 7), scale)
+    levels = torch.where(alone.repeat_interleave(group, -1), 7, levels)
+    return _pack(levels[..., :dim]), scale
+
+
+def _levels(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    """float32 [..., G * group], whole numbers."""
+    step = scale.float().unsqueeze(-1)
+    levels = torch.where(step != 0, groups / step, 0.0)
+    return levels.round().clamp(least, most).flatten(-2)
+
+
+def _times(scale: Tensor, factor: float) -> Tensor:
+    """A product of two float16 numbers as numpy rounds it: the factor first, then the product of both."""
+    return (scale.float() * torch.tensor(factor, dtype=torch.float16, device=scale.device).float()).half()
+
+
+def _pack(levels: Tensor) -> Tensor:
+    nibbles = (levels + 8).to(torch.uint8)
+    if nibbles.shape[-1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=15)
+    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+
+
+def _of_visible(tokens: Tensor, index: Tensor, n_cls: int) -> Tensor:
+    """CLS, if there is one, and the patches `index` [B, K] of tokens [B, L, C+N, D]: [B, L, C+K, D]."""
+    cls = torch.arange(n_cls, device=index.device).expand(len(index), -1)
+    places = torch.cat([cls, index + n_cls], 1)[:, None, :, None]
+    return tokens.take_along_dim(places, dim=2)

@@ -1,0 +1,113 @@
+"""Stores of version 2, int4 and visible tokens, committed: they must be readable for ever, as those of version 1 beside them.
+
+    python tests/test_cache_golden_v2.py --rewrite
+
+makes golden/cache_v2/ again. A version that has been released is never rewritten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeTeacher
+from test_cache_golden import GOLDEN as GOLDEN_V1
+from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row
+
+from teacher_cache.cache import Cache
+from teacher_cache.commits import fold
+from teacher_cache.extract import ExtractPlan, extract_view
+from teacher_cache.race import race
+from teacher_cache.reader import READERS, StoreReader
+from teacher_cache.store import create_store, read_small_array
+from teacher_cache.verify import verify
+from teacher_cache.writer import ShardWriter
+
+GOLDEN = GOLDEN_V1.with_name("cache_v2")
+STORES = {
+    "four": ExtractPlan(layers="last2", dtype="int4", shard_rows=3, batch_size=2),
+    "seen": ExtractPlan(layers="last", visible=5, shard_rows=4, batch_size=2),
+}
+
+
+def make_cache(folder: Path) -> Path:
+    """The crops of the golden cache of version 1, with other stores."""
+    cache = Cache(shutil.copytree(GOLDEN_V1, folder / "cache", ignore=shutil.ignore_patterns("*.zarr")))
+    for name, plan in STORES.items():
+        extract_view(cache.view(0), name, FakeTeacher(), plan)
+    return cache.path
+
+
+def whitened(store: Path, layer: int, row: int) -> np.ndarray:
+    """float32 [T, D], from docs/format.md alone."""
+    manifest = json.loads((store / "zarr.json").read_text())["attributes"]["teacher_cache"]
+    assert manifest["format_version"] == 2
+    spec, dim = manifest["store"], manifest["teacher"]["dim"]
+    stored = stored_row(store, f"tokens/{layer:02d}", row)
+    if spec["dtype"] == "int4":
+        q = np.empty((len(stored), 2 * stored.shape[1]), "f4")
+        q[:, 0::2], q[:, 1::2] = stored % 16, stored // 16
+        stored = q[:, :dim] - 8
+    scale = stored_row(store, "scale", row)[spec["layers"].index(layer)].astype("f4")
+    per_channel = scale[:, np.arange(dim) // spec["group"]]
+    return stored * per_channel * small_array(store, f"quant/{layer:02d}/spread") + small_array(
+        store, f"quant/{layer:02d}/centre"
+    )
+
+
+def test_a_reader_written_from_the_document_reads_the_targets():
+    """Tokens, dequantised as the document says, are the teacher's: of int4 within 15 % of their size, and those of `index`."""
+    teacher = np.load(GOLDEN.with_suffix(".npy"))  # [C+N, D] of the last block, row ROW
+    four = whitened(GOLDEN / "view-000" / "four.zarr", 6, ROW)
+    assert four.shape == teacher.shape and 0.01 < np.linalg.norm(four - teacher) / np.linalg.norm(teacher) < 0.15
+    store = GOLDEN / "view-000" / "seen.zarr"
+    index = stored_row(store, "index", ROW)
+    np.testing.assert_allclose(whitened(store, 6, ROW), teacher[[0, *(1 + index)]], atol=0.05)
+    assert np.array_equal(index, race(stored_row(store, "attention", ROW)[None], np.array([ROW]), 0, 5)[0])
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_golden_stores_are_readable(reader):
+    """Every reader gives every row of every array as it stands in the files, and verify finds them sound."""
+    view = Cache(GOLDEN).finished_view(0)
+    assert view.store_names() == sorted(STORES)
+    for name in STORES:
+        store = StoreReader(view.store_path(name), reader=reader)
+        for array in store.spec.array_names:
+            expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
+            np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
+        np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
+    assert verify(Cache(GOLDEN))[0] == []
+
+
+def test_the_writers_give_the_same_bytes_again(tmp_path):
+    """From the same manifests and stored rows every file is written again bit for bit, on any machine."""
+    view = Cache(GOLDEN).view(0)
+    for name in STORES:
+        reader, store = StoreReader(view.store_path(name), reader="zarr"), tmp_path / f"{name}.zarr"
+        create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(reader.path, "probe"))
+        for shard in range(reader.spec.n_shards):
+            rows = reader.spec.rows_of(shard)
+            with ShardWriter(store, reader.spec, reader.teacher, shard) as out:
+                out.append({array: reader.read(array, rows) for array in reader.spec.array_names})
+        fold(store, reader.spec)
+        assert files_of(store) == files_of(reader.path)
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--rewrite"], __doc__
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_cache(Path(folder))
+        shutil.rmtree(GOLDEN, ignore_errors=True)
+        shutil.copytree(made, GOLDEN)
+    import torch
+
+    from teacher_cache.beton import CropReader
+
+    pixels = torch.from_numpy(CropReader(GOLDEN / "view-000").read([ROW]))
+    np.save(GOLDEN.with_suffix(".npy"), FakeTeacher()(pixels, (6,)).tokens[0, 0].numpy())
