@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from cache_fakes import contents, failing_at, flip_bit
@@ -195,6 +196,7 @@ def test_ctrl_c(tmp_path, image_folder, monkeypatch):
 def test_torchrun(tmp_path, image_folder, made, monkeypatch):
     """Processes of torchrun share the shards: together they make what one makes; more of them than shards are told so."""
     run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(numba.config.NUMBA_NUM_THREADS))  # numba refuses a change later on
     for rank in (1, 3, 0, 2):  # 4 processes, 3 shards
         for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4}.items():
             monkeypatch.setenv(name, str(value))
