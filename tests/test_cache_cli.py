@@ -483,7 +483,9 @@ def test_verify(cache):
     n_files = len(contents(cache.path))
     assert run("verify", cache.path).stdout == f"{n_files:,} files checked: sound and complete.\n"
     sound = json.loads(run("verify", "--json", cache.path).stdout)
-    assert sound == {"path": str(cache.path), "sound": True, "n_files": n_files, "mend": [], "findings": []}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", sound.pop("when"))
+    about = {"path": str(cache.path), "crops_id": cache.crops_id, "sample": None}
+    assert sound == {**about, "sound": True, "n_files": n_files, "mend": [], "findings": []}
     shard = cache.view(0).store_path("fake") / "tokens/04/c.1.0.0"
     flip_bit(shard, 99)
     lines = run("verify", cache.path, code=1).stdout.splitlines()
