@@ -1,4 +1,4 @@
-"""teacher-cache: crop | extract | inspect | verify | teachers. The edge: parses, calls the library, prints."""
+"""teacher-cache: crop | extract | inspect | show | report | verify | teachers. The edge: parses, calls the library, prints."""
 
 from __future__ import annotations
 
@@ -72,6 +72,31 @@ class TokenChoice(click.ParamType):
         if value != "all" and not match:
             self.fail(f"{value!r}: give all, or visible:K with the number of patches, such as visible:59.", param, context)
         return int(match[1]) if match else 0
+
+
+class RowRange(click.ParamType):
+    """`I`, one row, or `A:B`, half-open like a slice of Python."""
+
+    name = "I|A:B"
+
+    def convert(self, value, param, context) -> range:
+        match = re.fullmatch(r"([0-9]{1,10})(?::([0-9]{1,10}))?", value)
+        rows = range(int(match[1]), int(match[2] or int(match[1]) + 1)) if match else range(0)
+        if not rows:
+            self.fail(f"{value!r} is no row. Give a number from 0, or A:B with A < B, such as 0:8.", param, context)
+        return rows
+
+
+class PatchPlace(click.ParamType):
+    """`R,C`: row and column of a patch, from 0."""
+
+    name = "R,C"
+
+    def convert(self, value, param, context) -> tuple[int, int]:
+        match = re.fullmatch(r"([0-9]{1,5}),([0-9]{1,5})", value)
+        if not match:
+            self.fail(f"{value!r} is no patch. Give its row and column from 0, such as 3,5.", param, context)
+        return int(match[1]), int(match[2])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -364,6 +389,41 @@ def inspect(cache: Path, as_json: bool):
 
         described = describe(Cache(cache))
         click.echo(json.dumps(described, indent=1) if as_json else in_words(described))
+
+
+VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")
+STORE = click.option("--teacher", help="Which store, if there are several.")
+
+
+@main.command()
+@CACHE
+@click.option("--row", "rows", type=RowRange(), multiple=True, help="A row, or several as A:B; may be repeated. [default: 0]")
+@VIEW
+@STORE
+@click.option("--images", type=click.Path(path_type=Path), help="The originals: draw the crop's box on them.")
+@click.option("--patch", type=PatchPlace(), help="The patch that others are compared with. [default: the most attended]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the masks.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A .png, .pdf or .svg. [default: row-I-view-V.png]")
+def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, images: Path | None, patch, seed: int,
+         out: Path | None):  # fmt: skip
+    """Draw a crop, what the teacher says of it, and what a student would see of it.
+
+    One row: the crop (and its box on the original), CLS attention, the principal components of each layer's patch tokens as
+    colours, their likeness to one patch, and a mask of each law that the presets use. Several rows make a sheet.
+
+    \b
+    Example:
+      teacher-cache show --row 17 --images imagenet/train CACHE
+      teacher-cache show --row 0:8 --row 100 --view 1 -o sheet.png CACHE
+    """
+    with one_line_errors(""):
+        from pipelines.show.command import numbers_of
+        from pipelines.show.command import show as draw
+
+        numbers = numbers_of(rows or (range(1),))
+        out = out or Path(f"row-{numbers[0]}{f'-and-{len(numbers) - 1}-more' * (len(numbers) > 1)}-view-{view}.png")
+        draw(cache, numbers, view, out, say, teacher=teacher, images=images, patch=patch, seed=seed)
+        say(f"Wrote {out}")
 
 
 @main.command()
