@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -428,6 +429,39 @@ def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, i
 
 @main.command()
 @CACHE
+@VIEW
+@STORE
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
+@click.option(
+    "--rows", type=click.IntRange(4, 100_000), default=2000, show_default=True, help="Crops whose tokens are looked at."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that sample, and of the map.")
+@click.option("--verify", is_flag=True, help="Run verify now and put what it finds on the page.")
+@click.option("--sample", type=click.IntRange(1), help="Rows of each store and view that --verify checks. [default: all]")
+@click.option("--verified", type=click.Path(path_type=Path), help="Output of verify --json, in place of --verify.")
+@click.option("--weights", help="The teacher's weights: run it on 64 crops and measure the true error of what is stored. A file, "
+              "random:SEED or built-in.")  # fmt: skip
+def report(cache: Path, out: Path, **options):
+    """Write one page about CACHE: identity, coverage, fidelity, layers, attention, crop boxes, neighbours, a map.
+
+    The page is a single file that loads nothing, for any browser. It looks closely at one store of one view, on a sample of its
+    crops, so that its time does not grow with the cache; coverage and sizes are of everything. Nothing is written into CACHE.
+
+    \b
+    Example:
+      teacher-cache report CACHE -o report.html
+      teacher-cache report --verify --sample 1000 --weights ViT-B-16.pt CACHE
+    """
+    with one_line_errors(""):
+        from pipelines.report.cache_report import Options
+        from pipelines.report.cache_report import report as write
+
+        n_bytes = write(cache, out, Options(**options), say)
+        say(f"Wrote {out} ({human(n_bytes)})")
+
+
+@main.command()
+@CACHE
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @click.option("--sample", type=click.IntRange(1), help="Check so many rows of each store and view, drawn at random, besides all "
               "small files, sizes and headers. [default: all rows; 64 for --images and --weights]")  # fmt: skip
@@ -465,7 +499,9 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
                 findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS)
         commands = mending_commands(cache, findings, str(images or "DIR"))
         if as_json:
-            click.echo(json.dumps({"path": str(cache), "sound": not findings, "n_files": n_files, "mend": commands,
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            click.echo(json.dumps({"path": str(cache), "crops_id": opened.crops_id if opened else None, "when": when,
+                                   "sample": sample, "sound": not findings, "n_files": n_files, "mend": commands,
                                    "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))  # fmt: skip
         else:
             checked = f"{n_files:,} files" + (f", {sample:,} rows of each store and view" if sample else "")

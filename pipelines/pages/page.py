@@ -21,7 +21,7 @@ def render(template: str, **values) -> str:
         loader=jinja2.PackageLoader("pipelines.pages", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"bytes": human, "count": lambda number: f"{number:,}", "percent": percent}
+    environment.filters |= {"bytes": human, "count": lambda number: f"{number:,}", "percent": percent, "moment": moment}
     return environment.get_template(template).render(themes=THEMES, **values)
 
 
@@ -32,6 +32,11 @@ def percent(share: float) -> str:
     if 0.999 <= share < 1:
         return "99.9 %"
     return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def moment(when: str) -> str:
+    """`2026-01-31T12:00:00+00:00` as people write it: `2026-01-31 12:00:00 UTC`."""
+    return when.replace("T", " ", 1).replace("+00:00", " UTC")
 
 
 def data_uri(data: bytes, media_type: str) -> Markup:
