@@ -44,7 +44,9 @@ def _for_the_page(text: str, label: str) -> Markup:
     """matplotlib's SVG file as a part of a page: its colours, font and size are the page's, its ids unlike others'."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-z.]+[0-9a-z.]*_\d+"', "", text)  # figure_1, axes_1 ... would be there again in the next chart
+    # ids that nothing uses (axes_1 ...) would be there again in the next chart
+    used = {name for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for name in pair}
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] * (found[1] in used), text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r" ?font-family: [^;]*;", "", text)
     for colour, code in COLOURS.items():
