@@ -432,9 +432,7 @@ def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, i
 @VIEW
 @STORE
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
-@click.option(
-    "--rows", type=click.IntRange(4, 100_000), default=2000, show_default=True, help="Crops whose tokens are looked at."
-)
+@click.option("--rows", type=click.IntRange(4, 20_000), default=2000, show_default=True, help="Crops whose tokens are looked at.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that sample, and of the map.")
 @click.option("--verify", is_flag=True, help="Run verify now and put what it finds on the page.")
 @click.option("--sample", type=click.IntRange(1), help="Rows of each store and view that --verify checks. [default: all]")

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines.presets import PRESETS, recipe
 from pipelines.show.crops import box_of, finished_ranges, look, open_store
 from pipelines.show.laws import METHODS, hidden_patches, laws_for, one_a_kind
-from pipelines.show.maps import colours_of_tokens, hide, similarities
+from pipelines.show.maps import NOTHING, colours_of_tokens, hide, similarities
 from pipelines.source import teacher_shape
 from student.batch import TeacherShape
 from teacher_cache.cache import Cache
@@ -104,9 +104,9 @@ def test_hidden_patches_are_covered_and_others_untouched():
     """A hidden patch has one colour, every pixel of the others is the crop's, also where the grid does not divide the crop."""
     pixels = np.random.default_rng(0).integers(0, 255, (10, 10, 3), "uint8")
     hidden = np.array([0, 0, 0, 1, 0, 0], bool)  # the first patch of the second line of 3
-    covered = (hide(pixels, hidden, (2, 3), (1, 2, 3)) == [1, 2, 3]).all(2)
+    covered = (hide(pixels, hidden, (2, 3)) == NOTHING).all(2)
     assert covered[5:, :4].all() and covered.sum() == 20
-    assert (hide(pixels, hidden, (2, 3), (1, 2, 3))[~covered] == pixels[~covered]).all()
+    assert (hide(pixels, hidden, (2, 3))[~covered] == pixels[~covered]).all()
 
 
 @pytest.mark.parametrize("plan", [CropPlan(size=32), CropPlan.center(32)], ids=lambda plan: plan.kind)
@@ -173,6 +173,25 @@ def test_a_teacher_without_attention(shared_cache, tmp_path):
     assert crop.attention is None and crop.tokens[6].shape == (16, 24) and not teacher_shape(store.teacher).has_attention
     code, said = run(cache.path, "--teacher", "plain", "-o", tmp_path / "a.png")
     assert code == 0 and "fake keeps no CLS attention" in said
+
+
+def test_a_store_of_visible_tokens(shared_cache, teacher, tmp_path):
+    """Tokens of visible patches stand at their places, the others are missing; a patch that is missing is not compared with."""
+    cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
+    extract_view(cache.view(0), "seen", teacher, ExtractPlan(shard_rows=8, batch_size=5, visible=6))
+    view = cache.view(0)
+    (seen,), (whole,) = (look(view, open_store(view, name), [3]) for name in ("seen", "fake16"))
+    assert seen.is_kept.sum() == 6 and whole.is_kept.all()
+    assert np.allclose(seen.tokens[6][seen.is_kept], whole.tokens[6][seen.is_kept], atol=0.1)
+    colours, _ = colours_of_tokens(seen.tokens[6][None])
+    assert ((colours[0] == NOTHING).all(1) == ~seen.is_kept).all()
+    arguments = [cache.path, "--teacher", "seen", "--row", 3, "-o", tmp_path / "a.png"]
+    code, said = run(*arguments)
+    assert code == 0 and "keeps 6 of 16 patches" in said
+    missing, kept = (divmod(int(np.flatnonzero(of)[0]), 4) for of in (~seen.is_kept, seen.is_kept))
+    code, said = run(*arguments, "--patch", "{},{}".format(*missing))
+    assert code == 2 and "such as {},{}".format(*kept) in said
+    assert run(*arguments, "--patch", "{},{}".format(*kept))[0] == 0
 
 
 BAD = {

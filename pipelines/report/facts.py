@@ -44,11 +44,13 @@ def provenance(store: StoreReader) -> list[tuple[str, str]]:
     teacher, spec, manifest = store.teacher, store.spec, store.manifest
     rows, columns = teacher.grid
     cls = "CLS" if teacher.has_cls else "no CLS"
+    also = ", attention" * spec.attention
+    also += f", {spec.visible} of {teacher.n_patches} patches of each crop" * (spec.visible > 0)
     return [
         ("teacher", f"{teacher.name}: {rows} x {columns} patches of {teacher.patch_size} px, width {teacher.dim}, "
          f"{teacher.depth} blocks, {cls}"),
         ("weights", f"{teacher.weights}, SHA-256 {teacher.weights_sha256}"),
-        ("kept", f"layers {', '.join(map(str, spec.layers))}, {spec.dtype}{', attention' * spec.attention}"),
+        ("kept", f"layers {', '.join(map(str, spec.layers))}, {spec.dtype}{also}"),
         ("input", f"{teacher.image_size} px, {teacher.resize}, {manifest.precision}"),
         ("probe", f"SHA-256 {manifest.probe_sha256}"),
         ("software", ", ".join(f"{name} {number}" for name, number in sorted(manifest.software.items()))),

@@ -9,6 +9,7 @@ from teacher_cache.cache import View
 from teacher_cache.extract import require_same_probe, run_teacher
 from teacher_cache.progress import progress
 from teacher_cache.quantize import ChannelStatistics, token_errors
+from teacher_cache.race import take_visible
 from teacher_cache.reader import StoreReader
 
 BATCH = 16
@@ -29,6 +30,8 @@ def measured_errors(view: View, store: StoreReader, teacher, rows: np.ndarray) -
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
             tokens, _ = run_teacher(teacher, crops.read(rows[batch]), rows[batch], layers)
+            if store.spec.visible:
+                tokens = take_visible(tokens, store.read("index", rows[batch]), int(store.teacher.has_cls))
             for i, layer in enumerate(layers):
                 errors = token_errors(tokens[:, i], store.tokens(rows[batch], layer), store.statistics.get(layer, plain))
                 medians[i, batch], worst[i, batch] = np.median(errors, 1), errors.max(1)

@@ -14,6 +14,8 @@ import numpy as np
 
 PATCHES_A_CROP = 16
 """Patches of each crop that covariances are made of: 32,000 tokens of 2,000 crops."""
+KEPT = 8192
+"""Of these, so many are kept for norms, which can only be taken when the spread of the channels is known."""
 OUTLIER = 6.0
 """A channel is one whose root mean square is so many times the median channel's (Dettmers et al. 2022 use 6 as well)."""
 LARGE = 2.0
@@ -52,7 +54,7 @@ class LayerStatistics:
         self._some: list[np.ndarray] = []
 
     def add(self, tokens: np.ndarray) -> None:
-        """tokens: float32 [b, N, D], patches alone."""
+        """tokens: float32 [b, N, D], patches alone; of a store of visible tokens N is K."""
         n_crops, n_patches, _ = tokens.shape
         unit = tokens / np.maximum(np.linalg.norm(tokens, axis=2, keepdims=True), 1e-12)
         together = (unit.sum(1, dtype="float64") ** 2).sum(1)  # [b], of all pairs of patches
@@ -64,7 +66,8 @@ class LayerStatistics:
         self._sum += some.sum(0, dtype="float64")
         self._products += some.T @ some
         self._n += len(some)
-        self._some.append(some.astype("float16"))
+        n_kept = sum(map(len, self._some))
+        self._some.append(some[: KEPT - n_kept].astype("float16"))  # the first, because rows of a cache are in random order
 
     def figures(self, layer: int) -> LayerFigures:
         mean, second = self._sum / self._n, self._products / self._n
@@ -133,10 +136,11 @@ class AttentionStatistics:
 
 
 def expected_errors(standard: np.ndarray, scale: np.ndarray, group: int) -> np.ndarray:
-    """The error that rounding leads one to expect of each token, relative as in spec.LayerFidelity; float64 [b, C+N].
+    """The error that rounding leads one to expect of each token, relative as in spec.LayerFidelity; float64 [b, T].
 
     A value that is rounded to steps of `scale` is off by scale / sqrt(12) on average. standard: standardised tokens as they are
-    stored, [b, C+N, D]; scale [b, C+N, G]. The tokens before storing are not known, so this is an estimate.
+    stored, [b, T, D]; scale [b, T, G]. The tokens before storing are not known, so this is an estimate; it is too large where a
+    large channel drowns the others of its group altogether (int4).
     """
     sizes = np.diff(np.append(np.arange(0, standard.shape[-1], group), standard.shape[-1]))  # [G], channels a scale
     rounding = np.sqrt((scale.astype("float64") ** 2 * sizes).sum(-1) / 12)

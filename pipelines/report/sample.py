@@ -50,17 +50,16 @@ def gather(store: StoreReader, rows: np.ndarray) -> Gathered:
     has_cls, layers = store.teacher.has_cls, store.spec.layers
     statistics = {layer: LayerStatistics(store.teacher.dim, seed=layer) for layer in layers}
     attention = AttentionStatistics(store.teacher.n_patches) if store.spec.attention else None
-    is_quantised = store.spec.dtype != "float16"
     errors = np.zeros((len(layers), len(rows)))
     features = np.zeros((len(rows), store.teacher.dim), "float32")
     with progress("reading a sample", len(rows), "crops") as advance:
         for start in range(0, len(rows), BLOCK):
             block = slice(start, min(start + BLOCK, len(rows)))
-            scale = store.read("scale", rows[block]) if is_quantised else None
+            scale = store.read("scale", rows[block]) if store.spec.is_quantised else None
             for i, layer in enumerate(layers):
-                tokens = store.tokens(rows[block], layer)  # [b, C+N, D]
+                tokens = store.tokens(rows[block], layer)  # [b, T, D]
                 statistics[layer].add(tokens[:, int(has_cls) :])
-                if is_quantised:
+                if store.spec.is_quantised:
                     standard = store.statistics[layer].standardise(tokens)
                     errors[i, block] = expected_errors(standard, scale[:, i], store.spec.group).max(1)
                 if layer == layers[-1]:
@@ -74,5 +73,5 @@ def gather(store: StoreReader, rows: np.ndarray) -> Gathered:
         are_cls=has_cls,
         layers=tuple(statistics[layer].figures(layer) for layer in layers),
         attention=attention.figures() if attention else None,
-        expected_errors=errors if is_quantised else None,
+        expected_errors=errors if store.spec.is_quantised else None,
     )

@@ -13,7 +13,7 @@ from teacher_cache.spec import TeacherSpec
 
 from ..pages.page import require_writable
 from ..source import teacher_shape
-from .crops import look, open_store
+from .crops import LookedAt, look, open_store
 from .laws import hidden_patches, laws_for, one_a_kind
 from .panels import require_format
 from .picture import Scene, picture_of_one, sheet
@@ -44,6 +44,12 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     index = None if patch is None else _index(patch, store.teacher)
     crops = look(finished, store, rows, images)
 
+    if store.spec.visible:
+        kept = f"{store.spec.visible} of {store.teacher.n_patches} patches"
+        say(f"{store.path.stem} keeps {kept} of each crop; the others are grey.")
+        if index is not None:
+            _require_kept(index, crops, store.teacher)
+
     shape = teacher_shape(store.teacher)
     laws = laws_for(shape)
     if len(rows) > 1:
@@ -56,6 +62,17 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     hidden = [hidden_patches(law, shape, attention, len(rows), seed) for law in laws]
     scene = Scene(crops, store.teacher, finished.cache.plan, view, laws, hidden, index)
     (picture_of_one if len(rows) == 1 else sheet)(scene).write(out)
+
+
+def _require_kept(index: int, crops: Sequence[LookedAt], teacher: TeacherSpec) -> None:
+    """Raise UsageError if a store of visible tokens leaves out the patch that others are to be compared with."""
+    for crop in crops:
+        if not crop.is_kept[index]:
+            row, column = divmod(int(np.flatnonzero(crop.is_kept)[0]), teacher.grid[1])
+            raise UsageError(
+                f"--patch: this patch of row {crop.row} is not stored. Give one that is, such as {row},{column}, or leave "
+                "--patch out for the most attended of each crop."
+            )
 
 
 def _index(patch: tuple[int, int], teacher: TeacherSpec) -> int:

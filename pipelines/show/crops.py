@@ -38,9 +38,14 @@ class LookedAt:
     attention: np.ndarray | None
     """float32 [N], CLS to patches; None if the store keeps none."""
     tokens: dict[int, np.ndarray]
-    """float32 [N, D] by layer: whitened patch tokens, without CLS."""
+    """float32 [N, D] by layer: whitened patch tokens, without CLS; NaN for patches that a store of visible tokens leaves out."""
     original: Image.Image | None
     """Upright, at most ORIGINAL_SIDE pixels a side."""
+
+    @property
+    def is_kept(self) -> np.ndarray:
+        """bool [N], the patches whose tokens are stored."""
+        return np.isfinite(next(iter(self.tokens.values()))[:, 0])
 
 
 def open_store(view: View, name: str | None) -> StoreReader:
@@ -94,7 +99,11 @@ def look(view: View, store: StoreReader, rows: Sequence[int], images_dir: Path |
     require_rows(view, store, rows)
     reader, images = CropReader(view.path), view.cache.images()
     pixels, first_patch = reader.read(rows), int(store.teacher.has_cls)
-    tokens = {layer: store.tokens(rows, layer)[:, first_patch:] for layer in store.spec.layers}  # [rows, N, D]
+    index = store.read("index", rows) if store.spec.visible else None
+    tokens = {
+        layer: _on_all_patches(store.tokens(rows, layer)[:, first_patch:], index, store.teacher.n_patches)
+        for layer in store.spec.layers
+    }  # [rows, N, D]
     attention = store.read("attention", rows) if store.spec.attention else None
     return [
         LookedAt(
@@ -109,6 +118,15 @@ def look(view: View, store: StoreReader, rows: Sequence[int], images_dir: Path |
         )
         for i, row in enumerate(rows)
     ]
+
+
+def _on_all_patches(tokens: np.ndarray, index: np.ndarray | None, n_patches: int) -> np.ndarray:
+    """Tokens [n, K, D] of the patches `index` [n, K] at their places among all: [n, N, D], NaN elsewhere. None: they are all."""
+    if index is None:
+        return tokens
+    places = np.full((len(tokens), n_patches, tokens.shape[2]), np.nan, "float32")
+    np.put_along_axis(places, index[..., None].astype("int64"), tokens, axis=1)
+    return places
 
 
 def _original(images_dir: Path, name: str, record: np.void) -> Image.Image:

@@ -14,10 +14,9 @@ from teacher_cache.spec import TeacherSpec
 from ..pages.palette import LIGHT
 from .crops import LookedAt, box_of
 from .laws import Law
-from .maps import colours_of_tokens, hide, over_crop, similarities
+from .maps import NOTHING, colours_of_tokens, hide, over_crop, similarities
 from .panels import MARGIN, SIDE, Panels, frame
 
-HIDDEN = (0xD5, 0xDB, 0xDF)
 MOST_COLUMNS = 6
 """Panels side by side in the picture of one crop."""
 SHEET_LAYERS = 3
@@ -36,13 +35,17 @@ class Scene:
     hidden: Sequence[np.ndarray]
     """bool [n_crops, N] for each law."""
     patch: int | None = None
-    """The patch that others are compared with; None: of each crop the most attended, or the middle one."""
+    """The patch that others are compared with; None: of each crop the most attended that is kept, or the middle one."""
 
     def patch_of(self, crop: LookedAt) -> int:
         if self.patch is not None:
             return self.patch
         rows, columns = self.teacher.grid
-        return rows // 2 * columns + columns // 2 if crop.attention is None else int(crop.attention.argmax())
+        return (
+            rows // 2 * columns + columns // 2
+            if crop.attention is None
+            else int(np.where(crop.is_kept, crop.attention, -1).argmax())
+        )
 
 
 def picture_of_one(scene: Scene) -> Panels:
@@ -77,7 +80,7 @@ def picture_of_one(scene: Scene) -> Panels:
         panels.heading(1 + 2 * n_lines, "Masks", f"what a student would see: one draw of each law of the presets{scaled}")
     for i, (law, hidden) in enumerate(zip(scene.laws, scene.hidden, strict=True)):
         line, place = divmod(i, n_columns)
-        masked = hide(crop.pixels, hidden[0], scene.teacher.grid, HIDDEN)
+        masked = hide(crop.pixels, hidden[0], scene.teacher.grid)
         panels.panel(1 + 2 * n_lines + line, place, masked, law.title, below=_presets_of(law))
     return panels
 
@@ -110,7 +113,7 @@ def sheet(scene: Scene) -> Panels:
         _draw_likeness(panels, line, place, scene, crop.tokens[layers[-1]], scene.patch_of(crop), title, with_range=False)
         for law, hidden in zip(scene.laws, scene.hidden, strict=True):
             place += 1
-            masked = hide(crop.pixels, hidden[line], scene.teacher.grid, HIDDEN)
+            masked = hide(crop.pixels, hidden[line], scene.teacher.grid)
             panels.panel(line, place, masked, f"{law.title}{' *' * law.scaled}" * is_first)
     return panels
 
@@ -138,8 +141,10 @@ def _draw_pixels(panels: Panels, line: int, scene: Scene, crop: LookedAt, with_t
 
 def _draw_likeness(panels: Panels, line: int, place: int, scene: Scene, tokens, patch: int, title: str, with_range=True) -> None:
     alike = similarities(tokens, patch)
-    title += f", {alike.min():.2f} to 1" * with_range
-    axes = panels.panel(line, place, _on_grid(alike, scene), title, cmap="viridis", vmin=alike.min(), vmax=1)
+    low = np.nanmin(alike)
+    title += f", {low:.2f} to 1" * with_range
+    axes = panels.panel(line, place, _on_grid(alike, scene), title, cmap="viridis", vmin=low, vmax=1)
+    axes.set_facecolor([level / 255 for level in NOTHING])
     _frame_patch(axes, patch, scene.teacher.grid, *scene.teacher.grid)
 
 
