@@ -275,8 +275,10 @@ def _cut_all(job: CropJob, workers: int) -> None:
         with progress("cropping", len(job.images.names), "images", n_done) as advance:
             for part, names, views in parts:
                 if views:
-                    results = pool.map(partial(_try_cut, job, views), names, _known(job, part))
-                    job.work.commit(part, views, list(results))
+                    with advance.waits_for("decode"):
+                        results = list(pool.map(partial(_try_cut, job, views), names, _known(job, part)))
+                    with advance.waits_for("disk"):
+                        job.work.commit(part, views, results)
                     advance(len(names))
     finally:
         pool.shutdown(cancel_futures=True)
