@@ -15,6 +15,7 @@ from .command import one_line_errors, say
 from .crops import CROP_FORMATS
 from .errors import UsageError
 from .estimate import human, require_space
+from .spec import DTYPES
 
 KEPT = "Finished work is kept; the same command goes on from there."
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
@@ -372,6 +373,76 @@ def _store_name(name: str) -> str:
     if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
         raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
     return cleaned
+
+
+@main.command()
+@click.argument("cache", type=click.Path(path_type=Path), required=False)
+@click.option("--teacher", help="clip-b16, demo, timm:NAME ... [default: the preset's]")
+@click.option("--images", type=click.Path(path_type=Path), help="The originals: they are counted, and a few crops are cut to "
+              "measure their bytes.")  # fmt: skip
+@click.option("--n-images", type=click.IntRange(1), help="How many there will be, where they are not at hand.")
+@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Passes over the images.")
+@click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard. [default: 2048]")
+@click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
+@click.option("--crop-size", type=click.IntRange(8, 4096), help="Side of a crop, pixels. [default: the teacher's]")
+@click.option("--crop-format", type=click.Choice(list(CROP_FORMATS)), help="How crops are stored. [default: jpeg95]")
+@click.option("--preset", help="What is to be trained: gives crop plan, epochs and what a step reads (student-train --list).")
+@click.option("--epochs", type=click.IntRange(1), help="Of one run. [default: the preset's]")
+@click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Trainings from this cache.")
+@click.option("--gpu-rate", type=click.FloatRange(0, min_open=True), help="Crops a second through the teacher on your GPU.")
+@click.option("--student-rate", type=click.FloatRange(0, min_open=True), help="Crops a second that your GPU trains, without the "
+              "teacher, never waiting.")  # fmt: skip
+@click.option("--measure", is_flag=True, help="Measure here what is not given: teacher, extraction, the preset's student, and "
+              "the disk of CACHE. Takes about a minute and up to 1 GB of disk for the time.")  # fmt: skip
+@click.option("--weights", help="With --measure: the teacher's weights. [default: random ones, which take as long]")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="With --measure: auto, cpu, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def estimate(cache: Path | None, as_json: bool, **options):
+    """Say what a cache will cost and whether it will pay, before anything of it is written.
+
+    Bytes, hours of extraction, bytes a second that training reads; and, for so many epochs and runs, hours from the cache against
+    hours with the teacher in every step, all on one device. What is not known is not made up: the output says which option gives
+    it. CACHE is where the cache shall lie (its disk is looked at) or one that is there, whose crops are then counted.
+    [default: the current folder]
+
+    \b
+    Example:
+      teacher-cache estimate --teacher clip-b16 --images imagenet/train --views 2 /data/cache
+      teacher-cache estimate --preset maskalign-b16 --n-images 1281167 --gpu-rate 2500 --student-rate 1800 --runs 3
+      teacher-cache estimate --preset maskalign-b16 --images imagenet/train --measure /data/cache
+    """
+    with one_line_errors("Nothing was written."):
+        from .estimating import Question, answer, in_words
+
+        preset = options.pop("preset")
+        answered = answer(Question(folder=cache or Path(), **options), _student_of(preset, options["teacher"]))
+        click.echo(json.dumps(answered, indent=1) if as_json else in_words(answered))
+
+
+def _student_of(preset: str | None, teacher: str | None):
+    """What a preset says to an estimate (estimating.Student); None without one."""
+    if preset is None:
+        return None
+    from pipelines.presets import recipe
+    from pipelines.student_rate import layers_read, student_of, student_rate
+
+    from .estimating import Student
+
+    chosen = recipe(preset)
+    if not chosen.teachers and teacher is None:
+        raise UsageError(f"{preset} learns without a teacher: there is nothing to extract. Give --teacher, or another --preset.")
+
+    def read(spec):
+        return layers_read(student_of(chosen.config, spec), spec)
+
+    def rate(spec, device):
+        return student_rate(chosen.config, student_of(chosen.config, spec), spec, device)
+
+    return Student(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate)
 
 
 @main.command()

@@ -230,7 +230,7 @@ def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, 
                     before()
             before = partial(_hand_over, out, shard, encoded, rows[-1] == spec.rows_of(shard)[-1], advance)
         before()
-    waited = {"the crops": advance.waited["decode"], "the disk": out.waited_s}
+    waited = {"the crops": advance.waited.get("decode", 0.0), "the disk": out.waited_s}
     _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
 
 

@@ -38,8 +38,8 @@ def _count(number: float, unit: str) -> str:
 class Progress:
     """Counts what is done, and where the time goes. Called with the number of units that have been finished: `advance(64)`.
 
-    `done` of `total` units were finished before (a resumed run); the rate is of new ones only. Unit `B`: bytes. One thread may count
-    what is done while another one waits.
+    `done` of `total` units were finished before (a resumed run); the rate is of new ones only. Unit `B`: bytes.
+    One thread may count what is done while another one waits.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
