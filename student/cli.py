@@ -22,11 +22,15 @@ PATH = click.Path(path_type=Path)
 COMMAND_AT_FAULT = (ConfigError, RunMismatchError)
 
 
-def _list_presets() -> None:
+def _list_presets(as_json: bool) -> None:
     from pipelines.presets import PRESETS
 
-    for name, function in PRESETS.items():
-        click.echo(f"{name:<16} {inspect.getdoc(function).splitlines()[0]}")
+    about = {name: inspect.getdoc(function).splitlines()[0] for name, function in PRESETS.items()}
+    if as_json:
+        click.echo(json.dumps(about, indent=1))
+        return
+    for name, line in about.items():
+        click.echo(f"{name:<16} {line}")
 
 
 def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -64,8 +68,9 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--keep-checkpoints", type=click.IntRange(1), default=2, show_default=True, help="How many stay: the newest.")
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch, max_steps, device, workers, reader, check, live,
-          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show):  # fmt: skip
+          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -81,10 +86,12 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
     run = _Run()
     with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)):
         if list_presets:
-            _list_presets()
+            _list_presets(as_json)
             return
         if not preset:
             raise UsageError("--preset is missing; student-train --list shows the presets.")
+        if as_json and not show:
+            raise UsageError("--json goes with --list or --show. Of a run, metrics.jsonl has a JSON line for each step.")
 
         from pipelines.presets import recipe
         from teacher_cache.device import pick_device
@@ -95,7 +102,7 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         chosen, changes = recipe(preset), _overrides(overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
-            _show(preset, config)
+            _show(preset, config, as_json)
             return
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
@@ -150,12 +157,16 @@ class _Run:
         return f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
 
 
-def _show(preset: str, config) -> None:
+def _show(preset: str, config, as_json: bool) -> None:
     """What --show prints: a preset's docstring, and its settings as --set takes them."""
     from pipelines.presets import PRESETS
 
     from .config import as_overrides
 
+    if as_json:
+        about = inspect.getdoc(PRESETS[preset])
+        click.echo(json.dumps({"preset": preset, "about": about, "config": config.to_json()}, indent=1))
+        return
     click.echo(inspect.getdoc(PRESETS[preset]))
     click.echo("\nSettings (change one with --set KEY=VALUE):")
     for key, value in as_overrides(config).items():
@@ -266,6 +277,8 @@ def evaluate():
     \b
     Example:
       student-eval knn runs/a --train imagenet/train --val imagenet/val
+
+    Exit codes: 0 done, 1 the data or the run is at fault, 2 the command is, 130 interrupted.
     """
 
 

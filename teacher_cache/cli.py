@@ -110,6 +110,10 @@ def main():
     Example:
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE
       teacher-cache inspect CACHE
+
+    Exit codes: 0 done; 1 the data or the machine is at fault (verify: not sound; inspect A B: they differ); 2 the command is
+    (verify: could not check); 75 stopped by SIGTERM, run the same command again; 130 interrupted. Results go to stdout, all else
+    to stderr.
     """
 
 
@@ -412,7 +416,7 @@ def estimate(cache: Path | None, as_json: bool, **options):
     \b
     Example:
       teacher-cache estimate --teacher clip-b16 --images imagenet/train --views 2 /data/cache
-      teacher-cache estimate --preset maskalign-b16 --n-images 1281167 --gpu-rate 2500 --student-rate 1800 --runs 3
+      teacher-cache estimate --preset milan-b16 --n-images 1281167 --gpu-rate 2500 --student-rate 1800
       teacher-cache estimate --preset maskalign-b16 --images imagenet/train --measure /data/cache
     """
     with one_line_errors("Nothing was written."):
@@ -447,20 +451,49 @@ def _student_of(preset: str | None, teacher: str | None):
 
 @main.command()
 @CACHE
+@click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def inspect(cache: Path, as_json: bool):
-    """Say what CACHE holds: crops, teachers, layers, sizes, fidelity, how much is done. Reads no tokens.
+def inspect(cache: Path, other: Path | None, as_json: bool):
+    """Say what CACHE holds: crops, teachers, layers, sizes, fidelity, which shards are there. Reads no tokens.
+
+    With OTHER, a second cache, say what is equal and what differs: crops, teachers, settings, quantisers, and shards by their
+    checksums. Exit code 0: a student would be given the same. 1: something differs.
 
     \b
     Example:
       teacher-cache inspect CACHE --json
+      teacher-cache inspect CACHE /backup/CACHE
     """
     with one_line_errors(""):
         from .cache import Cache
-        from .inspect import describe, in_words
+        from .inspect import describe
 
+        if other is not None:
+            _compare(Cache(cache), Cache(other), as_json)
+            return
         described = describe(Cache(cache))
-        click.echo(json.dumps(described, indent=1) if as_json else in_words(described))
+        if as_json:
+            click.echo(json.dumps(described, indent=1))
+        else:
+            from .inspect_table import show
+
+            show(described)
+
+
+def _compare(cache, other, as_json: bool) -> None:
+    from .compare import compare
+
+    lines = compare(cache, other)
+    equal = all(line.kind != "differs" for line in lines)
+    if as_json:
+        click.echo(json.dumps({"paths": [str(cache.path), str(other.path)], "equal": equal,
+                               "lines": [dataclasses.asdict(line) for line in lines]}, indent=1))  # fmt: skip
+    else:
+        for line in lines:
+            click.echo(f"{line.kind:<8} {line.what}: {line.text}")
+        click.echo("A student would be given the same." if equal else f"{cache.path} and {other.path} differ.")
+    if not equal:
+        sys.exit(1)
 
 
 VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")

@@ -44,7 +44,7 @@ def images(tmp_path_factory):
     ids=["int8-2-views", "float16", "raw-3-views"],
 )
 def test_bytes_come_true(tmp_path, images, options):
-    """What is estimated from a few crops is within 1 % of what extraction then writes, and within 2 % for crops and tokens alone."""
+    """What is estimated from a few crops is within 1 % of what extraction then writes; of crops and tokens, 2 %."""
     told = estimated("--teacher", "demo", "--images", images, *options)["bytes"]
     run("extract", "--teacher", "demo", "--images", images, *options, tmp_path / "c")
     sizes = {path: len(data) for path, data in contents(tmp_path / "c").items()}
