@@ -1,4 +1,4 @@
-"""student-train and student-eval. The edge: parses, joins the rooms, prints."""
+"""student-train, student-eval and student-report. The edge: parses, joins the rooms, prints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from student.errors import ConfigError, RunMismatchError, StudentError
 from teacher_cache.cache import Cache
 from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import UnknownNameError, UsageError
+from teacher_cache.estimate import human
 from teacher_cache.reader import CHECKS, READERS
 from teacher_cache.store import store_file_name
 
@@ -237,7 +238,7 @@ def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
     sigbus.install()
-    trainer = Trainer(config, student, source, out, data["device"], **options)
+    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), **options)
     n_processes = f", {world_size()} processes" if world_size() > 1 else ""
     _tell(
         f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {data['device']}{n_processes}",
@@ -323,3 +324,38 @@ def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str
         for name, accuracy in results.items():
             _, readout, n = name.split("/")
             click.echo(f"  {readout:<5} k={n:<4} {accuracy:.2%}")
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("run", type=PATH)
+@click.option("-o", "--out", type=PATH, help="The page: one HTML file. Needed unless --json is given.")
+@click.option("--cache", type=PATH, help="Where the run's cache lies now. [default: where it was when the run began]")
+@click.option("--crops", "n_crops", type=click.IntRange(1, 24), default=6, show_default=True, help="How many crops are shown.")
+@click.option("--json", "as_json", is_flag=True, help="What the page says in numbers, machine-readable, on stdout.")
+def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_json: bool):
+    """Make a page about a run: its curves, what its student predicts and attends to, its settings.
+
+    One HTML file that loads nothing from anywhere. The pictures need the cache of the run; if that is gone, the page has
+    everything else and says so. A run that goes on can be looked at while it does.
+
+    \b
+    Example:
+      student-report runs/a -o a.html
+      student-report runs/a -o a.html --cache /new/place/of/CACHE
+    """
+    with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
+        if out is None and not as_json:
+            raise UsageError(f"-o is missing: student-report {run} -o run.html (or --json).")
+        from pipelines.run_report.facts import read_run
+
+        facts = read_run(run)
+        if as_json:
+            click.echo(json.dumps(facts.to_json(), indent=1))
+        if out is not None:
+            from pipelines.pages.page import require_writable, write_page
+            from pipelines.run_report.page import run_page
+
+            require_writable(out)
+            html, missing = run_page(facts, cache, n_crops)
+            n_bytes = write_page(out, html)
+            say(*(f"note     {line}" for line in missing), f"{out}: {human(n_bytes)}")
