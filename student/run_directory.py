@@ -119,7 +119,7 @@ def read_description(folder: Path) -> dict:
             raise TypeError("config and identity must be objects")
         return there
     except FileNotFoundError as error:
-        raise RunError(f"{folder} is no run of student-train: it has no {CONFIG}. Give the folder of its --out.") from error
+        raise RunError(f"{folder} is no run of student-train: {_instead(Path(folder))}. Give the folder of its --out.") from error
     except NotADirectoryError as error:
         raise RunError(f"{folder} is a file. Give the folder of a run: the --out of student-train.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -127,6 +127,16 @@ def read_description(folder: Path) -> dict:
             f"{path} cannot be read as the description of a run ({error!r}). Delete it: the command that began the run "
             "writes it again."
         ) from error
+
+
+def _instead(folder: Path) -> str:
+    """What is there in the place of a run."""
+    if not folder.exists():
+        return "there is no such folder"
+    if (folder / "cache.json").exists():
+        return "it is a cache"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return f"it has no {CONFIG}; it holds {', '.join(names[:3])}{' ...' * (len(names) > 3)}" if names else "it is empty"
 
 
 class _TrainerLock:

@@ -138,6 +138,8 @@ def _crop_size(name: str, teacher: TeacherSpec) -> int:
 
 def _crops(asked: Question, student: Student | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
     """What the crops will be: those of a cache that is there, cut from images, or typical ones."""
+    if asked.folder.exists() and not asked.folder.is_dir():
+        raise UsageError(f"{asked.folder} is a file. Give the folder where the cache shall lie, or one that holds a cache.")
     if (asked.folder / "cache.json").exists():
         if asked.images or asked.n_images or asked.crop_size or asked.crop_format:
             raise UsageError(

@@ -148,6 +148,7 @@ def test_a_preset_gives_epochs_teacher_and_what_is_read():
         (["--preset", "mae-b16", "--n-images", "5"], "mae-b16 learns without a teacher"),
         (["--preset", "maskalign-demo", "--n-images", "5", "--layers", "last"], "Give --layers 2,3,4,5,6."),
         (["--teacher", "demo", "--n-images", "5", "--layers", "9"], "demo has blocks 1 to 6"),
+        (["--teacher", "demo", "--n-images", "5", __file__], "is a file. Give the folder where the cache shall lie"),
     ],
 )
 def test_what_is_missing_is_said(arguments, message):

@@ -209,13 +209,15 @@ def test_the_page_is_one_file(page):
         (["{run}"], 2, "-o is missing: student-report"),
         (["{run}", "-o", "{tmp}"], 2, "is a folder"),
         (["{run}", "-o", "{tmp}/no/a.html"], 2, "mkdir -p"),
-        (["{tmp}/nowhere", "--json"], 1, "is no run of student-train: it has no config.json"),
+        (["{tmp}/nowhere", "--json"], 1, "is no run of student-train: there is no such folder"),
+        (["{run}/tensorboard", "--json"], 1, "it has no config.json; it holds events.out.tfevents."),
+        (["{cache}", "--json"], 1, "is no run of student-train: it is a cache. Give the folder of its --out."),
         (["{run}/config.json", "--json"], 1, "is a file. Give the folder of a run"),
     ],
 )
-def test_what_is_wrong_is_said(made, tmp_path, arguments, code, message):
+def test_what_is_wrong_is_said(made, shared_cache, tmp_path, arguments, code, message):
     """A wrong command is one sentence, and nothing is written."""
-    said = run(*(argument.format(run=made, tmp=tmp_path) for argument in arguments), code=code).stderr
+    said = run(*(argument.format(run=made, tmp=tmp_path, cache=shared_cache.path) for argument in arguments), code=code).stderr
     assert message in said and list(tmp_path.iterdir()) == []
 
 

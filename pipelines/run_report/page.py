@@ -88,7 +88,7 @@ def _data(run: RunFacts) -> list[tuple[str, str | None]]:
         ("views", str(len(identity.get("views", [])))),
         ("teachers", "; ".join(teachers) or "none"),
         ("accepted mismatch", "; ".join(mismatch) if mismatch else None),
-        ("lay in", run.description.get("data_from")),
+        ("cache", run.description.get("data_from")),
     ]
 
 
