@@ -24,10 +24,13 @@ MOST_CROPS = {"cpu": 32, "cuda": 256}
 """A batch of the trial; the rate of larger ones is no lower."""
 
 
-def student_of(config: TrainConfig, teacher: TeacherSpec) -> Student:
-    """The preset's student under this teacher, in the place of each of its own. UsageError if they do not fit."""
+def student_of(config: TrainConfig, teacher: TeacherSpec, n_visible: int | None = None) -> Student:
+    """The preset's student under this teacher, in the place of each of its own. UsageError if they do not fit.
+
+    n_visible: patch tokens that the store keeps; None: all.
+    """
     try:
-        return Student(config, (teacher_shape(teacher),) * len(config.teachers))
+        return Student(config, (teacher_shape(teacher, n_visible),) * len(config.teachers))
     except ConfigError as error:
         raise UsageError(str(error)) from error
 

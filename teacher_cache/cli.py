@@ -388,6 +388,7 @@ def _store_name(name: str) -> str:
 @click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Passes over the images.")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--tokens", "visible", type=TokenChoice(), help="all, or visible:K, as for extract. [default: all]")
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard. [default: 2048]")
 @click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--crop-size", type=click.IntRange(8, 4096), help="Side of a crop, pixels. [default: the teacher's]")
@@ -440,8 +441,8 @@ def _student_of(preset: str | None, teacher: str | None):
     if not chosen.teachers and teacher is None:
         raise UsageError(f"{preset} learns without a teacher: there is nothing to extract. Give --teacher, or another --preset.")
 
-    def read(spec):
-        return layers_read(student_of(chosen.config, spec), spec)
+    def read(spec, visible):
+        return layers_read(student_of(chosen.config, spec, visible or None), spec)
 
     def rate(spec, device):
         return student_rate(chosen.config, student_of(chosen.config, spec), spec, device)

@@ -32,8 +32,8 @@ class Student:
     plan: CropPlan
     teacher: str
     epochs: int
-    read: Callable[[TeacherSpec], tuple[list[int], bool]]
-    """Block numbers that a training step reads, and whether attention."""
+    read: Callable[[TeacherSpec, int], tuple[list[int], bool]]
+    """Block numbers that a training step reads, and whether attention; given the teacher and StoreSpec.visible."""
     rate: Callable[[TeacherSpec, str], tuple[float, int]]
     """Measures crops a second on a device, and on batches of how many."""
 
@@ -49,6 +49,7 @@ class Question:
     views: int
     layers: str | None
     dtype: str | None
+    visible: int | None
     shard_rows: int | None
     image_size: int | None
     crop_size: int | None
@@ -72,11 +73,11 @@ def answer(asked: Question, student: Student | None) -> dict:
     loaded, device = _load(asked, name) if asked.measure or not _is_listed(asked, name) else (None, None)
     teacher = loaded.spec if loaded else _listed(name)
     crops, crop_plan, crop_format, images = _crops(asked, student, _crop_size(name, teacher))
-    given = {key: getattr(asked, key) for key in ("layers", "dtype", "shard_rows", "batch_size")}
+    given = {key: getattr(asked, key) for key in ("layers", "dtype", "visible", "shard_rows", "batch_size")}
     plan = ExtractPlan(**{key: value for key, value in given.items() if value is not None})
     spec = plan.store_spec(teacher, crops.n_images)
     sizes = cache_bytes(crops, asked.views, spec, teacher)
-    layers, attention = student.read(teacher) if student else (list(spec.layers), spec.attention)
+    layers, attention = student.read(teacher, spec.visible) if student else (list(spec.layers), spec.attention)
     _require_stored(spec, layers, student)
     read = crops.each + _bytes_read(spec, teacher, layers, attention)
 
@@ -98,7 +99,8 @@ def answer(asked: Question, student: Student | None) -> dict:
     return {
         "teacher": name, "n_images": crops.n_images, "views": asked.views, "epochs": epochs, "runs": asked.runs,
         "preset": student.preset if student else None, "crop_size": crop_plan.size, "crop_format": crop_format,
-        "layers": list(spec.layers), "dtype": spec.dtype, "attention": spec.attention, "shards": spec.n_shards,
+        "layers": list(spec.layers), "dtype": spec.dtype, "attention": spec.attention, "visible": spec.visible,
+        "shards": spec.n_shards,
         "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
         "free_bytes": free, "folder": str(asked.folder), "bytes_read_per_crop": read, "layers_read": layers,
         "rates": {**dataclasses.asdict(rates), "how": measured.get("how", [])},
@@ -174,7 +176,7 @@ def _require_stored(spec: StoreSpec, layers: list[int], student: Student | None)
 def _bytes_read(spec: StoreSpec, teacher: TeacherSpec, layers: list[int], attention: bool) -> int:
     """Bytes of the arrays that a training step reads of one crop."""
     arrays = [ARRAY_NAME.format(layer) for layer in layers] + ["attention"] * attention
-    arrays += ["scale"] * (bool(layers) and "scale" in spec.array_names)
+    arrays += ["scale"] * (bool(layers) and "scale" in spec.array_names) + ["index"] * (spec.visible > 0)
     return sum(spec.row_bytes(array, teacher) for array in arrays)
 
 
@@ -220,7 +222,9 @@ def in_words(told: dict) -> str:
     free, total = told["free_bytes"], told["bytes"]["total"]
     lines = [
         f"{told['n_images']:,} images, {told['views']} view{'s' * (told['views'] > 1)} of {told['crop_size']} px "
-        f"({told['crop_format']}); {told['teacher']}, layers {layers}, {told['dtype']}" + ", attention" * told["attention"],
+        f"({told['crop_format']}); {told['teacher']}, layers {layers}, {told['dtype']}"
+        + ", attention" * told["attention"]
+        + (f", tokens of {told['visible']} visible patches" if told["visible"] else ""),
         "",
         *told["byte_lines"],
         f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {told['folder']}"

@@ -79,7 +79,7 @@ def crop_bytes(crops: CropSizes) -> int:
 
 def _list_bytes(crops: CropSizes, n_views: int) -> int:
     """Bytes of names, labels and crop records, each in its file and in a spare."""
-    around = 30_000 + 20_000 * n_views  # JSON, and what tar rounds up
+    around = 12_000 + 10_000 * n_views  # JSON, and what tar rounds up
     return round(2 * crops.n_images * (crops.name_bytes + 8 + CROP_DTYPE.itemsize * n_views)) + around
 
 
@@ -119,7 +119,7 @@ def byte_lines(sizes: dict[str, int], crops: CropSizes, n_views: int, spec: Stor
     n_rows = n_views * crops.n_images
     about = {
         "crops": f"{human(crops.each)} each: {crops.source}",
-        "tokens": f"{human(sizes['tokens'] / n_rows)} a crop: {len(spec.layers)} layers of {teacher.n_tokens} tokens, "
+        "tokens": f"{human(sizes['tokens'] / n_rows)} a crop: {len(spec.layers)} layers of {spec.n_tokens(teacher)} tokens, "
         f"{teacher.dim} wide, {spec.dtype}",
         "attention": f"{human(sizes['attention'] / n_rows)} a crop",
         "rest": "lists, checksums, indices, second copies of small files",

@@ -62,9 +62,9 @@ def ranges(chosen: np.ndarray) -> list[list[int]]:
 
 
 def bytes_per_crop(manifest: Manifest, on_disk: float | None) -> dict:
-    """Bytes of one crop's targets: as float16, as quantised, and as they lie on disk (None before the first shard)."""
+    """Bytes of one crop's targets: what is kept as float16, as quantised, and on disk (None before the first shard)."""
     spec, teacher = manifest.store, manifest.teacher
     quantised = sum(spec.row_bytes(array, teacher) for array in spec.array_names)
     attention = spec.row_bytes("attention", teacher) if spec.attention else 0
-    float16 = len(spec.layers) * teacher.n_tokens * teacher.dim * 2 + attention
+    float16 = len(spec.layers) * spec.n_tokens(teacher) * teacher.dim * 2 + attention
     return {"float16": float16, "quantised": quantised, "on_disk": None if on_disk is None else round(on_disk)}

@@ -87,7 +87,7 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
         (name, f"{teacher['name']}, weights {teacher['weights']} (sha256 {teacher['weights_sha256'][:12]}), "
          f"{teacher['image_size']} px, {first['precision']}"),
         ("keeps", f"layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, codec {codecs}"
-         + ", attention" * spec["attention"]),
+         + ", attention" * spec["attention"] + f", CLS and {spec['visible']} patches of each crop" * (spec["visible"] > 0)),
         ("a crop", f"{human(per_crop['float16'])} as float16 -> {human(per_crop['quantised'])} quantised -> {on_disk}"),
     ], is_title=True)  # fmt: skip
 

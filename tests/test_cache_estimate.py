@@ -40,8 +40,9 @@ def images(tmp_path_factory):
         ["--dtype", "int8", "--views", "2", "--layers", "last5"],
         ["--dtype", "float16", "--views", "1", "--layers", "last2"],
         ["--dtype", "int8", "--views", "3", "--layers", "last", "--crop-format", "raw", "--shard-rows", "50"],
+        ["--dtype", "int4", "--views", "1", "--layers", "last5", "--tokens", "visible:20"],
     ],
-    ids=["int8-2-views", "float16", "raw-3-views"],
+    ids=["int8-2-views", "float16", "raw-3-views", "int4-visible"],
 )
 def test_bytes_come_true(tmp_path, images, options):
     """What is estimated from a few crops is within 1 % of what extraction then writes; of crops and tokens, 2 %."""
@@ -49,7 +50,11 @@ def test_bytes_come_true(tmp_path, images, options):
     run("extract", "--teacher", "demo", "--images", images, *options, tmp_path / "c")
     sizes = {path: len(data) for path, data in contents(tmp_path / "c").items()}
     crops = sum(size for path, size in sizes.items() if path.endswith("crops.beton"))
-    shards = sum(size for path, size in sizes.items() if "/tokens/" in path and "zarr.json" not in path or "/scale/c" in path)
+    shards = sum(
+        size
+        for path, size in sizes.items()
+        if "/tokens/" in path and "zarr.json" not in path or "/scale/c" in path or "/index/c" in path
+    )
     assert told["total"] == pytest.approx(sum(sizes.values()), rel=0.01)
     assert told["crops"] == pytest.approx(crops, rel=0.02) and told["tokens"] == pytest.approx(shards, rel=0.02)
     assert told["total"] == sum(told[name] for name in ("crops", "tokens", "attention", "rest"))

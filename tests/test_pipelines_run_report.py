@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from pipelines.presets import recipe
 from pipelines.run_report import curves, pictures
 from pipelines.run_report.facts import WARM_UP_STEPS, read_run
-from pipelines.source import normalise, teacher_shape, teacher_spec
+from pipelines.source import normalise, stored_shape
 from student.attention import cls_attention
 from student.backbones import build_backbone
 from student.checkpoint import save_checkpoint
@@ -28,21 +28,24 @@ from student.optim import build_optimizer
 from student.run_directory import RunDirectory
 from student.targets import normalise_patches, patchify
 from teacher_cache.cache import Cache
+from teacher_cache.extract import extract_view
+from teacher_cache.planning import ExtractPlan
+from teacher_cache.store import read_manifest
 
 N_STEPS = 12
 
 
-def make_run(folder, cache: Cache, preset: str, data_from: str | None = None):
+def make_run(folder, cache: Cache, preset: str, store: str = "fake"):
     """A run of a preset in miniature that was interrupted after N_STEPS of 24 steps; its weights are the initial ones."""
     chosen = recipe(preset)
-    names = ("fake",) * len(chosen.teachers)
-    shapes = tuple(teacher_shape(teacher_spec(cache, name)) for name in names)
+    names = (store,) * len(chosen.teachers)
+    shapes = tuple(stored_shape(cache, name) for name in names)
     config = replace(chosen.tiny(shapes, 32).config, teachers=names, epochs=8)
-    student, weights = Student(config, shapes), teacher_spec(cache, "fake").weights_sha256
+    student, weights = Student(config, shapes), read_manifest(cache.view(0).store_path(store)).teacher.weights_sha256
     teachers = [{"store": name, "weights_sha256": weights, "dtype": "int8"} for name in names]
     identity = {"crops_id": cache.crops_id, "views": ["a", "b"], "order": {}, "teachers": teachers}
     directory = RunDirectory(folder, config, identity)
-    directory.describe(str(cache.path) if data_from is None else data_from)
+    directory.describe(str(cache.path))
     directory.open_logs(0)
     for step in range(1, N_STEPS + 1):
         rate, wait = (1.0, 0.9) if step <= WARM_UP_STEPS else (100.0, 0.25)
@@ -127,6 +130,16 @@ def test_every_method_shows_what_it_predicts(tmp_path, shared_cache, preset, exp
     assert {"crop", "visible", "features"} <= set(titles) and ("attention: teacher" in titles) == (preset != "mae-s16")
     assert [crop.row for crop in shown.crops] == [0, 1, 2] and all(len(crop.panels) == len(titles) for crop in shown.crops)
     assert all(panel.pixels.dtype == np.uint8 and panel.pixels.shape[2] == 3 for crop in shown.crops for panel in crop.panels)
+
+
+def test_visible_tokens(tmp_path, cache, teacher):
+    """Of a store of visible tokens the teacher's other patches are grey, and the student predicts none of those."""
+    extract_view(cache.view(0), "seen", teacher, ExtractPlan(dtype="int4", shard_rows=8, batch_size=5, visible=6))
+    shown = pictures.look(read_run(make_run(tmp_path / "run", cache, "maskalign-b16", "seen")), None, 2)
+    for crop in shown.crops:
+        grey = {panel.title: (panel.pixels == pictures.HIDDEN).all(-1) for panel in crop.panels}
+        assert grey["teacher: align"].sum() == 16 - 6 and grey["predicted: align"].sum() >= 16 - 6
+        assert not (grey["teacher: align"] & ~grey["predicted: align"]).any()
 
 
 def test_a_perfect_reconstruction_is_the_crop():

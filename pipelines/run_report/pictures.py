@@ -32,6 +32,7 @@ from .facts import RunFacts
 # B crops, N patches, C 1 with CLS else 0, D width, p side of a patch in pixels
 
 HIDDEN = (0x80, 0x88, 0x8E)
+GREY = np.array(HIDDEN, "uint8")
 JPEG_FROM = 96
 """Side of a picture, pixels, from which it is a JPEG in the page; smaller ones stay exact."""
 
@@ -70,7 +71,9 @@ def look(run: RunFacts, cache_dir: Path | None, n_crops: int) -> Pictures:
     if not run.checkpoints:
         raise NotInCacheError("The run has no checkpoint yet.")
     view, stores = _open(run, cache_dir)
-    student, config, step = load_student(run.checkpoints[-1], tuple(teacher_shape(store.teacher) for store in stores))
+    student, config, step = load_student(
+        run.checkpoints[-1], tuple(teacher_shape(store.teacher, store.spec.visible or None) for store in stores)
+    )
     rows = _rows(view, stores, n_crops)
     pixels = CropReader(view.path).read(rows)  # uint8 [B, H, W, 3]
     targets = tuple(_targets(store, needs, rows) for store, needs in zip(stores, student.needs, strict=True))
@@ -129,10 +132,11 @@ def _rows(view: View, stores: Sequence[StoreReader], n_crops: int) -> np.ndarray
 def _targets(store: StoreReader, needs: Needs, rows: np.ndarray) -> Targets:
     """What the student reads, and in any case the last block that is stored and the attention, if there is one."""
     offsets = sorted({*needs.layers, store.spec.layers[-1] - store.teacher.depth - 1})
-    tokens = np.stack([store.tokens(rows, store.teacher.depth + 1 + offset) for offset in offsets], 1)  # [B, L, C+N, D]
+    tokens = np.stack([store.tokens(rows, store.teacher.depth + 1 + offset) for offset in offsets], 1)  # [B, L, C+N or C+K, D]
     attention = torch.from_numpy(store.read("attention", rows)) if store.spec.attention else None
-    return Targets(torch.from_numpy(tokens).float(), tuple(offsets), store.teacher.has_cls, attention,
-                   teacher_head(store.head, torch.device("cpu")))  # fmt: skip
+    index = torch.from_numpy(store.read("index", rows)).long() if store.spec.visible else None
+    head = teacher_head(store.head, torch.device("cpu"))
+    return Targets(torch.from_numpy(tokens).float(), tuple(offsets), store.teacher.has_cls, attention, head, index)
 
 
 def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores: Sequence[StoreReader]):
@@ -193,11 +197,10 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
 
     said: [B, C+n, D]; n is all patches (Cosine) or the visible ones (Mimic, Align), which say nothing of hidden patches.
     """
-    n_patches = mask.keep.shape[1] + mask.drop.shape[1]
-    true = targets.layer(-1)
+    true, known = _patch_tokens(targets, mask)
     if isinstance(objective, CosineConfig):  # compares directions in the teacher's output space
         true, said = unit_length(teacher_output(true, targets.head)), unit_length(said)
-    true = true[:, -n_patches:].float()  # [B, N, D]
+    n_patches = true.shape[1]
     says_all = said.shape[1] >= n_patches
     predicted = said[:, -n_patches:]
     if not says_all:
@@ -207,8 +210,9 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
 
     colours, share = colours_of_tokens(np.concatenate([true.numpy(), predicted.numpy()]))  # [2B, N, 3]
     theirs, own = np.split(colours, 2)
+    theirs = np.where(known.numpy()[..., None], theirs, GREY)
     if not says_all:
-        own = np.where(mask.hidden.numpy()[..., None], np.array(HIDDEN, "uint8"), own)
+        own = np.where(mask.hidden.numpy()[..., None], GREY, own)
     about = (
         f"patch tokens of {store.teacher.name}, last block: three principal components as colours ({share:.0%} of the variance)"
     )
@@ -216,6 +220,20 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
     where = "at every patch, from the visible ones" if says_all else "at the visible patches"
     about = f"the same tokens as the student predicts them {where}, in the same colours; cosine {cosine:.2f} on average"
     yield f"predicted: {objective.kind}", about, _on_grid(own, grid)
+
+
+def _patch_tokens(targets: Targets, mask: Mask) -> tuple[Tensor, Tensor]:
+    """The teacher's patch tokens of its last block, float32 [B, N, D], and which are known, bool [B, N].
+
+    Of a store of visible tokens the others are not; in their place stands the mean of the known ones of the crop.
+    """
+    tokens, index = targets.layer(-1)[:, int(targets.has_cls) :].float(), targets.index
+    if index is None:
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
+    n_patches = mask.keep.shape[1] + mask.drop.shape[1]
+    means = tokens.mean(1, keepdim=True).expand(-1, n_patches, -1)
+    known = torch.zeros(means.shape[:2], dtype=torch.bool).scatter(1, index, True)
+    return means.scatter(1, index[..., None].expand_as(tokens), tokens), known
 
 
 def _reconstructions(images: Tensor, predicted: Tensor, mask: Mask) -> list[np.ndarray]:
