@@ -45,7 +45,7 @@ def images(tmp_path_factory):
     ids=["int8-2-views", "float16", "raw-3-views", "int4-visible"],
 )
 def test_bytes_come_true(tmp_path, images, options):
-    """What is estimated from a few crops is within 1 % of what extraction then writes; of crops and tokens, 2 %."""
+    """What is estimated from a few crops is within 1 % of what extraction then writes, of crops within 2 %."""
     told = estimated("--teacher", "demo", "--images", images, *options)["bytes"]
     run("extract", "--teacher", "demo", "--images", images, *options, tmp_path / "c")
     sizes = {path: len(data) for path, data in contents(tmp_path / "c").items()}
@@ -56,7 +56,7 @@ def test_bytes_come_true(tmp_path, images, options):
         if "/tokens/" in path and "zarr.json" not in path or "/scale/c" in path or "/index/c" in path
     )
     assert told["total"] == pytest.approx(sum(sizes.values()), rel=0.01)
-    assert told["crops"] == pytest.approx(crops, rel=0.02) and told["tokens"] == pytest.approx(shards, rel=0.02)
+    assert told["crops"] == pytest.approx(crops, rel=0.02) and told["tokens"] < shards < told["tokens"] + told["rest"]
     assert told["total"] == sum(told[name] for name in ("crops", "tokens", "attention", "rest"))
 
 
