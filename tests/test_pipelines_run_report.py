@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from pipelines.presets import recipe
 from pipelines.run_report import curves, pictures
 from pipelines.run_report.facts import WARM_UP_STEPS, read_run
+from pipelines.show.maps import NOTHING
 from pipelines.source import normalise, stored_shape
 from student.attention import cls_attention
 from student.backbones import build_backbone
@@ -137,7 +138,7 @@ def test_visible_tokens(tmp_path, cache, teacher):
     extract_view(cache.view(0), "seen", teacher, ExtractPlan(dtype="int4", shard_rows=8, batch_size=5, visible=6))
     shown = pictures.look(read_run(make_run(tmp_path / "run", cache, "maskalign-b16", "seen")), None, 2)
     for crop in shown.crops:
-        grey = {panel.title: (panel.pixels == pictures.HIDDEN).all(-1) for panel in crop.panels}
+        grey = {panel.title: (panel.pixels == NOTHING).all(-1) for panel in crop.panels}
         assert grey["teacher: align"].sum() == 16 - 6 and grey["predicted: align"].sum() >= 16 - 6
         assert not (grey["teacher: align"] & ~grey["predicted: align"]).any()
 

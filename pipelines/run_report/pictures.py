@@ -31,8 +31,6 @@ from .facts import RunFacts
 
 # B crops, N patches, C 1 with CLS else 0, D width, p side of a patch in pixels
 
-HIDDEN = (0x80, 0x88, 0x8E)
-GREY = np.array(HIDDEN, "uint8")
 JPEG_FROM = 96
 """Side of a picture, pixels, from which it is a JPEG in the page; smaller ones stay exact."""
 
@@ -145,7 +143,7 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
     mask = student.draw_mask(batch, draw_noise(config.seed, 0, len(pixels), student.n_patches))
     yield "crop", "the crop, as teacher and student get it", list(pixels)
     share = mask.drop.shape[1] / student.n_patches
-    masked = [hide(crop, hidden, grid, HIDDEN) for crop, hidden in zip(pixels, mask.hidden.numpy(), strict=True)]
+    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.hidden.numpy(), strict=True)]
     yield "visible", f"a draw of the run's masks ({config.mask.kind}): {share:.0%} of the patches are hidden", masked
 
     said = _said(student, config, batch, mask)
@@ -197,22 +195,19 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
 
     said: [B, C+n, D]; n is all patches (Cosine) or the visible ones (Mimic, Align), which say nothing of hidden patches.
     """
-    true, known = _patch_tokens(targets, mask)
+    true = _patch_tokens(targets, mask)
     if isinstance(objective, CosineConfig):  # compares directions in the teacher's output space
         true, said = unit_length(teacher_output(true, targets.head)), unit_length(said)
     n_patches = true.shape[1]
     says_all = said.shape[1] >= n_patches
     predicted = said[:, -n_patches:]
     if not says_all:
-        predicted = true.scatter(1, mask.keep[..., None].expand(-1, -1, true.shape[-1]), said[:, -mask.keep.shape[1] :])
-    cosines = (unit_length(predicted) * unit_length(true)).sum(-1)
-    cosine = float(cosines.mean() if says_all else cosines.gather(1, mask.keep).mean())
+        index = mask.keep[..., None].expand(-1, -1, true.shape[-1])
+        predicted = torch.full_like(true, torch.nan).scatter(1, index, said[:, -mask.keep.shape[1] :])
+    cosine = float((unit_length(predicted) * unit_length(true)).sum(-1).nanmean())
 
     colours, share = colours_of_tokens(np.concatenate([true.numpy(), predicted.numpy()]))  # [2B, N, 3]
     theirs, own = np.split(colours, 2)
-    theirs = np.where(known.numpy()[..., None], theirs, GREY)
-    if not says_all:
-        own = np.where(mask.hidden.numpy()[..., None], GREY, own)
     about = (
         f"patch tokens of {store.teacher.name}, last block: three principal components as colours ({share:.0%} of the variance)"
     )
@@ -222,18 +217,14 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
     yield f"predicted: {objective.kind}", about, _on_grid(own, grid)
 
 
-def _patch_tokens(targets: Targets, mask: Mask) -> tuple[Tensor, Tensor]:
-    """The teacher's patch tokens of its last block, float32 [B, N, D], and which are known, bool [B, N].
-
-    Of a store of visible tokens the others are not; in their place stands the mean of the known ones of the crop.
-    """
+def _patch_tokens(targets: Targets, mask: Mask) -> Tensor:
+    """The teacher's patch tokens of its last block, float32 [B, N, D]; NaN for those not stored."""
     tokens, index = targets.layer(-1)[:, int(targets.has_cls) :].float(), targets.index
     if index is None:
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return tokens
     n_patches = mask.keep.shape[1] + mask.drop.shape[1]
-    means = tokens.mean(1, keepdim=True).expand(-1, n_patches, -1)
-    known = torch.zeros(means.shape[:2], dtype=torch.bool).scatter(1, index, True)
-    return means.scatter(1, index[..., None].expand_as(tokens), tokens), known
+    nothing = tokens.new_full((len(tokens), n_patches, tokens.shape[-1]), torch.nan)
+    return nothing.scatter(1, index[..., None].expand_as(tokens), tokens)
 
 
 def _reconstructions(images: Tensor, predicted: Tensor, mask: Mask) -> list[np.ndarray]:
