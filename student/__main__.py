@@ -1,4 +1,4 @@
-"""The console scripts student-train, also as `python -m student`, and student-eval."""
+"""The console scripts student-train, also as `python -m student`, student-eval and student-report."""
 
 from teacher_cache.signals import run_program
 
@@ -17,6 +17,15 @@ def evaluate() -> None:
         from .cli import evaluate
 
         return evaluate
+
+    run_program(load)
+
+
+def report() -> None:
+    def load():
+        from .cli import report
+
+        return report
 
     run_program(load)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .average import WeightAverage
 from .backbones import build_backbone
+from .batch import TeacherShape
 from .config import TrainConfig
 from .errors import ConfigError, RunError
 from .files import LARGEST_JSON, aside, publish, require_own
@@ -147,6 +148,23 @@ def load_checkpoint(
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return description.step
+
+
+def load_student(path: Path, teachers: tuple[TeacherShape, ...]) -> tuple[Student, TrainConfig, int]:
+    """The whole student of a checkpoint with its heads and predictors, on the CPU and in eval mode; its config; its steps.
+
+    teachers: those it was trained under. Raises RunError for a damaged file, or one that does not fit them.
+    """
+    description, tensors = _read(path)
+    try:
+        config = TrainConfig.from_json(description.config)
+        student = Student(config, teachers)
+    except ConfigError as error:
+        raise RunError(f"The checkpoint {path} has a configuration that this version cannot build: {error}") from error
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    _require_shapes(path, weights, {f"model.{name}": value.shape for name, value in student.state_dict().items()})
+    student.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    return student.eval(), config, description.step
 
 
 def load_backbone(path: Path, averaged: bool = False) -> tuple[nn.Module, TrainConfig]:

@@ -1,4 +1,4 @@
-"""student-train and student-eval. The edge: parses, joins the rooms, prints."""
+"""student-train, student-eval and student-report. The edge: parses, joins the rooms, prints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from student.errors import ConfigError, RunMismatchError, StudentError
 from teacher_cache.cache import Cache
 from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import UnknownNameError, UsageError
+from teacher_cache.estimate import human
 from teacher_cache.reader import CHECKS, READERS
 from teacher_cache.store import store_file_name
 
@@ -22,11 +23,15 @@ PATH = click.Path(path_type=Path)
 COMMAND_AT_FAULT = (ConfigError, RunMismatchError)
 
 
-def _list_presets() -> None:
+def _list_presets(as_json: bool) -> None:
     from pipelines.presets import PRESETS
 
-    for name, function in PRESETS.items():
-        click.echo(f"{name:<16} {inspect.getdoc(function).splitlines()[0]}")
+    about = {name: inspect.getdoc(function).splitlines()[0] for name, function in PRESETS.items()}
+    if as_json:
+        click.echo(json.dumps(about, indent=1))
+        return
+    for name, line in about.items():
+        click.echo(f"{name:<16} {line}")
 
 
 def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -64,8 +69,9 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--keep-checkpoints", type=click.IntRange(1), default=2, show_default=True, help="How many stay: the newest.")
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch, max_steps, device, workers, reader, check, live,
-          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show):  # fmt: skip
+          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -81,10 +87,12 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
     run = _Run()
     with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)):
         if list_presets:
-            _list_presets()
+            _list_presets(as_json)
             return
         if not preset:
             raise UsageError("--preset is missing; student-train --list shows the presets.")
+        if as_json and not show:
+            raise UsageError("--json goes with --list or --show. Of a run, metrics.jsonl has a JSON line for each step.")
 
         from pipelines.presets import recipe
         from teacher_cache.device import pick_device
@@ -95,7 +103,7 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         chosen, changes = recipe(preset), _overrides(overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
-            _show(preset, config)
+            _show(preset, config, as_json)
             return
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
@@ -150,12 +158,16 @@ class _Run:
         return f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
 
 
-def _show(preset: str, config) -> None:
+def _show(preset: str, config, as_json: bool) -> None:
     """What --show prints: a preset's docstring, and its settings as --set takes them."""
     from pipelines.presets import PRESETS
 
     from .config import as_overrides
 
+    if as_json:
+        about = inspect.getdoc(PRESETS[preset])
+        click.echo(json.dumps({"preset": preset, "about": about, "config": config.to_json()}, indent=1))
+        return
     click.echo(inspect.getdoc(PRESETS[preset]))
     click.echo("\nSettings (change one with --set KEY=VALUE):")
     for key, value in as_overrides(config).items():
@@ -226,7 +238,7 @@ def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
     sigbus.install()
-    trainer = Trainer(config, student, source, out, data["device"], **options)
+    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), **options)
     n_processes = f", {world_size()} processes" if world_size() > 1 else ""
     _tell(
         f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {data['device']}{n_processes}",
@@ -266,6 +278,8 @@ def evaluate():
     \b
     Example:
       student-eval knn runs/a --train imagenet/train --val imagenet/val
+
+    Exit codes: 0 done, 1 the data or the run is at fault, 2 the command is, 130 interrupted.
     """
 
 
@@ -310,3 +324,38 @@ def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str
         for name, accuracy in results.items():
             _, readout, n = name.split("/")
             click.echo(f"  {readout:<5} k={n:<4} {accuracy:.2%}")
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("run", type=PATH)
+@click.option("-o", "--out", type=PATH, help="The page: one HTML file. Needed unless --json is given.")
+@click.option("--cache", type=PATH, help="Where the run's cache lies now. [default: where it was when the run began]")
+@click.option("--crops", "n_crops", type=click.IntRange(1, 24), default=6, show_default=True, help="How many crops are shown.")
+@click.option("--json", "as_json", is_flag=True, help="What the page says in numbers, machine-readable, on stdout.")
+def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_json: bool):
+    """Make a page about a run: its curves, what its student predicts and attends to, its settings.
+
+    One HTML file that loads nothing from anywhere. The pictures need the cache of the run; if that is gone, the page has
+    everything else and says so. A run that goes on can be looked at while it does.
+
+    \b
+    Example:
+      student-report runs/a -o a.html
+      student-report runs/a -o a.html --cache /new/place/of/CACHE
+    """
+    with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
+        if out is None and not as_json:
+            raise UsageError(f"-o is missing: student-report {run} -o run.html (or --json).")
+        from pipelines.run_report.facts import read_run
+
+        facts = read_run(run)
+        if as_json:
+            click.echo(json.dumps(facts.to_json(), indent=1))
+        if out is not None:
+            from pipelines.pages.page import require_writable, write_page
+            from pipelines.run_report.page import run_page
+
+            require_writable(out)
+            html, missing = run_page(facts, cache, n_crops)
+            n_bytes = write_page(out, html)
+            say(*(f"note     {line}" for line in missing), f"{out}: {human(n_bytes)}")

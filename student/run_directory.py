@@ -64,31 +64,21 @@ class RunDirectory:
             raise RunMismatchError(f"{self.path} is not empty and holds no run of a student. Choose another directory.")
 
     def _require_same_run(self) -> None:
-        path = self.path / CONFIG
-        require_own(path)
-        try:
-            with open(path, "rb") as file:
-                there = json.loads(file.read(LARGEST_JSON))
-            config, identity = there["config"], there["identity"]
-            if not isinstance(config, dict) or not isinstance(identity, dict):
-                raise TypeError("config and identity must be objects")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunError(
-                f"{path} cannot be read as the description of a run ({error!r}). Delete it: the command that began the run "
-                "writes it again."
-            ) from error
+        there = read_description(self.path)
+        config, identity = there["config"], there["identity"]
         require_same(f"The directory {self.path}", "configuration", config, self._config)
         require_same(f"The directory {self.path}", "data", identity, self._identity)
 
-    def describe(self) -> bool:
+    def describe(self, data_from: str = "") -> bool:
         """Write config.json unless it is there, and say whether this begins the run.
 
-        For when a checkpoint that is here has proved to be of this run.
+        For when a checkpoint that is here has proved to be of this run. data_from: see Trainer.
         """
         is_new = not (self.path / CONFIG).exists()
         if is_new:
             made_by = {"torch": torch.__version__, "timm": timm.__version__}
             description = {"config": self._config, "identity": self._identity, "made_by": made_by}
+            description |= {"data_from": data_from} if data_from else {}
             write_whole(self.path / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
         return is_new
 
@@ -113,6 +103,40 @@ class RunDirectory:
                 self._logs.close()
         finally:
             self._lock.release()
+
+
+def read_description(folder: Path) -> dict:
+    """What config.json says of the run in `folder`: `config`, `identity` of its data, `made_by` and, if known, `data_from`.
+
+    Raises RunError if it is missing or cannot be read as that.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        require_own(path)
+        with open(path, "rb") as file:
+            there = json.loads(file.read(LARGEST_JSON))
+        if not isinstance(there["config"], dict) or not isinstance(there["identity"], dict):
+            raise TypeError("config and identity must be objects")
+        return there
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is no run of student-train: {_instead(Path(folder))}. Give the folder of its --out.") from error
+    except NotADirectoryError as error:
+        raise RunError(f"{folder} is a file. Give the folder of a run: the --out of student-train.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{path} cannot be read as the description of a run ({error!r}). Delete it: the command that began the run "
+            "writes it again."
+        ) from error
+
+
+def _instead(folder: Path) -> str:
+    """What is there in the place of a run."""
+    if not folder.exists():
+        return "there is no such folder"
+    if (folder / "cache.json").exists():
+        return "it is a cache"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return f"it has no {CONFIG}; it holds {', '.join(names[:3])}{' ...' * (len(names) > 3)}" if names else "it is empty"
 
 
 class _TrainerLock:

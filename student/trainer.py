@@ -57,6 +57,7 @@ class Trainer:
         compiled: bool = False,
         log_every: int = 50,
         on_step: Callable[[StepReport], None] | None = None,
+        data_from: str = "",
     ):
         """
         checkpoint_every: steps between checkpoints, beside the one at the end of every epoch.
@@ -64,6 +65,7 @@ class Trainer:
         compiled: run the forward pass through torch.compile, as one graph.
         log_every: steps between plain lines where there is no terminal; metrics.jsonl has every step.
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
+        data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
         """
         n_parts = config.accumulate * world_size()
         if config.batch_size % n_parts:
@@ -98,7 +100,7 @@ class Trainer:
                     checkpoint, student, self.optimizer, config, source.identity, self.average
                 )
             self._require_equal_steps(out_dir)
-            self.is_new = self.directory.describe() if self.directory else False
+            self.is_new = self.directory.describe(data_from) if self.directory else False
         except BaseException:
             self._close_directory()
             raise

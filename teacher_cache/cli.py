@@ -15,6 +15,7 @@ from .command import one_line_errors, say
 from .crops import CROP_FORMATS
 from .errors import UsageError
 from .estimate import human, require_space
+from .spec import DTYPES
 
 KEPT = "Finished work is kept; the same command goes on from there."
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
@@ -109,6 +110,10 @@ def main():
     Example:
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE
       teacher-cache inspect CACHE
+
+    Exit codes: 0 done; 1 the data or the machine is at fault (verify: not sound; inspect A B: they differ); 2 the command is
+    (verify: could not check); 75 stopped by SIGTERM, run the same command again; 130 interrupted. Results go to stdout, all else
+    to stderr.
     """
 
 
@@ -375,21 +380,187 @@ def _store_name(name: str) -> str:
 
 
 @main.command()
-@CACHE
+@click.argument("cache", type=click.Path(path_type=Path), required=False)
+@click.option("--teacher", help="clip-b16, demo, timm:NAME ... [default: the preset's]")
+@click.option("--images", type=click.Path(path_type=Path), help="The originals: they are counted, and a few crops are cut to "
+              "measure their bytes.")  # fmt: skip
+@click.option("--n-images", type=click.IntRange(1), help="How many there will be, where they are not at hand.")
+@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Passes over the images.")
+@click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--tokens", "visible", type=TokenChoice(), help="all, or visible:K, as for extract. [default: all]")
+@click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard. [default: 2048]")
+@click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
+@click.option("--crop-size", type=click.IntRange(8, 4096), help="Side of a crop, pixels. [default: the teacher's]")
+@click.option("--crop-format", type=click.Choice(list(CROP_FORMATS)), help="How crops are stored. [default: jpeg95]")
+@click.option("--preset", help="What is to be trained: gives crop plan, epochs and what a step reads (student-train --list).")
+@click.option("--epochs", type=click.IntRange(1), help="Of one run. [default: the preset's]")
+@click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Trainings from this cache.")
+@click.option("--gpu-rate", type=click.FloatRange(0, min_open=True), help="Crops a second through the teacher on your GPU.")
+@click.option("--student-rate", type=click.FloatRange(0, min_open=True), help="Crops a second that your GPU trains, without the "
+              "teacher, never waiting.")  # fmt: skip
+@click.option("--measure", is_flag=True, help="Measure here what is not given: teacher, extraction, the preset's student, and "
+              "the disk of CACHE. Takes about a minute and up to 1 GB of disk for the time.")  # fmt: skip
+@click.option("--weights", help="With --measure: the teacher's weights. [default: random ones, which take as long]")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="With --measure: auto, cpu, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def inspect(cache: Path, as_json: bool):
-    """Say what CACHE holds: crops, teachers, layers, sizes, fidelity, how much is done. Reads no tokens.
+def estimate(cache: Path | None, as_json: bool, **options):
+    """Say what a cache will cost and whether it will pay, before anything of it is written.
+
+    Bytes, hours of extraction, bytes a second that training reads; and, for so many epochs and runs, hours from the cache against
+    hours with the teacher in every step, all on one device. What is not known is not made up: the output says which option gives
+    it. CACHE is where the cache shall lie (its disk is looked at) or one that is there, whose crops are then counted.
+    [default: the current folder]
+
+    \b
+    Example:
+      teacher-cache estimate --teacher clip-b16 --images imagenet/train --views 2 /data/cache
+      teacher-cache estimate --preset milan-b16 --n-images 1281167 --gpu-rate 2500 --student-rate 1800
+      teacher-cache estimate --preset maskalign-b16 --images imagenet/train --measure /data/cache
+    """
+    with one_line_errors("Nothing was written."):
+        from .estimating import Question, answer, in_words
+
+        preset = options.pop("preset")
+        answered = answer(Question(folder=cache or Path(), **options), _student_of(preset, options["teacher"]))
+        click.echo(json.dumps(answered, indent=1) if as_json else in_words(answered))
+
+
+def _student_of(preset: str | None, teacher: str | None):
+    """What a preset says to an estimate (estimating.Student); None without one."""
+    if preset is None:
+        return None
+    from pipelines.presets import recipe
+    from pipelines.student_rate import layers_read, student_of, student_rate
+
+    from .estimating import Student
+
+    chosen = recipe(preset)
+    if not chosen.teachers and teacher is None:
+        raise UsageError(f"{preset} learns without a teacher: there is nothing to extract. Give --teacher, or another --preset.")
+
+    def read(spec, visible):
+        return layers_read(student_of(chosen.config, spec, visible or None), spec)
+
+    def rate(spec, device):
+        return student_rate(chosen.config, student_of(chosen.config, spec), spec, device)
+
+    return Student(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate)
+
+
+@main.command()
+@CACHE
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def inspect(cache: Path, other: Path | None, as_json: bool):
+    """Say what CACHE holds: crops, teachers, layers, sizes, fidelity, which shards are there. Reads no tokens.
+
+    With OTHER, a second cache, say what is equal and what differs: crops, teachers, settings, quantisers, and shards by their
+    checksums. Exit code 0: a student would be given the same. 1: something differs.
 
     \b
     Example:
       teacher-cache inspect CACHE --json
+      teacher-cache inspect CACHE /backup/CACHE
     """
     with one_line_errors(""):
         from .cache import Cache
-        from .inspect import describe, in_words
+        from .inspect import describe
 
+        if other is not None:
+            _compare(Cache(cache), Cache(other), as_json)
+            return
         described = describe(Cache(cache))
-        click.echo(json.dumps(described, indent=1) if as_json else in_words(described))
+        if as_json:
+            click.echo(json.dumps(described, indent=1))
+        else:
+            from .inspect_table import show
+
+            show(described)
+
+
+def _compare(cache, other, as_json: bool) -> None:
+    from .compare import compare
+
+    lines = compare(cache, other)
+    equal = all(line.kind != "differs" for line in lines)
+    if as_json:
+        click.echo(json.dumps({"paths": [str(cache.path), str(other.path)], "equal": equal,
+                               "lines": [dataclasses.asdict(line) for line in lines]}, indent=1))  # fmt: skip
+    else:
+        for line in lines:
+            click.echo(f"{line.kind:<8} {line.what}: {line.text}")
+        click.echo("A student would be given the same." if equal else f"{cache.path} and {other.path} differ.")
+    if not equal:
+        sys.exit(1)
+
+
+VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")
+STORE = click.option("--teacher", help="Which store, if there are several.")
+
+
+@main.command()
+@CACHE
+@click.option("--row", "rows", type=RowRange(), multiple=True, help="A row, or several as A:B; may be repeated. [default: 0]")
+@VIEW
+@STORE
+@click.option("--images", type=click.Path(path_type=Path), help="The originals: draw the crop's box on them.")
+@click.option("--patch", type=PatchPlace(), help="The patch that others are compared with. [default: the most attended]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the masks.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A .png, .pdf or .svg. [default: row-I-view-V.png]")
+def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, images: Path | None, patch, seed: int,
+         out: Path | None):  # fmt: skip
+    """Draw a crop, what the teacher says of it, and what a student would see of it.
+
+    One row: the crop (and its box on the original), CLS attention, the principal components of each layer's patch tokens as
+    colours, their likeness to one patch, and a mask of each law that the presets use. Several rows make a sheet.
+
+    \b
+    Example:
+      teacher-cache show --row 17 --images imagenet/train CACHE
+      teacher-cache show --row 0:8 --row 100 --view 1 -o sheet.png CACHE
+    """
+    with one_line_errors(""):
+        from pipelines.show.command import numbers_of
+        from pipelines.show.command import show as draw
+
+        numbers = numbers_of(rows or (range(1),))
+        out = out or Path(f"row-{numbers[0]}{f'-and-{len(numbers) - 1}-more' * (len(numbers) > 1)}-view-{view}.png")
+        draw(cache, numbers, view, out, say, teacher=teacher, images=images, patch=patch, seed=seed)
+        say(f"Wrote {out}")
+
+
+@main.command()
+@CACHE
+@VIEW
+@STORE
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
+@click.option("--rows", type=click.IntRange(4, 20_000), default=2000, show_default=True, help="Crops whose tokens are looked at.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that sample, and of the map.")
+@click.option("--verify", is_flag=True, help="Run verify now and put what it finds on the page.")
+@click.option("--sample", type=click.IntRange(1), help="Rows of each store and view that --verify checks. [default: all]")
+@click.option("--verified", type=click.Path(path_type=Path), help="Output of verify --json, in place of --verify.")
+@click.option("--weights", help="The teacher's weights: run it on 64 crops and measure the true error of what is stored. A file, "
+              "random:SEED or built-in.")  # fmt: skip
+def report(cache: Path, out: Path, **options):
+    """Write one page about CACHE: identity, coverage, fidelity, layers, attention, crop boxes, neighbours, a map.
+
+    The page is a single file that loads nothing, for any browser. It looks closely at one store of one view, on a sample of its
+    crops, so that its time does not grow with the cache; coverage and sizes are of everything. Nothing is written into CACHE.
+
+    \b
+    Example:
+      teacher-cache report CACHE -o report.html
+      teacher-cache report --verify --sample 1000 --weights ViT-B-16.pt CACHE
+    """
+    with one_line_errors(""):
+        from pipelines.report.cache_report import Options
+        from pipelines.report.cache_report import report as write
+
+        n_bytes = write(cache, out, Options(**options), say)
+        say(f"Wrote {out} ({human(n_bytes)})")
 
 
 VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")

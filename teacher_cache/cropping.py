@@ -132,13 +132,21 @@ def estimate_crop_bytes(job: CropJob, n_samples: int = 16) -> int:
     """Mean bytes of an encoded crop, measured on evenly spaced originals; a guess if none of these can be decoded."""
     if CROP_FORMATS[job.crop_format] is None:
         return job.plan.size**2 * 3
+    sizes = sample_crop_bytes(job.images_dir, job.images.names, job.plan, job.crop_format, n_samples, job.views[0])
+    return round(float(np.mean(sizes))) if sizes else job.plan.size**2
+
+
+def sample_crop_bytes(
+    images_dir: Path, names: Sequence[str], plan: CropPlan, crop_format: str, n_samples: int, view: int = 0
+) -> list[int]:
+    """Bytes of the encoded crops of evenly spaced originals; those that cannot be decoded are left out."""
     sizes = []
-    for name in job.images.names[:: max(1, len(job.images.names) // n_samples)][:n_samples]:
+    for name in names[:: max(1, len(names) // n_samples)][:n_samples]:
         try:
-            sizes.append(len(cut_image(job.images_dir, name, job.plan, job.crop_format, job.views[0])[1]))
+            sizes.append(len(cut_image(images_dir, name, plan, crop_format, view)[1]))
         except BadInputError:
             continue  # counted and named when the stage itself meets it
-    return round(float(np.mean(sizes))) if sizes else job.plan.size**2
+    return sizes
 
 
 def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
@@ -275,8 +283,10 @@ def _cut_all(job: CropJob, workers: int) -> None:
         with progress("cropping", len(job.images.names), "images", n_done) as advance:
             for part, names, views in parts:
                 if views:
-                    results = pool.map(partial(_try_cut, job, views), names, _known(job, part))
-                    job.work.commit(part, views, list(results))
+                    with advance.waits_for("decode"):
+                        results = list(pool.map(partial(_try_cut, job, views), names, _known(job, part)))
+                    with advance.waits_for("disk"):
+                        job.work.commit(part, views, results)
                     advance(len(names))
     finally:
         pool.shutdown(cancel_futures=True)

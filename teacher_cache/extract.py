@@ -215,27 +215,30 @@ def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, 
     spec = manifest.store
     encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device, teacher.spec.name)
     batches = [(shard, rows) for shard in shards for rows in _cut(spec.rows_of(shard), batch_size)]
-    begin, waited = time.monotonic(), dict.fromkeys(("the crops", "the disk"), 0.0)
+    begin = time.monotonic()
     with BackgroundWriter(store, manifest, advance) as out:
         decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
         before: Callable[[], None] | None = None  # hands the batch before to the writer when it is encoded
         for shard, rows in batches:
             try:
-                start = time.monotonic()
-                images = next(decoded)
-                waited["the crops"] += time.monotonic() - start
-                encoded = encode(teacher(images.to(teacher.device, non_blocking=True), spec.layers), rows)
+                with advance.waits_for("decode"):
+                    images = next(decoded)
+                with advance.waits_for("teacher"):
+                    encoded = encode(teacher(images.to(teacher.device, non_blocking=True), spec.layers), rows)
             finally:  # what is encoded is kept, also if this batch fails
                 if before is not None:
                     before()
-            before = partial(_hand_over, out, shard, encoded, is_last=rows[-1] == spec.rows_of(shard)[-1])
+            before = partial(_hand_over, out, shard, encoded, rows[-1] == spec.rows_of(shard)[-1], advance)
         before()
-        waited["the disk"] = out.waited_s
+    waited = {"the crops": advance.waited.get("decode", 0.0), "the disk": out.waited_s}
     _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
 
 
-def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable[[], dict[str, np.ndarray]], is_last: bool) -> None:
-    out.put(shard, encoded(), is_last)
+def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable[[], dict[str, np.ndarray]], is_last: bool, advance) -> None:
+    with advance.waits_for("teacher"):
+        arrays = encoded()
+    with advance.waits_for("disk"):
+        out.put(shard, arrays, is_last)
 
 
 def _tell_waiting(what: str, waited: dict[str, float], seconds: float) -> None:

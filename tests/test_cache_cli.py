@@ -84,6 +84,7 @@ def test_help_of_the_whole():
     """teacher-cache --help lists the commands with a line each, and an example."""
     text = run("--help").output
     assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in cli.main.commands)
+    assert {"0", "1", "2", "75", "130"} <= set(text.split("Exit codes:")[1].split())
 
 
 def test_version():
@@ -455,9 +456,10 @@ def test_inspect(cache):
     """inspect says what a person wants to know, and --json the same as values."""
     text = run("inspect", cache.path).stdout
     for words in ("24 in 3 classes", "random, 32 px, jpeg95, bicubic, seed 0, scale 0.3 to 1, flip 0.5", "view 1: crops.beton",
-                  "24 of 24 (100%), 3 of 3 shards, complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none, attention",
+                  "24 of 24 (100%)  3 of 3", f"{32 * '█'}  complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none, attention",
                   "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
         assert words in text
+    assert not any(line != line.rstrip() for line in text.splitlines())
     described = json.loads(run("inspect", "--json", cache.path).stdout)
     assert described["n_images"] == 24 and [len(view["stores"]) for view in described["views"]] == [3, 3]
     store = described["views"][0]["stores"][0]
@@ -473,7 +475,9 @@ def test_inspect_of_an_unfinished_cache(tmp_path, image_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BackgroundWriter, "put", failing_at(BackgroundWriter.put, 5, KeyboardInterrupt()))
         extract_to(tmp_path / "c", image_folder, code=130)
-    assert "16 of 24 (67%), 2 of 3 shards, NOT complete: run extract again" in run("inspect", tmp_path / "c").stdout
+    said = run("inspect", tmp_path / "c").stdout
+    assert re.search(r"16 of 24 \(67%\)  2 of 3 +[\d.]+ kB +█{22}·{10}  NOT complete, missing 2:3", said)
+    assert f"to finish view 0: teacher-cache extract --teacher fake --weights random:0 {tmp_path / 'c'}" in said
     result = run("verify", "--json", tmp_path / "c", code=1)
     assert [finding["kind"] for finding in json.loads(result.stdout)["findings"]] == ["unfinished"]
 

@@ -489,11 +489,11 @@ def test_claims_of_the_dead_go_away(cache, teacher):
 
 
 def test_waiting_is_told_when_it_changes(capsys, monkeypatch):
-    """One is told for whom one waits at once, when it changes, and every half minute."""
+    """One is told for whom one waits at once, when it changes, and every few minutes."""
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     say = progress.waiting("w")
-    for now, who in ((0, "a"), (10, "a"), (29, "a"), (31, "a"), (32, "b"), (61, "b")):  # noqa: B007 - read by the lambda
+    for now, who in ((0, "a"), (60, "a"), (179, "a"), (181, "a"), (182, "b"), (361, "b")):  # noqa: B007 - read by the lambda
         say(who)
     assert capsys.readouterr().err.splitlines() == [f"w: waiting for {who}" for who in "aab"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 import pytest
 
-from student.cli import evaluate, train
+from student.cli import evaluate, report, train
 from teacher_cache.cli import main as teacher_cache
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"teacher-cache": teacher_cache, "student-train": train, "student-eval": evaluate}
+PROGRAMS = {"teacher-cache": teacher_cache, "student-train": train, "student-eval": evaluate, "student-report": report}
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("teacher_cache/**/*.md")])
 README = (ROOT / "README.md").read_text()
 
@@ -26,7 +26,7 @@ def command_lines() -> list[tuple[str, str]]:
     lines = []
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
-            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-train|student-eval) .*)", line)
+            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-train|student-eval|student-report) .*)", line)
             if match:
                 lines.append((document.name, match[1].split(" #")[0].strip()))
     return lines
