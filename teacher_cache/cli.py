@@ -569,68 +569,6 @@ STORE = click.option("--teacher", help="Which store, if there are several.")
 
 @main.command()
 @CACHE
-@click.option("--row", "rows", type=RowRange(), multiple=True, help="A row, or several as A:B; may be repeated. [default: 0]")
-@VIEW
-@STORE
-@click.option("--images", type=click.Path(path_type=Path), help="The originals: draw the crop's box on them.")
-@click.option("--patch", type=PatchPlace(), help="The patch that others are compared with. [default: the most attended]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the masks.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="A .png, .pdf or .svg. [default: row-I-view-V.png]")
-def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, images: Path | None, patch, seed: int,
-         out: Path | None):  # fmt: skip
-    """Draw a crop, what the teacher says of it, and what a student would see of it.
-
-    One row: the crop (and its box on the original), CLS attention, the principal components of each layer's patch tokens as
-    colours, their likeness to one patch, and a mask of each law that the presets use. Several rows make a sheet.
-
-    \b
-    Example:
-      teacher-cache show --row 17 --images imagenet/train CACHE
-      teacher-cache show --row 0:8 --row 100 --view 1 -o sheet.png CACHE
-    """
-    with one_line_errors(""):
-        from pipelines.show.command import numbers_of
-        from pipelines.show.command import show as draw
-
-        numbers = numbers_of(rows or (range(1),))
-        out = out or Path(f"row-{numbers[0]}{f'-and-{len(numbers) - 1}-more' * (len(numbers) > 1)}-view-{view}.png")
-        draw(cache, numbers, view, out, say, teacher=teacher, images=images, patch=patch, seed=seed)
-        say(f"Wrote {out}")
-
-
-@main.command()
-@CACHE
-@VIEW
-@STORE
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page.")
-@click.option("--rows", type=click.IntRange(4, 20_000), default=2000, show_default=True, help="Crops whose tokens are looked at.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that sample, and of the map.")
-@click.option("--verify", is_flag=True, help="Run verify now and put what it finds on the page.")
-@click.option("--sample", type=click.IntRange(1), help="Rows of each store and view that --verify checks. [default: all]")
-@click.option("--verified", type=click.Path(path_type=Path), help="Output of verify --json, in place of --verify.")
-@click.option("--weights", help="The teacher's weights: run it on 64 crops and measure the true error of what is stored. A file, "
-              "random:SEED or built-in.")  # fmt: skip
-def report(cache: Path, out: Path, **options):
-    """Write one page about CACHE: identity, coverage, fidelity, layers, attention, crop boxes, neighbours, a map.
-
-    The page is a single file that loads nothing, for any browser. It looks closely at one store of one view, on a sample of its
-    crops, so that its time does not grow with the cache; coverage and sizes are of everything. Nothing is written into CACHE.
-
-    \b
-    Example:
-      teacher-cache report CACHE -o report.html
-      teacher-cache report --verify --sample 1000 --weights ViT-B-16.pt CACHE
-    """
-    with one_line_errors(""):
-        from pipelines.report.cache_report import Options
-        from pipelines.report.cache_report import report as write
-
-        n_bytes = write(cache, out, Options(**options), say)
-        say(f"Wrote {out} ({human(n_bytes)})")
-
-
-@main.command()
-@CACHE
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @click.option("--sample", type=click.IntRange(1), help="Check so many rows of each store and view, drawn at random, besides all "
               "small files, sizes and headers. [default: all rows; 64 for --images and --weights]")  # fmt: skip
