@@ -358,7 +358,7 @@ def inspect(cache: Path, as_json: bool):
     Example:
       teacher-cache inspect CACHE --json
     """
-    with one_line_errors(""):
+    with one_line_errors("", as_json=as_json):
         from .cache import Cache
         from .inspect import describe, in_words
 
@@ -384,9 +384,10 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
       teacher-cache verify CACHE && student-train --cache CACHE --preset maskalign-b16 --out RUN
       teacher-cache verify --sample 1000 --images imagenet/train --weights ViT-B-16.pt CACHE
     """
-    with one_line_errors("Nothing was changed."):
+    with one_line_errors("Nothing was changed.", as_json=as_json):
+        from .advice import mending_commands
         from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, teach_views_again
-        from .repair import mending_commands
+        from .findings import Checked
         from .verify import open_cache
         from .verify import verify as verify_cache
 
@@ -395,26 +396,25 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
         if teacher is not None and weights is None:
             raise UsageError("--teacher chooses a store for --weights: give both.")
         opened, findings = open_cache(cache)
-        n_files = len(findings)
+        checked = Checked(len(findings))
         if opened is not None:
             store, loaded = load_teacher_of(opened, weights, teacher) if weights else (None, None)
-            findings, n_files = verify_cache(opened, sample)
+            findings, checked = verify_cache(opened, sample)
             if images is not None:
-                findings += cut_views_again(opened, images, sample or DEFAULT_ROWS)
+                findings += cut_views_again(opened, images, sample or DEFAULT_ROWS, checked)
             if loaded is not None:
-                findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS)
+                findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS, checked)
         commands = mending_commands(cache, findings, str(images or "DIR"))
         if as_json:
-            click.echo(json.dumps({"path": str(cache), "sound": not findings, "n_files": n_files, "mend": commands,
-                                   "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))  # fmt: skip
+            said = {"path": str(cache), "sound": not findings, **dataclasses.asdict(checked), "mend": commands}
+            click.echo(json.dumps({**said, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))
         else:
-            checked = f"{n_files:,} files" + (f", {sample:,} rows of each store and view" if sample else "")
-            _print_findings(cache, findings, checked, commands)
+            _print_findings(cache, findings, checked.in_words(), commands)
         if findings:
             sys.exit(2 if all(finding.kind == "unchecked" for finding in findings) else 1)
 
 
-def _print_findings(cache: Path, findings: list, checked: str, commands: list[str]) -> None:
+def _print_findings(cache: Path, findings: list, checked: list[str], commands: list[str]) -> None:
     """A table on a terminal, a line each in a pipe; then what mends them."""
     if sys.stdout.isatty() and findings:
         from rich.console import Console
@@ -423,7 +423,8 @@ def _print_findings(cache: Path, findings: list, checked: str, commands: list[st
     else:
         for finding in findings:
             click.echo(f"{finding.kind:<10} {finding.path}: {finding.message}")
-    click.echo(f"{checked} checked: " + ("sound and complete." if not findings else f"{len(findings)} findings."))
+    n_findings = f"{len(findings)} finding{'s' * (len(findings) != 1)}." if findings else "sound and complete."
+    click.echo("\n  ".join([f"{checked[0]} checked: {n_findings}", *checked[1:]]))
     if commands:
         click.echo("\n  ".join(["To mend it:", *commands]))
 

@@ -200,7 +200,7 @@ def test_command(demo_cache, image_folder, tmp_path):
 
     def run(*arguments):
         result = CliRunner().invoke(main, ["verify", "--json", *map(str, arguments), str(demo_cache.path)])
-        return result.exit_code, json.loads(result.stdout)["findings"] if result.stdout else result.stderr
+        return result.exit_code, json.loads(result.stdout).get("findings", result.stderr)
 
     assert run("--images", image_folder, "--weights", "built-in", "--teacher", "demo", "--sample", 10) == (0, [])
     code, message = run("--weights", "random:0")

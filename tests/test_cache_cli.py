@@ -378,7 +378,12 @@ MISTAKES = {
     "foreign folder": (["crop", "--images", "{images}", "{images}"], 1, "neither empty nor a cache"),
     "inspect nothing": (["inspect", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "inspect a folder": (["inspect", "{images}"], 2, "is no cache: it has no cache.json"),
-    "inspect a file": (["inspect", "{made}/cache.json"], 2, "is no cache"),
+    "inspect a file": (["inspect", "{made}/cache.json"], 2, "is a part of the cache {made}"),
+    "verify a view": (["verify", "{made}/view-000"], 2, "is a part of the cache {made}. Give the whole of it: {made}"),
+    "verify a store": (["verify", "{made}/view-000/fake.zarr"], 2, "is a part of the cache {made}. Give"),
+    "verify a file": (["verify", "{made}/view-000/crops.npy"], 2, "is a part of the cache {made}. Give"),
+    "extract to a view": ([*FAKE, "{made}/view-000"], 2, "is a part of the cache {made}. Give"),
+    "mend a view": (["crop", "--repair", "{made}/view-000"], 2, "is a part of the cache {made}. Give"),
     "verify nothing": (["verify", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "unknown teacher": (["extract", "--teacher", "clip-b61", "{made}"], 2, "named 'clip-b61'. Did you mean clip-b16?"),
     "unknown command": (["extrakt"], 2, "No such command 'extrakt'"),
@@ -420,7 +425,7 @@ def test_mistakes(tmp_path, image_folder, made, case):
     before = contents(made)
     filled = [text.format(tmp=tmp_path, made=made, images=image_folder, new=tmp_path / "new") for text in arguments]
     said = run(*filled, code=code).stderr
-    assert words in said and said.count("Error: ") == 1
+    assert words.format(made=made) in said and said.count("Error: ") == 1
     assert contents(made) == before and not (tmp_path / "new").exists() and not list(image_folder.glob("*.json"))
 
 
@@ -481,14 +486,14 @@ def test_inspect_of_an_unfinished_cache(tmp_path, image_folder, monkeypatch):
 def test_verify(cache):
     """verify ends with 0 on a sound cache and with 1 and one line a finding on another; --json gives the same as values."""
     n_files = len(contents(cache.path))
-    assert run("verify", cache.path).stdout == f"{n_files:,} files checked: sound and complete.\n"
+    assert re.match(rf"{n_files:,} files, [0-9.]+ MB checked: sound and complete\.\n", run("verify", cache.path).stdout)
     sound = json.loads(run("verify", "--json", cache.path).stdout)
-    assert sound == {"path": str(cache.path), "sound": True, "n_files": n_files, "mend": [], "findings": []}
+    assert sound["sound"] and sound["n_files"] == n_files and sound["mend"] == sound["findings"] == []
     shard = cache.view(0).store_path("fake") / "tokens/04/c.1.0.0"
     flip_bit(shard, 99)
     lines = run("verify", cache.path, code=1).stdout.splitlines()
     assert re.fullmatch(rf"damaged +{re.escape(str(shard))}: \S.*", lines[0])
-    assert lines[1] == f"{n_files:,} files checked: 1 findings." and "teacher-cache extract --repair " in "\n".join(lines[2:])
+    assert lines[1].endswith(" checked: 1 finding.") and "teacher-cache extract --repair " in "\n".join(lines[2:])
     assert json.loads(run("verify", "--json", cache.path, code=1).stdout)["findings"][0]["path"] == str(shard)
 
 
