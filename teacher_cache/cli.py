@@ -180,7 +180,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from . import sigbus  # what follows imports numba, which asks once how many threads it may have
         from .cache import Cache, view_path
         from .device import pick_device
-        from .extract import extract_view
+        from .extract import extract_view, require_same_targets
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
 
         store_name = _store_name(name or teacher)
@@ -189,13 +189,15 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
             _repair(cache, crop_options["images"], store_name)
         given = {"layers": layers, "dtype": dtype, "visible": tokens, "codec": codec, "shard_rows": shard_rows,
                  "batch_size": batch_size}  # fmt: skip
-        plan, image_size = plan_targets(view_path(cache, 0) / f"{store_name}.zarr", image_size, **given)
+        plan, image_size = plan_targets(cache, store_name, image_size, **given)
         loaded = _load_teacher(teacher, weights, image_size, *pick_device(device, precision, share.local_rank))
         if compiled:
             loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
         may_make = shards is None and share.world == 1
         crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=may_make)
+        for view in Cache(cache).views() if (cache / "cache.json").exists() else []:
+            require_same_targets(view, store_name, loaded, plan)
         stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
         n_bytes = _say_crops(crops.job) if crops.job else 0
         spec = plan.store_spec(loaded.spec, crops.n_images)

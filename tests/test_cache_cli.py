@@ -126,6 +126,29 @@ def test_more_views_and_teachers(made, image_folder):
     assert verify(Cache(made))[0] == []
 
 
+def test_a_store_that_one_view_has_lost(tmp_path, image_folder):
+    """Without more than the teacher's name, the lost store of a view is made again as the other view has it, byte by byte."""
+    extract_to(tmp_path / "c", image_folder, "--views", 2)
+    whole = contents(tmp_path / "c")
+    for view in ("view-000", "view-001"):
+        shutil.rmtree(tmp_path / "c" / view / "fake.zarr")
+        run(*FAKE, tmp_path / "c")
+        assert contents(tmp_path / "c") == whole
+
+
+def test_stores_that_do_not_agree(tmp_path, image_folder, monkeypatch):
+    """Where the store of any view was made otherwise than is asked for, nothing is begun and no teacher is loaded."""
+    extract_to(tmp_path / "c", image_folder, "--views", 2)
+    shutil.rmtree(tmp_path / "c" / "view-000" / "fake.zarr")
+    before = contents(tmp_path / "c")
+    monkeypatch.setattr(cli, "_load_teacher", None)
+    said = run(*FAKE, "--shard-rows", 4, "--codec", "zstd", "--layers", "last2", tmp_path / "c", code=2).stderr
+    assert said.splitlines()[1:3] == ["  shard_rows: 8 in the store, 4 given", "  codecs: none in the store, zstd given"]
+    assert "view-001/fake.zarr was made with other parameters" in said and contents(tmp_path / "c") == before
+    said = run(*FAKE, "--layers", "last", "--codec", "zstd", tmp_path / "c", code=2).stderr
+    assert said.splitlines()[1] == "  layers: 5,6 in the store, 6 given" and "codecs" not in said
+
+
 def test_center_plan(tmp_path, image_folder):
     """--plan center makes an evaluation cache; two equal views of it are refused."""
     extract_to(tmp_path / "c", image_folder, "--plan", "center")

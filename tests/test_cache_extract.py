@@ -239,8 +239,9 @@ def test_every_difference_is_named(cache, teacher):
     shutil.rmtree(cache.view(1).store_path("fake"))
     with pytest.raises(MismatchError) as caught:
         extract_view(cache.view(1), "fake", Counting(teacher, name="b"), ExtractPlan("last2", "float16", shard_rows=4))
-    for key in ("name:", "layers:", "dtype:", "shard_rows:", "group:", "codecs:"):
+    for key in ("name:", "layers:", "dtype:", "shard_rows:", "group:"):
         assert f"\n  {key} " in str(caught.value)
+    assert "codecs" not in str(caught.value)  # they differ with the arrays
     assert not cache.view(1).store_path("fake").exists()
 
 
