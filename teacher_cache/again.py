@@ -19,9 +19,10 @@ from PIL import Image
 from .beton import CropReader
 from .cache import Cache, View
 from .checking import draw_rows, in_threads
-from .cropping import cut_image
+from .cropping import cut_image, new_images
 from .errors import BadInputError, TeacherCacheError, UnknownNameError, UsageError
 from .findings import Checked, Finding
+from .images import scan
 from .progress import progress
 from .quantize import ChannelStatistics, token_errors
 from .race import race, take_visible
@@ -45,6 +46,14 @@ def cut_views_again(
     for view in _finished_views(cache):
         rows = draw_rows(cache.n_images, n_rows, np.random.default_rng(seed))
         yield from _or_unchecked(view.path, recrop(view, images_dir, rows, checked))
+
+
+def new_in_folder(cache: Cache, images_dir: Path) -> list[str]:
+    """Images of the folder that the cache was made without; none of a cache or folder that cannot be read, which others tell."""
+    try:
+        return new_images(cache, scan(images_dir)[0])
+    except (TeacherCacheError, OSError):
+        return []
 
 
 def teach_views_again(cache: Cache, teacher, store_name: str, n_rows: int, checked: Checked | None = None, seed: int | None = None
@@ -89,6 +98,8 @@ def cut_again(view: View, images_dir: Path, name: str, record: np.void) -> Recut
     try:
         found, encoded = cut_image(images_dir, name, cache.plan, cache.identity.crop_format, view.number)
     except BadInputError as error:
+        if not (images_dir / name).exists():
+            return Recut(b"", "unchecked", f"{images_dir} has no such original; give the folder that the cache was made from")
         return Recut(b"", "unchecked", f"the original cannot be used ({str(error).removeprefix(f'{name}: ')})")
 
     def differs(*fields: str) -> bool:
@@ -172,11 +183,15 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     manifest = read_manifest(store)
     device, precision = pick_device("auto", "auto")
     precision = manifest.precision if device != "cpu" else precision
+    comes_by_itself = manifest.teacher.weights == "built-in" or " pretrained: " in manifest.teacher.weights
+    if weights == "built-in" and not comes_by_itself:
+        raise UsageError(f"--weights built-in: {store} was made with the weights {manifest.teacher.weights}. Give these.")
     try:
         own = None if weights == "built-in" else weights
         teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision)
     except BadInputError as error:
-        raise UsageError(f"--weights {weights}: {error}") from error
+        prefix = f"--weights {weights}: "
+        raise UsageError(prefix + str(error).removeprefix(prefix)) from error
     if teacher.spec.weights_sha256 != manifest.teacher.weights_sha256:
         made_with, given = manifest.teacher, teacher.spec
         raise UsageError(

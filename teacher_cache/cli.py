@@ -289,11 +289,18 @@ def _say_crops(job) -> int:
     if job.ignored:
         say(f"{len(job.ignored):,} files of {job.images_dir} are no images by their names and are left alone, e.g. "
             f"{job.ignored[0]!r}.")  # fmt: skip
+    _say_new(job.images_dir, job.new)
     one = estimate_crop_bytes(job)
     say(f"crops    {n_images:,} images in {len(job.images.classes):,} classes, {n_views} view{'s' * (n_views > 1)} to make, "
         f"{job.plan.kind} {job.plan.size} px, {job.crop_format}: about {human(one * n_images * n_views)} "
         f"({human(one)} each, measured on a few)")  # fmt: skip
     return bytes_to_write(job, one)
+
+
+def _say_new(images: Path, new) -> None:
+    """Say how many images of the folder the cache was made without."""
+    if new:
+        say(f"{len(new):,} images of {images} are not in this cache, which was made without them, e.g. {new[0]!r}.")
 
 
 def _say_targets(stores: list[Path], spec, teacher, own: range) -> int:
@@ -388,7 +395,7 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
     """
     with one_line_errors("Nothing was changed.", as_json=as_json):
         from .advice import mending_commands
-        from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, teach_views_again
+        from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, new_in_folder, teach_views_again
         from .findings import Checked
         from .verify import open_cache
         from .verify import verify as verify_cache
@@ -403,6 +410,7 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
             store, loaded = load_teacher_of(opened, weights, teacher) if weights else (None, None)
             findings, checked = verify_cache(opened, sample)
             if images is not None:
+                _say_new(images, new_in_folder(opened, images))
                 findings += cut_views_again(opened, images, sample or DEFAULT_ROWS, checked)
             if loaded is not None:
                 findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS, checked)

@@ -138,6 +138,9 @@ def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
             "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}  # fmt: skip
     theirs = {**found.teacher.to_json(), "precision": found.precision, "crops_id": found.crops_id,
               "crops_sha256": found.crops_sha256}  # fmt: skip
+    if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
+        for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
+            values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
     of_store = target_differences(found, plan, teacher.spec, view.cache.n_images)
     require_like(store, differences(theirs, mine) + of_store)
 

@@ -167,6 +167,31 @@ def test_ignored_files_are_told(tmp_path, image_folder):
     )
 
 
+def test_new_originals_are_told(made, tmp_path, image_folder):
+    """Images that the cache was made without are counted when a view is added, and by verify --images; skipped ones are not."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(folder / "class-0" / "image-000.png", folder / "class-1" / "new.png")
+    words = f"1 images of {folder} are not in this cache, which was made without them, e.g. 'class-1/new.png'."
+    assert words in run("verify", "--images", folder, made).stderr
+    assert words in run("crop", "--views", 2, "--images", folder, made).stderr
+    (folder / "class-1" / "new.png").write_bytes(b"")
+    assert extract_to(tmp_path / "c", folder, "--skip-bad").stderr.count("not in this cache") == 0
+    assert "not in this cache" not in run("verify", "--images", folder, tmp_path / "c").stderr
+
+
+def test_seeds_are_told(tmp_path, image_folder):
+    """Where the weights differ, both seeds or files are named, not their sums alone."""
+    timm = ["extract", "--teacher", "timm:vit_tiny_patch16_224", "--image-size", 32, "--layers", "last"]
+    run(*timm, "--weights", "random:0", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    said = run(*timm, "--weights", "random:1", tmp_path / "c", code=2).stderr
+    assert re.search(r"weights: random:0 \(sha256 .{12}\) in the store, random:1 \(sha256 .{12}\) given", said)
+    assert "weights_sha256" not in said
+    said = run("verify", "--weights", "built-in", tmp_path / "c", code=2).stderr
+    assert "was made with the weights random:0. Give these." in said
+    said = run("verify", "--weights", tmp_path / "none", tmp_path / "c", code=2).stderr
+    assert said.count("--weights") == 1
+
+
 def test_bad_images(tmp_path, image_folder):
     """Images that cannot be decoded are listed, code 1; with --skip-bad they are left out and counted."""
     folder = shutil.copytree(image_folder, tmp_path / "images")
@@ -393,15 +418,16 @@ def test_a_cache_that_vanishes(tmp_path, image_folder, monkeypatch, gone):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "no images": ([*FAKE, "{new}"], 1, "lacks view 0, and making it needs the originals: give --images"),
+    "no images": ([*FAKE, "{new}"], 2, "lacks view 0, and making it needs the originals: give --images"),
     "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 2, "nowhere: no such folder"),
     "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 2, "no such folder"),
-    "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 1, "is a file. Give a folder"),
+    "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 2, "is a file. Give a folder"),
     "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "a file stands where a folder"),
-    "foreign folder": (["crop", "--images", "{images}", "{images}"], 1, "neither empty nor a cache"),
+    "foreign folder": (["crop", "--images", "{images}", "{images}"], 2, "neither empty nor a cache"),
     "inspect nothing": (["inspect", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "inspect a folder": (["inspect", "{images}"], 2, "is no cache: it has no cache.json"),
     "inspect a file": (["inspect", "{made}/cache.json"], 2, "is a part of the cache {made}"),
+    "kernel's file system": (["crop", "--images", "{images}", "/proc/c"], 2, "/proc/c is on a file system that keeps no files"),
     "verify a view": (["verify", "{made}/view-000"], 2, "is a part of the cache {made}. Give the whole of it: {made}"),
     "verify a store": (["verify", "{made}/view-000/fake.zarr"], 2, "is a part of the cache {made}. Give"),
     "verify a file": (["verify", "{made}/view-000/crops.npy"], 2, "is a part of the cache {made}. Give"),
@@ -437,7 +463,7 @@ MISTAKES = {
     "other seed": (["crop", "--images", "{images}", "--seed", "1", "{made}"], 2, "plan seed: 0 in the cache, 1 given"),
     "other size": (["crop", "--crop-size", "48", "{made}"], 2, "crop plan size: 32 in the cache, 48 given"),
     "other format": (["crop", "--crop-format", "raw", "{made}"], 2, "crop_format: jpeg95 in the cache, raw given"),
-    "view without images": ([*FAKE, *SMALL, "--views", "2", "{made}"], 1, "lacks view 1, and making it needs"),
+    "view without images": ([*FAKE, *SMALL, "--views", "2", "{made}"], 2, "lacks view 1, and making it needs"),
 }
 
 

@@ -258,6 +258,12 @@ def test_what_other_views_have_is_missed(cache, image_folder):
     ]  # fmt: skip
 
 
+def test_lost_checksums_are_not_blamed_on_the_stores(cache):
+    """A view that has lost its checksums.json is damaged; its stores are not."""
+    (cache.view(0).path / "checksums.json").unlink()
+    assert not any("fake" in finding for finding in findings(cache.path))
+
+
 def test_a_cache_can_be_copied(cache, tmp_path):
     """A cache is sound wherever it is copied to, under any name."""
     assert findings(shutil.copytree(cache.path, tmp_path / "wéird name; with 'quotes'\n")) == []
