@@ -310,7 +310,7 @@ def test_crops_need_the_originals(whole, made, tmp_path, images):
     ):
         list(repair_view(view, changed))
     (changed / name).unlink()
-    with pytest.raises(BadInputError, match="cannot be had again: the original cannot be used"):
+    with pytest.raises(BadInputError, match="cannot be had again: .* has no such original"):
         list(repair_view(view, changed))
     assert contents(whole) == left
     assert list(repair_view(view, images)) == [
