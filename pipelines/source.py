@@ -109,7 +109,7 @@ def _how_to_make(views: list[View], store_name: str) -> str:
     if having:
         command = extract_command(views[0].cache.path, store_name, read_manifest(having[0].store_path(store_name)))
         return f"Make them: {command}; or train on fewer views: --views {len(having)}."
-    command = f"teacher-cache extract --teacher NAME --name {store_name} {views[0].cache.path}"
+    command = f"teacher-cache extract --teacher NAME --weights PATH --name {store_name} {views[0].cache.path}"
     return f"Make them: {command}; or choose one with --teacher."
 
 
@@ -117,8 +117,8 @@ class CropSource:
     """Crops without targets, in the order of the run; the part that cached and live sources share.
 
     rank, world: of `world` processes that share each step of `batch_size` rows, this one takes the slice number `rank`.
-    steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises NotInCacheError for a cache with fewer rows than
-    a step takes, or without the views or targets asked for.
+    steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises UsageError for a cache with fewer rows than a
+    step takes, NotInCacheError for one without the views or targets asked for.
     """
 
     def __init__(self, cache: Cache, *, batch_size: int, accumulate: int = 1, seed: int = 0, device="cpu",
@@ -129,7 +129,7 @@ class CropSource:
         self.rank, self.world = rank, world
         self.views = complete_views(cache, store_names, n_views)
         if cache.n_images < batch_size:
-            raise NotInCacheError(
+            raise UsageError(
                 f"{cache.path} has {cache.n_images:,} rows, one step takes {batch_size:,}. "
                 f"Set a smaller batch: --set batch_size={cache.n_images}, or cache more images."
             )

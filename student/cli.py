@@ -113,6 +113,8 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         with processes(device) as device:
             device, precision = pick_device(device, config.precision)
             opened, names = Cache(cache), teachers or chosen.teachers
+            if tiny and not live and not teachers:
+                names = _only_store(opened, names)
             lesson = _live(names, weights, device, precision) if live else _stored(opened, names)
             if tiny:
                 chosen = chosen.tiny(lesson.shapes, opened.plan.size)
@@ -176,8 +178,11 @@ def _show(preset: str, config, as_json: bool) -> None:
 
 def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     """Why a cache is not what a preset was made for, and what to do."""
+    from teacher_cache.teachers import weights_option
+
     extract = " and ".join(
-        f"teacher-cache extract --preset {chosen.name} --teacher {name} --images DIR NEW" for name in chosen.teachers
+        f"teacher-cache extract --preset {chosen.name} --teacher {name}{weights_option(name)} --images DIR NEW"
+        for name in chosen.teachers
     )
     make = extract or f"teacher-cache crop --preset {chosen.name} --images DIR NEW"
     return (
@@ -260,14 +265,26 @@ def _tell(*lines: str) -> None:
         say(*lines)
 
 
+def _only_store(cache: Cache, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The one store that a cache has, in the place of the one teacher of a preset that it has not: a miniature takes any."""
+    there = cache.finished_view(0).store_names()
+    if len(there) != 1 or len(names) != 1 or store_file_name(names[0]) in there:
+        return names
+    _tell(f"teacher  {there[0]}, the only one in {cache.path}; the preset's is {names[0]}")
+    return tuple(there)
+
+
 def _store(cache: Cache, name: str) -> str:
     """The file name of the store called `name`, or UnknownNameError listing what is there."""
     names, store = cache.finished_view(0).store_names(), store_file_name(name)
     if store not in names:
         there = f"it has {', '.join(names)}" if names else "it has no targets at all"
         other = f" To learn from another: --teacher {names[0]}." if names else ""
-        command = f"teacher-cache extract --teacher {name} {cache.path}"
-        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}. Make them: {command}.{other}")
+        from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
+
+        is_teacher = name in TEACHERS or name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
+        command = f" Make them: teacher-cache extract --teacher {name}{weights_option(name)} {cache.path}." if is_teacher else ""
+        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{command}{other}")
     return store
 
 

@@ -10,6 +10,7 @@ checkpoint-NNNNNNNN.safetensors
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -44,7 +45,12 @@ class RunDirectory:
         self._config, self._identity = config.to_json(), identity
         self._logs: StepLogs | None = None
         self._require_run_or_nothing()
-        make_folder(self.path)
+        try:
+            make_folder(self.path)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):  # ENOENT: below /proc
+                raise
+            raise RunError(f"{self.path}: cannot be made ({error.strerror}). Choose an --out that can be written to.") from error
         self._lock = _TrainerLock(self.path)
         try:
             if (self.path / CONFIG).exists():

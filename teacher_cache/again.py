@@ -18,15 +18,18 @@ from PIL import Image
 
 from .beton import CropReader
 from .cache import Cache, View
-from .cropping import cut_image
+from .checking import draw_rows, in_threads
+from .cropping import cut_image, new_images
 from .errors import BadInputError, TeacherCacheError, UnknownNameError, UsageError
+from .findings import Checked, Finding
+from .images import scan
 from .progress import progress
 from .quantize import ChannelStatistics, token_errors
 from .race import race, take_visible
 from .reader import StoreReader
 from .spec import LayerFidelity
 from .store import read_manifest, store_file_name
-from .verify import Finding, draw_rows, in_threads, views_on_disk
+from .verify import views_on_disk
 
 DEFAULT_ROWS = 64
 BATCH = 16  # rows a forward pass of the teacher
@@ -36,20 +39,31 @@ OTHER_BYTES = f"Pillow {PIL.__version__} makes other bytes of the same original 
 _DRAWN = ("top", "left", "height", "width", "flip", "jitter", "jitter_order")
 
 
-def cut_views_again(cache: Cache, images_dir: Path, n_rows: int, seed: int | None = None) -> Iterator[Finding]:
+def cut_views_again(
+    cache: Cache, images_dir: Path, n_rows: int, checked: Checked | None = None, seed: int | None = None
+) -> Iterator[Finding]:
     """`recrop` of `n_rows` rows of each finished view, drawn at random."""
     for view in _finished_views(cache):
         rows = draw_rows(cache.n_images, n_rows, np.random.default_rng(seed))
-        yield from _or_unchecked(view.path, recrop(view, images_dir, rows))
+        yield from _or_unchecked(view.path, recrop(view, images_dir, rows, checked))
 
 
-def teach_views_again(cache: Cache, teacher, store_name: str, n_rows: int, seed: int | None = None) -> Iterator[Finding]:
+def new_in_folder(cache: Cache, images_dir: Path) -> list[str]:
+    """Images of the folder that the cache was made without; none of a cache or folder that cannot be read, which others tell."""
+    try:
+        return new_images(cache, scan(images_dir)[0])
+    except (TeacherCacheError, OSError):
+        return []
+
+
+def teach_views_again(cache: Cache, teacher, store_name: str, n_rows: int, checked: Checked | None = None, seed: int | None = None
+                      ) -> Iterator[Finding]:  # fmt: skip
     """`reteach` of `n_rows` rows, drawn at random, of the store of this name in each view that has it."""
     for view in _finished_views(cache):
         if store_name in view.store_names():
             rows = draw_rows(cache.n_images, n_rows, np.random.default_rng(seed))
             store = view.store_path(store_name)
-            yield from _or_unchecked(store, reteach(view, store, teacher, rows))
+            yield from _or_unchecked(store, reteach(view, store, teacher, rows, checked))
 
 
 def _finished_views(cache: Cache) -> list[View]:
@@ -84,6 +98,8 @@ def cut_again(view: View, images_dir: Path, name: str, record: np.void) -> Recut
     try:
         found, encoded = cut_image(images_dir, name, cache.plan, cache.identity.crop_format, view.number)
     except BadInputError as error:
+        if not (images_dir / name).exists():
+            return Recut(b"", "unchecked", f"{images_dir} has no such original; give the folder that the cache was made from")
         return Recut(b"", "unchecked", f"the original cannot be used ({str(error).removeprefix(f'{name}: ')})")
 
     def differs(*fields: str) -> bool:
@@ -100,10 +116,10 @@ def cut_again(view: View, images_dir: Path, name: str, record: np.void) -> Recut
     return Recut(encoded)
 
 
-def recrop(view: View, images_dir: Path, rows: np.ndarray) -> Iterator[Finding]:
+def recrop(view: View, images_dir: Path, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:
     """Cut the crops of `rows` of a view again: records and encoded bytes must be identical. The view itself has to be sound.
 
-    Yields a Finding for each reason why some are not.
+    Yields a Finding for each reason why some are not. checked: is told how many could be compared.
     """
     reader, names = CropReader(view.path), view.cache.images().names
 
@@ -118,6 +134,9 @@ def recrop(view: View, images_dir: Path, rows: np.ndarray) -> Iterator[Finding]:
         for row, verdict in zip(rows.tolist(), in_threads(compare, rows.tolist()), strict=True):
             rows_of.setdefault(verdict, []).append(row)
             advance(1)
+    if checked is not None:
+        n_unchecked = sum(len(some) for (kind, _), some in rows_of.items() if kind == "unchecked")
+        checked.again[f"{view.path.name}/{reader.path.name}"] = len(rows) - n_unchecked
     for (kind, reason), some in rows_of.items():
         if kind != "sound":
             message = f"{len(some)} of {len(rows)} crops cut again: {reason}, e.g. row {some[0]}, {names[some[0]]}."
@@ -164,11 +183,15 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     manifest = read_manifest(store)
     device, precision = pick_device("auto", "auto")
     precision = manifest.precision if device != "cpu" else precision
+    comes_by_itself = manifest.teacher.weights == "built-in" or " pretrained: " in manifest.teacher.weights
+    if weights == "built-in" and not comes_by_itself:
+        raise UsageError(f"--weights built-in: {store} was made with the weights {manifest.teacher.weights}. Give these.")
     try:
         own = None if weights == "built-in" else weights
         teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision)
     except BadInputError as error:
-        raise UsageError(f"--weights {weights}: {error}") from error
+        prefix = f"--weights {weights}: "
+        raise UsageError(prefix + str(error).removeprefix(prefix)) from error
     if teacher.spec.weights_sha256 != manifest.teacher.weights_sha256:
         made_with, given = manifest.teacher, teacher.spec
         raise UsageError(
@@ -183,7 +206,7 @@ def limits(fidelity: LayerFidelity, tolerance: float) -> tuple[float, float]:
     return fidelity.p99 + tolerance, 2 * fidelity.worst + 4 * tolerance
 
 
-def reteach(view: View, store: Path, teacher, rows: np.ndarray) -> Iterator[Finding]:
+def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:
     """Run the teacher over `rows` of a store again and compare with what is stored, within what storing and machines do to it.
 
     teacher: a teachers.base.Teacher with the weights of the store. Rows that are not extracted yet are left out.
@@ -221,6 +244,8 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray) -> Iterator[Find
                 apart[batch] = difference / np.linalg.norm(attention, axis=1)
             advance(len(rows[batch]))
 
+    if checked is not None:
+        checked.again[f"{view.path.name}/{store.name}"] = len(rows)
     if spec.visible:
         yield from _race_again(store, reader, rows, view.number)
     verdicts = [("attention", "the attention", apart, 4 * tolerance)]

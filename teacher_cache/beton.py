@@ -155,6 +155,9 @@ class CropReader:
             with open_plain(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             n_bytes = len(self._map)
+        except FileNotFoundError:
+            mend = f"teacher-cache crop --repair --images DIR {self.path.parent.parent}"
+            raise CacheCorruptError(f"{self.path}: is missing. Its crops are cut again by: {mend}") from None
         except (OSError, ValueError) as error:
             raise CacheCorruptError(f"{self.path}: cannot be read ({error}).") from error
         self.bytes = np.frombuffer(self._map, "u1")

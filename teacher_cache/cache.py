@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .advice import BOTH_LOST
 from .beton import read_checksums
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan
 from .durable import (
@@ -101,11 +102,21 @@ LISTS = ["images.txt", "labels.npy", "skipped.txt"]
 
 def _no_cache(path: Path) -> UsageError | CacheCorruptError:
     """What to raise for a folder without cache.json."""
+    require_no_part(path)
     if (path / "crops.partial").exists():
         return UsageError(f"{path} is no cache: its crop stage was not finished; run the same teacher-cache command again.")
     if (path / SPARE).exists():
         return CacheCorruptError(f"{path} has lost its cache.json. Restore it with teacher-cache crop --repair {path}.")
+    if any(path.glob("view-*/checksums.json")):
+        return CacheCorruptError(f"{path} has lost its cache.json and {SPARE}, which had a copy. {BOTH_LOST['cache']}")
     return UsageError(f"{path} is no cache: it has no cache.json.")
+
+
+def require_no_part(path: Path) -> None:
+    """Raise UsageError for a file or folder within a cache, naming that; it may have lost its cache.json."""
+    for around in path.absolute().parents:
+        if (around / "cache.json").exists() or (around / SPARE).exists() and any(around.glob("view-*")):
+            raise UsageError(f"{path} is a part of the cache {around}. Give the whole of it: {around}")
 
 
 class View:

@@ -27,6 +27,8 @@ from .errors import MismatchError
 
 GATE = "gate"
 POLL_S = 0.5
+LOOK_S = 0.1
+"""For so long a writer tries to lock a claim, because it may only be looked at (`holder_of`)."""
 
 
 class ClaimHeldError(MismatchError):
@@ -45,6 +47,36 @@ def store_claim(store: Path) -> Path:
 def store_claims(store: Path) -> Path:
     """The claims of those who make its shards."""
     return store.with_name(f"{store.name}.claims")
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the claim `path`, in words; None if nobody does, also because its process on this host is gone.
+
+    It only looks: nothing is written, and no writer is refused because of it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # gone, or no claim of ours
+        return None
+    try:
+        is_free, holder = _is_unlocked(descriptor), _read(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    if is_free:
+        return f"{_named(holder)} (if it is gone, delete {path})" if _is_elsewhere(holder) else None
+    return _named(holder)
+
+
+def _is_unlocked(descriptor: int) -> bool:
+    """Whether nobody holds a claim; several may ask at once, and a writer waits LOOK_S for them."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return True
 
 
 @contextmanager
@@ -87,7 +119,7 @@ def claimed_range(folder: Path, first: int, last: int, what: str) -> Iterator[No
             _respect(other, first, last, what)
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # behind the gate at most somebody looks at it
             _sign(descriptor, first=first, last=last)
         except BaseException:
             _remove_own(path, descriptor)
@@ -201,12 +233,16 @@ def _remove_own(path: Path, descriptor: int) -> None:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a claim if nobody else has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+    """Lock a claim if nobody else has for longer than it takes to look at it."""
+    given_up = time.monotonic() + LOOK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > given_up:
+                return False
+        time.sleep(LOOK_S / 50)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -211,7 +211,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from . import sigbus  # what follows imports numba, which asks once how many threads it may have
         from .cache import Cache, view_path
         from .device import pick_device
-        from .extract import extract_view
+        from .extract import extract_view, require_same_targets
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
 
         store_name = _store_name(name or teacher)
@@ -220,13 +220,15 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
             _repair(cache, crop_options["images"], store_name)
         given = {"layers": layers, "dtype": dtype, "visible": tokens, "codec": codec, "shard_rows": shard_rows,
                  "batch_size": batch_size}  # fmt: skip
-        plan, image_size = plan_targets(view_path(cache, 0) / f"{store_name}.zarr", image_size, **given)
+        plan, image_size = plan_targets(cache, store_name, image_size, **given)
         loaded = _load_teacher(teacher, weights, image_size, *pick_device(device, precision, share.local_rank))
         if compiled:
             loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
         may_make = shards is None and share.world == 1
         crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=may_make)
+        for view in Cache(cache).views() if (cache / "cache.json").exists() else []:
+            require_same_targets(view, store_name, loaded, plan)
         stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
         n_bytes = _say_crops(crops.job) if crops.job else 0
         spec = plan.store_spec(loaded.spec, crops.n_images)
@@ -318,11 +320,18 @@ def _say_crops(job) -> int:
     if job.ignored:
         say(f"{len(job.ignored):,} files of {job.images_dir} are no images by their names and are left alone, e.g. "
             f"{job.ignored[0]!r}.")  # fmt: skip
+    _say_new(job.images_dir, job.new)
     one = estimate_crop_bytes(job)
     say(f"crops    {n_images:,} images in {len(job.images.classes):,} classes, {n_views} view{'s' * (n_views > 1)} to make, "
         f"{job.plan.kind} {job.plan.size} px, {job.crop_format}: about {human(one * n_images * n_views)} "
         f"({human(one)} each, measured on a few)")  # fmt: skip
     return bytes_to_write(job, one)
+
+
+def _say_new(images: Path, new) -> None:
+    """Say how many images of the folder the cache was made without."""
+    if new:
+        say(f"{len(new):,} images of {images} are not in this cache, which was made without them, e.g. {new[0]!r}.")
 
 
 def _say_targets(stores: list[Path], spec, teacher, own: range) -> int:
@@ -465,7 +474,7 @@ def inspect(cache: Path, other: Path | None, as_json: bool):
       teacher-cache inspect CACHE --json
       teacher-cache inspect CACHE /backup/CACHE
     """
-    with one_line_errors(""):
+    with one_line_errors("", as_json=as_json):
         from .cache import Cache
         from .inspect import describe
 
@@ -585,9 +594,10 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
       teacher-cache verify CACHE && student-train --cache CACHE --preset maskalign-b16 --out RUN
       teacher-cache verify --sample 1000 --images imagenet/train --weights ViT-B-16.pt CACHE
     """
-    with one_line_errors("Nothing was changed."):
-        from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, teach_views_again
-        from .repair import mending_commands
+    with one_line_errors("Nothing was changed.", as_json=as_json):
+        from .advice import mending_commands
+        from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, new_in_folder, teach_views_again
+        from .findings import Checked
         from .verify import open_cache
         from .verify import verify as verify_cache
 
@@ -596,28 +606,28 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
         if teacher is not None and weights is None:
             raise UsageError("--teacher chooses a store for --weights: give both.")
         opened, findings = open_cache(cache)
-        n_files = len(findings)
+        checked = Checked(len(findings))
         if opened is not None:
             store, loaded = load_teacher_of(opened, weights, teacher) if weights else (None, None)
-            findings, n_files = verify_cache(opened, sample)
+            findings, checked = verify_cache(opened, sample)
             if images is not None:
-                findings += cut_views_again(opened, images, sample or DEFAULT_ROWS)
+                _say_new(images, new_in_folder(opened, images))
+                findings += cut_views_again(opened, images, sample or DEFAULT_ROWS, checked)
             if loaded is not None:
-                findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS)
+                findings += teach_views_again(opened, loaded, store, sample or DEFAULT_ROWS, checked)
         commands = mending_commands(cache, findings, str(images or "DIR"))
         if as_json:
             when = datetime.now(UTC).isoformat(timespec="seconds")
-            click.echo(json.dumps({"path": str(cache), "crops_id": opened.crops_id if opened else None, "when": when,
-                                   "sample": sample, "sound": not findings, "n_files": n_files, "mend": commands,
-                                   "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))  # fmt: skip
+            said = {"path": str(cache), "crops_id": opened.crops_id if opened else None, "when": when, "sample": sample,
+                    "sound": not findings, **dataclasses.asdict(checked), "mend": commands}  # fmt: skip
+            click.echo(json.dumps({**said, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))
         else:
-            checked = f"{n_files:,} files" + (f", {sample:,} rows of each store and view" if sample else "")
-            _print_findings(cache, findings, checked, commands)
+            _print_findings(cache, findings, checked.in_words(), commands)
         if findings:
             sys.exit(2 if all(finding.kind == "unchecked" for finding in findings) else 1)
 
 
-def _print_findings(cache: Path, findings: list, checked: str, commands: list[str]) -> None:
+def _print_findings(cache: Path, findings: list, checked: list[str], commands: list[str]) -> None:
     """A table on a terminal, a line each in a pipe; then what mends them."""
     if sys.stdout.isatty() and findings:
         from rich.console import Console
@@ -626,7 +636,8 @@ def _print_findings(cache: Path, findings: list, checked: str, commands: list[st
     else:
         for finding in findings:
             click.echo(f"{finding.kind:<10} {finding.path}: {finding.message}")
-    click.echo(f"{checked} checked: " + ("sound and complete." if not findings else f"{len(findings)} findings."))
+    n_findings = f"{len(findings)} finding{'s' * (len(findings) != 1)}." if findings else "sound and complete."
+    click.echo("\n  ".join([f"{checked[0]} checked: {n_findings}", *checked[1:]]))
     if commands:
         click.echo("\n  ".join(["To mend it:", *commands]))
 

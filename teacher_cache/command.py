@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the data or the machine is at fault; 2 the command is; 75 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ def say(*lines: str) -> None:
 
 
 @contextmanager
-def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: tuple = ()) -> Iterator[None]:
+def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: tuple = (), as_json: bool = False
+                    ) -> Iterator[None]:  # fmt: skip
     """Turn this project's errors, disk errors, Ctrl-C and SIGTERM into one message and an exit code.
 
     resume: what to say about work that was interrupted. usage, others: further exception classes that carry a user's message;
-    the former mean that the command is at fault.
+    the former mean that the command is at fault. as_json: print {"error": message} on stdout too.
     """
     try:
         with signals_raise():
@@ -37,12 +39,18 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
         click.echo(f"\n{how}. {resume() if callable(resume) else resume}".rstrip(), err=True)
         sys.exit(code)
     except (TeacherCacheError, *usage, *others) as error:
-        say(f"Error: {error}")
+        _say_error(str(error), as_json)
         sys.exit(2 if isinstance(error, (UsageError, *usage)) else 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; say nothing more
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        say(f"Error: {where}{error.strerror or error}")
+        _say_error(f"{where}{error.strerror or error}", as_json)
         sys.exit(1)
+
+
+def _say_error(message: str, as_json: bool) -> None:
+    say(f"Error: {message}")
+    if as_json:
+        click.echo(json.dumps({"error": message}))

@@ -23,7 +23,7 @@ from .cache import Cache, CropsIdentity, View, view_path, write_cache
 from .claims import ClaimHeldError, claimed
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
 from .durable import ASIDE, crc32c, make_folder, npy_bytes, read_sealed, seal, sha256_file, sync_folder, write_whole
-from .errors import BadInputError, CacheCorruptError, MismatchError
+from .errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from .estimate import full_disk_explained, human
 from .images import ImageList, read_image, scan
 from .parts import WORK, WorkFolder, is_left_over
@@ -50,6 +50,8 @@ class CropJob:
     """The missing views."""
     ignored: tuple[str, ...]
     """Files of the folder that are no images by name."""
+    new: tuple[str, ...]
+    """Images of the folder that the cache was made without."""
     finished: View | None
     """A view that is there, of a cache that exists."""
 
@@ -79,7 +81,7 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
     """Find out what is missing for views 0 .. n_views-1; None if nothing is.
 
     Raises MismatchError if the cache, or an unfinished crop stage in it, was begun with other images or another plan;
-    BadInputError without a usable image folder when there is work to do.
+    UsageError without an image folder when there is work to do, and for a folder that is no place for a cache.
     """
     cache = Cache(cache_dir) if (cache_dir / "cache.json").exists() else None
     if cache is not None:
@@ -98,20 +100,21 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
                 )
     else:
         if cache_dir.exists() and not cache_dir.is_dir():
-            raise BadInputError(f"{cache_dir} is a file. Give a folder for the cache, new or begun.")
+            raise UsageError(f"{cache_dir} is a file. Give a folder for the cache, new or begun.")
         entries = {entry.name for entry in cache_dir.iterdir()} if cache_dir.exists() else set()
         if SPARE in entries and WORK not in entries:
             Cache(cache_dir)  # raises, because it has lost its cache.json
         if entries - {CLAIM} and WORK not in entries:
-            raise BadInputError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
+            raise UsageError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
         views = tuple(range(n_views))
     if images_dir is None:
-        raise BadInputError(f"{cache_dir} lacks view {views[0]}, and making it needs the originals: give --images DIR.")
+        raise UsageError(f"{cache_dir} lacks view {views[0]}, and making it needs the originals: give --images DIR.")
 
-    images, ignored = scan(images_dir)
-    images = images.permuted(plan.seed) if cache is None else _same_images(cache, images, images_dir)
+    found, ignored = scan(images_dir)
+    images = found.permuted(plan.seed) if cache is None else _same_images(cache, found, images_dir)
+    new = new_images(cache, found) if cache else []
     finished = next(iter(cache.views()), None) if cache else None
-    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, tuple(ignored), finished)
+    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, tuple(ignored), tuple(new), finished)
     job.work.require_begun_alike(job.identity)
     return job
 
@@ -126,6 +129,13 @@ def _same_images(cache: Cache, found: ImageList, images_dir: Path) -> ImageList:
             "Give the folder that the cache was made from."
         )
     return images
+
+
+def new_images(cache: Cache, found: ImageList) -> list[str]:
+    """Images of a folder that a cache was made without, but for those that it names in skipped.txt."""
+    skipped = (cache.path / "skipped.txt").read_text(errors="replace").splitlines()
+    new = sorted(set(found.names) - set(cache.images().names))
+    return [name for name in new if not any(line.startswith(f"{name}: ") for line in skipped)]
 
 
 def estimate_crop_bytes(job: CropJob, n_samples: int = 16) -> int:

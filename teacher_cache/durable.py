@@ -71,6 +71,11 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def link_fault(path: Path) -> str | None:
+    """What is wrong with a file of a cache that is a symlink, a sentence without its path; None if it is none."""
+    return f"is a symbolic link to {path.readlink()}. Put the file or folder itself there." if path.is_symlink() else None
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Open a file of a cache for reading, unbuffered.
 

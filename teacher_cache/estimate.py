@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import NoSpaceError
+from .errors import NoSpaceError, UsageError
 from .shards import HEADER_BYTES, index_bytes
 from .spec import StoreSpec, TeacherSpec
 
@@ -36,15 +36,22 @@ def store_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that holds `path`, or will."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """The folder that is there of those above `path`, or `path` itself."""
     existing = Path(path).absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise NoSpaceError if `needed` bytes do not fit."""
+    """Raise NoSpaceError if `needed` bytes do not fit, UsageError where none ever will."""
     free = free_bytes(path)
+    if free == 0 and shutil.disk_usage(_existing(path)).total == 0:
+        raise UsageError(f"{path} is on a file system that keeps no files ({_existing(path)}). Give a folder on a disk.")
     if needed > free:
         raise NoSpaceError(
             f"{human(needed)} are needed on the disk of {path}, {human(free)} are free: {human(needed - free)} short. "

@@ -32,7 +32,7 @@ from .commits import count_commits, fold, is_complete, is_folded
 from .encode import Encoder, require_finite
 from .errors import MismatchError, NotInCacheError
 from .estimate import full_disk_explained, human
-from .planning import ExtractPlan, own_shards
+from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
 from .progress import note, progress, waiting
 from .quantize import ChannelStatistics, dequantise, quantise, token_errors
 from .race import race, take_visible
@@ -125,24 +125,24 @@ def _loss_explained(store: Path) -> Iterator[None]:
         ) from error
 
 
+def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> None:
+    """Raise MismatchError naming every way in which the store `name` of a view, if it was begun, is not the one asked for."""
+    store = view.store_path(name)
+    if is_begun(store):
+        _require_same(store, view, teacher, plan)
+
+
 def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
-    """Raise MismatchError naming every way in which the store on disk is not the one asked for."""
     found = read_manifest(store)
-    asked = plan.store_spec(teacher.spec, view.cache.n_images)
-    if plan.codec == "auto":
-        asked = replace(asked, codecs=found.store.codecs) if asked.array_names == found.store.array_names else asked
-    else:
-        asked = replace(asked, codecs=tuple((name, plan.codec) for name in asked.array_names))
-    mine = {**replace(teacher.spec, weights=found.teacher.weights).to_json(), **asked.to_json()}
-    mine |= {"precision": teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
-    theirs = {**found.teacher.to_json(), **found.store.to_json()}
-    theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
-    differences = [f"{key}: {theirs[key]} in the store, {mine[key]} given" for key in mine if mine[key] != theirs[key]]
-    if differences:
-        raise MismatchError(
-            f"{store} was made with other parameters:\n  " + "\n  ".join(differences) +
-            f"\nGive the same ones, another --name, or delete {store}."
-        )  # fmt: skip
+    mine = {**replace(teacher.spec, weights=found.teacher.weights).to_json(), "precision": teacher.precision,
+            "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}  # fmt: skip
+    theirs = {**found.teacher.to_json(), "precision": found.precision, "crops_id": found.crops_id,
+              "crops_sha256": found.crops_sha256}  # fmt: skip
+    if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
+        for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
+            values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
+    of_store = target_differences(found, plan, teacher.spec, view.cache.n_images)
+    require_like(store, differences(theirs, mine) + of_store)
 
 
 def require_same_probe(store: Path, teacher) -> None:
@@ -257,23 +257,24 @@ def _kept(store: Path, teacher, plan: ExtractPlan, view: View, own: range) -> st
 
 
 def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
-    """Create the store: on view 0 with a freshly fitted quantiser, elsewhere with view 0's."""
-    store, first = view.store_path(name), view.cache.view(0).store_path(name)
+    """Create the store with the quantiser of a view that has it; else, on view 0, with a freshly fitted one."""
+    store = view.store_path(name)
+    having = [other for other in view.cache.views() if is_begun(other.store_path(name))]
     spec = plan.store_spec(teacher.spec, len(crops))
-    if view.number == 0:
-        statistics, fidelity, codecs = _fit(teacher, crops, spec, plan)
-        spec = plan.store_spec(teacher.spec, len(crops), codecs)
-        head, probe = teacher.head, probe_output(teacher, spec.layers)
-    else:
-        if not is_begun(first):
-            raise NotInCacheError(
-                f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
-            )
-        _require_same(first, view.cache.view(0), teacher, plan)
+    if having:
+        _require_same(first := having[0].store_path(name), having[0], teacher, plan)
         original = read_manifest(first)
         spec, fidelity = original.store, original.fidelity
         statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
         probe = read_small_array(first, "probe")
+    elif view.number == 0:
+        statistics, fidelity, codecs = _fit(teacher, crops, spec, plan)
+        spec = plan.store_spec(teacher.spec, len(crops), codecs)
+        head, probe = teacher.head, probe_output(teacher, spec.layers)
+    else:
+        raise NotInCacheError(
+            f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
+        )
     manifest = Manifest(
         teacher=teacher.spec, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
         precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),

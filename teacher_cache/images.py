@@ -41,9 +41,9 @@ def scan(folder: Path) -> tuple[ImageList, list[str]]:
     """List the images of `folder`; also returns the names of the files that are ignored because they are no images by name.
 
     Whatever is called an image is listed, be it a link to nowhere or a pipe, so that the crop stage names it with all others
-    that cannot be decoded. Raises UsageError if there is no such folder; BadInputError for an empty one, a class without images,
-    a folder that cannot be read or that contains itself, a broken link that may have been a folder, and names that no text file
-    can hold.
+    that cannot be decoded. Raises UsageError if there is no such folder or no image in it; BadInputError for a class without
+    images, a folder that cannot be read or that contains itself, a broken link that may have been a folder, and names that no
+    text file can hold.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -73,7 +73,7 @@ def scan(folder: Path) -> tuple[ImageList, list[str]]:
             ignored += [name for name in files if not _is_image_name(name)]
         labels = np.array(labels)
     if not names:
-        raise BadInputError(f"--images {folder}: no images found ({', '.join(EXTENSIONS)}).")
+        raise UsageError(f"--images {folder}: no images found ({', '.join(EXTENSIONS)}). Give the folder that has them.")
     if odd := [name for name in names if not _fits_a_line(name)]:
         others = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
         raise BadInputError(f"--images {folder}: the file name {odd[0]!r}{others} cannot be kept in a text file. Rename it.")

@@ -12,10 +12,10 @@ from pathlib import Path
 from .cache import Cache
 from .cropping import CropJob, plan_job
 from .crops import CropPlan
-from .errors import UsageError
+from .errors import MismatchError, UsageError
 from .quantize import GROUPS
 from .spec import CODECS, DTYPES, StoreSpec, TeacherSpec, array_names
-from .store import is_begun, read_manifest
+from .store import Manifest, is_begun, read_manifest
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,52 @@ class ExtractPlan:
         )  # fmt: skip
 
 
-def plan_targets(store: Path, image_size: int | None, **given) -> tuple[ExtractPlan, int | None]:
-    """The plan for `store`, which need not be there, and the side of the teacher's input (None: the teacher's own).
+def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) -> tuple[ExtractPlan, int | None]:
+    """The plan for the stores `name` of a cache, if there are any, and the side of the teacher's input (None: its own).
 
-    given: fields of ExtractPlan; None where nothing was said.
+    given: fields of ExtractPlan; None where nothing was said: then it is as in the first view that has the store.
+    Raises MismatchError if what was said, or that first store, does not agree with the store of any view.
     """
-    base = ExtractPlan()
-    if is_begun(store):
-        found = read_manifest(store)
+    base, given = ExtractPlan(), {field: value for field, value in given.items() if value is not None}
+    begun = [store for store in sorted(cache_dir.glob(f"view-*/{name}.zarr")) if is_begun(store)]
+    manifests = [read_manifest(store) for store in begun]
+    if manifests:
+        found = manifests[0]
         layers = ",".join(map(str, found.store.layers))
         base = ExtractPlan(layers, found.store.dtype, shard_rows=found.store.shard_rows, visible=found.store.visible)
         image_size = image_size or found.teacher.image_size
-    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None}), image_size
+    plan = dataclasses.replace(base, **given)
+    for store, found in zip(begun, manifests, strict=True):
+        require_like(store, target_differences(found, plan, found.teacher, found.store.n_rows))
+    return plan, image_size
+
+
+def target_differences(found: Manifest, plan: ExtractPlan, teacher: TeacherSpec, n_rows: int) -> list[str]:
+    """In what the store of a plan is not the one of a manifest, a line each; codecs only where the arrays are the same."""
+    asked = plan.store_spec(teacher, n_rows)
+    mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
+    if asked.array_names == found.store.array_names and plan.codec != "auto":
+        mine["codecs"], theirs["codecs"] = plan.codec, "/".join(sorted({codec for _, codec in found.store.codecs}))
+    return differences(theirs, mine)
+
+
+def differences(theirs: dict, mine: dict) -> list[str]:
+    """`dtype: int8 in the store, float16 given` for each key that differs."""
+
+    def text(value) -> str:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    return [f"{key}: {text(theirs.get(key))} in the store, {text(mine.get(key))} given" for key in keys]
+
+
+def require_like(store: Path, differing: list[str]) -> None:
+    """Raise MismatchError that lists the differences, if there are any."""
+    if differing:
+        raise MismatchError(
+            f"{store} was made with other parameters:\n  " + "\n  ".join(differing) +
+            f"\nGive the same ones, another --name, or delete {store}."
+        )  # fmt: skip
 
 
 def own_shards(shards: range | None, spec: StoreSpec) -> range:

@@ -8,40 +8,36 @@ is refused, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from .advice import when_lost
 from .again import cut_again
 from .beton import layout, read_checksums, write_beton
-from .cache import View
+from .cache import View, require_no_part
+from .checking import in_threads
 from .claims import claimed, claimed_range, store_claim, store_claims
 from .commits import is_complete, unfold
 from .cropping import CLAIM
 from .crops import CROP_DTYPE
-from .durable import ASIDE, make_folder, open_plain, read_npy, write_whole
+from .durable import ASIDE, inside, make_folder, open_plain, read_npy, write_whole
 from .errors import BadInputError, CacheCorruptError, UsageError
 from .estimate import full_disk_explained
 from .small_files import SmallFiles
 from .spare import SPARE, is_current, write_spare
-from .store import extract_command, manifest_of, read_manifest
-from .verify import Finding, damaged_crops, has_tables, in_threads, judge_shards
+from .store import read_manifest
+from .store_check import judge_shards
+from .view_check import damaged_crops, has_tables
 
 BLOCK_ROWS = 512
 """Crops that are held in memory while a crops.beton is written again."""
-BOTH_LOST = {
-    "cache": "Restore it from a backup. Without one, move the views out of the way, run teacher-cache crop with the same images "
-    "and options, and move the stores (*.zarr) into the new views: equal originals give equal crops.",
-    "view": "Restore it from a backup. Without one, move the stores (*.zarr) out of this folder, delete it, run teacher-cache "
-    "crop with the same images, and move the stores back: equal originals give equal crops.",
-    "store": "Restore it from a backup, or delete the store and extract it again.",
-}
-"""Kind of folder -> what to do when a small file of it and its second copy are damaged."""
 
 
 def repair_lists(cache_dir: Path) -> Iterator[str]:
     """Mend cache.json, the lists beside it and their spare; none of them has to be readable."""
+    require_no_part(cache_dir)
     if not any(any(cache_dir.glob(name)) for name in ("cache.json", SPARE, "view-*")):
         raise UsageError(f"{cache_dir} is no cache: it has neither cache.json, nor {SPARE}, nor a view.")
     with claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}"):
@@ -72,20 +68,24 @@ def repair_store(view: View, name: str) -> Iterator[str]:
         yield from _restore(store, "store")
         if not is_complete(store) and not (store / "commits").exists():
             lost = f"{store}: the list of its finished shards (complete.json or commits/), and its copy in {SPARE}, are lost. "
-            raise CacheCorruptError(lost + BOTH_LOST["store"])
+            raise CacheCorruptError(lost + when_lost(store, "store"))
         sound, findings = judge_shards(view, store)
         if findings:
             unfold(store, read_manifest(store).store, sound)
         for finding in findings:
-            yield f"{finding.path}: {finding.message} Its shard is declared unfinished, to be extracted again."
+            yield f"{finding.path}: {finding.message} Its shard will be extracted again."
 
 
 def _restore(folder: Path, kind: str) -> Iterator[str]:
     """Write the sound copy of each small file of a folder over the other one, in the folder or in its spare."""
     files = SmallFiles(folder, kind)
     if files.lost:
-        raise CacheCorruptError(f"{folder}: {', '.join(files.lost)}, and its copy in {SPARE}, are lost. {BOTH_LOST[kind]}")
+        raise CacheCorruptError(
+            f"{folder}: {', '.join(files.lost)}, and its copy in {SPARE}, are lost. {when_lost(folder, kind)}"
+        )
     for name, wrong in files.wrong.items():
+        if "/" in name:
+            inside(folder, name.rpartition("/")[0])  # raises if it leads out
         make_folder((folder / name).parent)
         write_whole(folder / name, files.sound(name))
         yield f"{folder / name}: {wrong} Restored from {SPARE}."
@@ -154,34 +154,3 @@ def _salvaged(view: View, images_dir: Path | None, names: tuple[str, ...], crops
 
     for start in range(0, len(crops), BLOCK_ROWS):
         yield from in_threads(crop, range(start, min(start + BLOCK_ROWS, len(crops))))
-
-
-def mending_commands(cache_dir: Path, findings: Iterable[Finding], images: str = "DIR") -> list[str]:
-    """What to type to mend what was found, in that order; nothing for what no command mends. images: where the originals are."""
-    commands, stores = [], {}
-    for finding in findings:
-        parts = Path(finding.path).relative_to(cache_dir).parts
-        in_store = len(parts) > 1 and parts[1].endswith(".zarr")
-        if in_store and finding.kind in ("damaged", "unfinished"):
-            stores.setdefault(parts[1].removesuffix(".zarr"), []).append((cache_dir / parts[0] / parts[1], finding.kind))
-        elif finding.kind == "damaged":
-            originals = f" --images {images}" if parts[-1:] == ("crops.beton",) else ""
-            commands.append(f"teacher-cache crop --repair{originals} {cache_dir}")
-    commands = sorted(set(commands), key=len)[-1:]
-    for name, found in stores.items():
-        command = _extract_command(cache_dir, name, [store for store, _ in found])
-        repair = any(kind == "damaged" for _, kind in found)
-        commands.append(command.replace("teacher-cache extract", "teacher-cache extract --repair", 1) if repair else command)
-    return commands
-
-
-def _extract_command(cache_dir: Path, name: str, stores: list[Path]) -> str:
-    """The command that extracts a store, from the first of `stores` whose manifest is sound in either copy."""
-    for store in stores:
-        try:
-            root = SmallFiles(store, "store").sound("zarr.json")
-            if root is not None:
-                return extract_command(cache_dir, name, manifest_of(root, store / "zarr.json"))
-        except (CacheCorruptError, BadInputError, OSError):
-            continue
-    return f"teacher-cache extract --teacher TEACHER --name {name} {cache_dir}"

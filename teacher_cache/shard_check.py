@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .decompress import decompress
-from .durable import crc32c
+from .durable import crc32c, link_fault
 from .errors import CacheCorruptError
 from .shards import EMPTY_SLOT, HEADER_BYTES, header, header_fault, index_bytes, open_shard, shard_file
 from .store import Manifest
@@ -60,7 +60,7 @@ class ArrayCheck:
         except FileNotFoundError:
             return "is missing."
         except OSError as error:
-            return f"cannot be read ({error.strerror or error})."
+            return link_fault(path) or f"cannot be read ({error.strerror or error})."
 
     def _content_fault(self, file, size: int, shard: int, crc32: int) -> str | None:
         tail = index_bytes(self.spec.shard_rows)

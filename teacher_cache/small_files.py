@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from .durable import inside, is_sha256, listed_files, read_sealed, sha256_file, unseal
+from .durable import inside, is_sha256, link_fault, listed_files, read_sealed, sha256_file, unseal
 from .errors import CacheCorruptError
 from .spare import SPARE, is_current, pack_members, read_spare
 
@@ -24,7 +24,7 @@ class SmallFiles:
     """What is recorded of the small files of one folder, and which of them are not as recorded."""
 
     def __init__(self, folder: Path, kind: str):
-        self.folder = folder
+        self.folder, self.kind = folder, kind
         self.names: list[str] = []
         """All that should be there, as far as a sound sealed file says so."""
         self.wrong: dict[str, str] = {}
@@ -41,9 +41,10 @@ class SmallFiles:
     def _judge_sealed(self, name: str) -> None:
         self.names.append(name)
         self._is_sound[name] = lambda data: _is_sealed(data, self.folder / name)
+        if wrong := link_fault(self.folder / name):
+            self.wrong[name] = wrong
         try:
-            value = read_sealed(self.folder / name)
-            listed = _listed(value, self.folder / name)
+            listed = {} if wrong else _listed(read_sealed(self.folder / name), self.folder / name)
         except FileNotFoundError:
             self.wrong[name] = "is missing."
         except CacheCorruptError as error:
@@ -59,8 +60,10 @@ class SmallFiles:
     def _judge_listed(self, name: str, sha256: str) -> None:
         self.names.append(name)
         self._is_sound[name] = lambda data: hashlib.sha256(data).hexdigest() == sha256
-        path = inside(self.folder, name)
-        if not path.is_file():
+        path = self.folder / name
+        if wrong := link_fault(path):
+            self.wrong[name] = wrong
+        elif not inside(self.folder, name).is_file():
             self.wrong[name] = "is missing."
         elif sha256_file(path) != sha256:
             self.wrong[name] = "its SHA-256 is not the recorded one."
@@ -88,10 +91,12 @@ class SmallFiles:
     def spare_fault(self) -> str | None:
         """What is wrong with spare.tar, a sentence without its name; None if nothing is."""
         path = self.folder / SPARE
+        if wrong := link_fault(path):
+            return wrong
         if not path.is_file():
             return "is missing."
         if self.lost:
-            return "is damaged too, or of another time."
+            return "does not hold a sound copy of every small file beside it."
         if self.wrong:
             is_right = path.read_bytes() == pack_members({name: self.sound(name) for name in self.names})
         else:

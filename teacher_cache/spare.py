@@ -108,7 +108,9 @@ def read_spare(folder: Path) -> dict[str, bytes]:
                 # sparse members may claim any size; links and devices are none of ours
                 if member.type != tarfile.REGTYPE or member.sparse is not None or not is_safe_name(member.name):
                     raise CacheCorruptError(f"{path}: {member.name!r} is no small file of a cache.")
-                members[inside(folder, member.name).relative_to(folder).as_posix()] = tar.extractfile(member).read()
+                if "/" in member.name:
+                    inside(folder, member.name.rpartition("/")[0])  # the file itself may be a link; it is written over
+                members[member.name] = tar.extractfile(member).read()
     except CacheCorruptError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:

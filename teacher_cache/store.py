@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,9 +335,9 @@ def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
     """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
     weights, name = manifest.teacher.weights, manifest.teacher.name
     comes_by_itself = weights == "built-in" or " pretrained: " in weights  # LoadedWeights.source of what timm or open_clip loads
-    with_weights = "" if comes_by_itself else f" --weights {weights}"
+    with_weights = "" if comes_by_itself else f" --weights {shlex.quote(weights)}"
     with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
-    return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {cache}"
+    return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {shlex.quote(str(cache))}"
 
 
 def store_file_name(name: str) -> str:

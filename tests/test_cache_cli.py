@@ -127,6 +127,29 @@ def test_more_views_and_teachers(made, image_folder):
     assert verify(Cache(made))[0] == []
 
 
+def test_a_store_that_one_view_has_lost(tmp_path, image_folder):
+    """Without more than the teacher's name, the lost store of a view is made again as the other view has it, byte by byte."""
+    extract_to(tmp_path / "c", image_folder, "--views", 2)
+    whole = contents(tmp_path / "c")
+    for view in ("view-000", "view-001"):
+        shutil.rmtree(tmp_path / "c" / view / "fake.zarr")
+        run(*FAKE, tmp_path / "c")
+        assert contents(tmp_path / "c") == whole
+
+
+def test_stores_that_do_not_agree(tmp_path, image_folder, monkeypatch):
+    """Where the store of any view was made otherwise than is asked for, nothing is begun and no teacher is loaded."""
+    extract_to(tmp_path / "c", image_folder, "--views", 2)
+    shutil.rmtree(tmp_path / "c" / "view-000" / "fake.zarr")
+    before = contents(tmp_path / "c")
+    monkeypatch.setattr(cli, "_load_teacher", None)
+    said = run(*FAKE, "--shard-rows", 4, "--codec", "zstd", "--layers", "last2", tmp_path / "c", code=2).stderr
+    assert said.splitlines()[1:3] == ["  shard_rows: 8 in the store, 4 given", "  codecs: none in the store, zstd given"]
+    assert "view-001/fake.zarr was made with other parameters" in said and contents(tmp_path / "c") == before
+    said = run(*FAKE, "--layers", "last", "--codec", "zstd", tmp_path / "c", code=2).stderr
+    assert said.splitlines()[1] == "  layers: 5,6 in the store, 6 given" and "codecs" not in said
+
+
 def test_center_plan(tmp_path, image_folder):
     """--plan center makes an evaluation cache; two equal views of it are refused."""
     extract_to(tmp_path / "c", image_folder, "--plan", "center")
@@ -143,6 +166,31 @@ def test_ignored_files_are_told(tmp_path, image_folder):
         f"1 files of {folder} are no images by their names and are left alone, e.g. 'class-0/notes.txt'."
         in extract_to(tmp_path / "c", folder).stderr
     )
+
+
+def test_new_originals_are_told(made, tmp_path, image_folder):
+    """Images that the cache was made without are counted when a view is added, and by verify --images; skipped ones are not."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(folder / "class-0" / "image-000.png", folder / "class-1" / "new.png")
+    words = f"1 images of {folder} are not in this cache, which was made without them, e.g. 'class-1/new.png'."
+    assert words in run("verify", "--images", folder, made).stderr
+    assert words in run("crop", "--views", 2, "--images", folder, made).stderr
+    (folder / "class-1" / "new.png").write_bytes(b"")
+    assert extract_to(tmp_path / "c", folder, "--skip-bad").stderr.count("not in this cache") == 0
+    assert "not in this cache" not in run("verify", "--images", folder, tmp_path / "c").stderr
+
+
+def test_seeds_are_told(tmp_path, image_folder):
+    """Where the weights differ, both seeds or files are named, not their sums alone."""
+    timm = ["extract", "--teacher", "timm:vit_tiny_patch16_224", "--image-size", 32, "--layers", "last"]
+    run(*timm, "--weights", "random:0", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    said = run(*timm, "--weights", "random:1", tmp_path / "c", code=2).stderr
+    assert re.search(r"weights: random:0 \(sha256 .{12}\) in the store, random:1 \(sha256 .{12}\) given", said)
+    assert "weights_sha256" not in said
+    said = run("verify", "--weights", "built-in", tmp_path / "c", code=2).stderr
+    assert "was made with the weights random:0. Give these." in said
+    said = run("verify", "--weights", tmp_path / "none", tmp_path / "c", code=2).stderr
+    assert said.count("--weights") == 1
 
 
 def test_bad_images(tmp_path, image_folder):
@@ -371,15 +419,21 @@ def test_a_cache_that_vanishes(tmp_path, image_folder, monkeypatch, gone):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "no images": ([*FAKE, "{new}"], 1, "lacks view 0, and making it needs the originals: give --images"),
+    "no images": ([*FAKE, "{new}"], 2, "lacks view 0, and making it needs the originals: give --images"),
     "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 2, "nowhere: no such folder"),
     "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 2, "no such folder"),
-    "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 1, "is a file. Give a folder"),
+    "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 2, "is a file. Give a folder"),
     "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "a file stands where a folder"),
-    "foreign folder": (["crop", "--images", "{images}", "{images}"], 1, "neither empty nor a cache"),
+    "foreign folder": (["crop", "--images", "{images}", "{images}"], 2, "neither empty nor a cache"),
     "inspect nothing": (["inspect", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "inspect a folder": (["inspect", "{images}"], 2, "is no cache: it has no cache.json"),
-    "inspect a file": (["inspect", "{made}/cache.json"], 2, "is no cache"),
+    "inspect a file": (["inspect", "{made}/cache.json"], 2, "is a part of the cache {made}"),
+    "kernel's file system": (["crop", "--images", "{images}", "/proc/c"], 2, "/proc/c is on a file system that keeps no files"),
+    "verify a view": (["verify", "{made}/view-000"], 2, "is a part of the cache {made}. Give the whole of it: {made}"),
+    "verify a store": (["verify", "{made}/view-000/fake.zarr"], 2, "is a part of the cache {made}. Give"),
+    "verify a file": (["verify", "{made}/view-000/crops.npy"], 2, "is a part of the cache {made}. Give"),
+    "extract to a view": ([*FAKE, "{made}/view-000"], 2, "is a part of the cache {made}. Give"),
+    "mend a view": (["crop", "--repair", "{made}/view-000"], 2, "is a part of the cache {made}. Give"),
     "verify nothing": (["verify", "{tmp}/nowhere"], 2, "is no cache: it has no cache.json"),
     "unknown teacher": (["extract", "--teacher", "clip-b61", "{made}"], 2, "named 'clip-b61'. Did you mean clip-b16?"),
     "unknown command": (["extrakt"], 2, "No such command 'extrakt'"),
@@ -410,7 +464,7 @@ MISTAKES = {
     "other seed": (["crop", "--images", "{images}", "--seed", "1", "{made}"], 2, "plan seed: 0 in the cache, 1 given"),
     "other size": (["crop", "--crop-size", "48", "{made}"], 2, "crop plan size: 32 in the cache, 48 given"),
     "other format": (["crop", "--crop-format", "raw", "{made}"], 2, "crop_format: jpeg95 in the cache, raw given"),
-    "view without images": ([*FAKE, *SMALL, "--views", "2", "{made}"], 1, "lacks view 1, and making it needs"),
+    "view without images": ([*FAKE, *SMALL, "--views", "2", "{made}"], 2, "lacks view 1, and making it needs"),
 }
 
 
@@ -421,7 +475,7 @@ def test_mistakes(tmp_path, image_folder, made, case):
     before = contents(made)
     filled = [text.format(tmp=tmp_path, made=made, images=image_folder, new=tmp_path / "new") for text in arguments]
     said = run(*filled, code=code).stderr
-    assert words in said and said.count("Error: ") == 1
+    assert words.format(made=made) in said and said.count("Error: ") == 1
     assert contents(made) == before and not (tmp_path / "new").exists() and not list(image_folder.glob("*.json"))
 
 
@@ -485,16 +539,16 @@ def test_inspect_of_an_unfinished_cache(tmp_path, image_folder, monkeypatch):
 def test_verify(cache):
     """verify ends with 0 on a sound cache and with 1 and one line a finding on another; --json gives the same as values."""
     n_files = len(contents(cache.path))
-    assert run("verify", cache.path).stdout == f"{n_files:,} files checked: sound and complete.\n"
+    assert re.match(rf"{n_files:,} files, [0-9.]+ MB checked: sound and complete\.\n", run("verify", cache.path).stdout)
     sound = json.loads(run("verify", "--json", cache.path).stdout)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", sound.pop("when"))
-    about = {"path": str(cache.path), "crops_id": cache.crops_id, "sample": None}
-    assert sound == {**about, "sound": True, "n_files": n_files, "mend": [], "findings": []}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", sound["when"])
+    assert (sound["path"], sound["crops_id"], sound["sample"]) == (str(cache.path), cache.crops_id, None)
+    assert sound["sound"] and sound["n_files"] == n_files and sound["mend"] == sound["findings"] == []
     shard = cache.view(0).store_path("fake") / "tokens/04/c.1.0.0"
     flip_bit(shard, 99)
     lines = run("verify", cache.path, code=1).stdout.splitlines()
     assert re.fullmatch(rf"damaged +{re.escape(str(shard))}: \S.*", lines[0])
-    assert lines[1] == f"{n_files:,} files checked: 1 findings." and "teacher-cache extract --repair " in "\n".join(lines[2:])
+    assert lines[1].endswith(" checked: 1 finding.") and "teacher-cache extract --repair " in "\n".join(lines[2:])
     assert json.loads(run("verify", "--json", cache.path, code=1).stdout)["findings"][0]["path"] == str(shard)
 
 

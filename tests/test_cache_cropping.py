@@ -406,9 +406,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path, image_folder):
     """A folder that holds something else, or a file, is never written to."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").touch()
-    with pytest.raises(BadInputError, match="neither empty nor a cache. Give another folder"):
+    with pytest.raises(UsageError, match="neither empty nor a cache. Give another folder"):
         crop_folder(tmp_path / "c", image_folder)
-    with pytest.raises(BadInputError, match="thesis.tex is a file. Give a folder"):
+    with pytest.raises(UsageError, match="thesis.tex is a file. Give a folder"):
         crop_folder(tmp_path / "c" / "thesis.tex", image_folder)
     assert set(contents(tmp_path / "c")) == {"thesis.tex"}
 
@@ -446,7 +446,7 @@ def test_a_work_folder_that_lies_elsewhere(tmp_path, image_folder, name):
 def test_adding_a_view(tmp_path, image_folder, undisturbed):
     """A view can be added later: view 0 keeps its bytes, and the result is what both at once would have been."""
     before = contents(crop_folder(tmp_path / "c", image_folder, 1).path)
-    with pytest.raises(BadInputError, match="lacks view 1, and making it needs the originals: give --images DIR"):
+    with pytest.raises(UsageError, match="lacks view 1, and making it needs the originals: give --images DIR"):
         crop_folder(tmp_path / "c", None, 2)
     cache = crop_folder(tmp_path / "c", image_folder, 2)
     assert before.items() <= contents(cache.path).items() and contents(cache.path) == undisturbed

@@ -9,15 +9,17 @@ import shutil
 import pytest
 from cache_fakes import contents, crop_folder, failing_at, flip_bit
 
-from teacher_cache import beton, repair, writer
+from teacher_cache import advice, beton, writer
+from teacher_cache.advice import mending_commands
 from teacher_cache.cache import Cache
 from teacher_cache.claims import claimed, claimed_range
 from teacher_cache.cropping import CLAIM
 from teacher_cache.crops import CropPlan
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.repair import mending_commands, repair_lists, repair_store, repair_view
-from teacher_cache.verify import Finding, verify_folder, views_on_disk
+from teacher_cache.findings import Finding
+from teacher_cache.repair import repair_lists, repair_store, repair_view
+from teacher_cache.verify import verify_folder, views_on_disk
 
 PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
 
@@ -161,7 +163,8 @@ def test_damage_everywhere_at_once(cache, image_folder, teacher):
 
 @pytest.fixture
 def unfinished(cache, teacher, monkeypatch):
-    """A store of view 0 with two of three shards."""
+    """A store of view 0, the only one, with two of three shards."""
+    shutil.rmtree(cache.view(1).path)
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -235,10 +238,42 @@ LOST = {
     "cache.json": "Without one, move the views out of the way",
     "view-000/crops.npy": "Without one, move the stores (*.zarr) out of this folder",
     "view-000/checksums.json": "Without one, move the stores (*.zarr) out of this folder",
-    "view-000/fake.zarr/head/gamma/c.0": "or delete the store and extract it again",
-    "view-000/fake.zarr/store.json": "or delete the store and extract it again",
-    "view-000/fake.zarr/complete.json": "or delete the store and extract it again",
+    "view-000/fake.zarr/head/gamma/c.0": "delete the store and extract it again: rm -r ",
+    "view-000/fake.zarr/store.json": "delete the store and extract it again: rm -r ",
+    "view-000/fake.zarr/complete.json": "delete the store and extract it again: rm -r ",
 }
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_verify_tells_when_both_copies_are_lost(made, name):
+    """Where repair will refuse, verify advises no repair but says with the file what helps then."""
+    path, before = made
+    folder = path / ("view-000/fake.zarr" if "fake.zarr" in name else "view-000" if "view-000" in name else "")
+    (path / name).unlink()
+    (folder / "spare.tar").unlink()
+    findings, _ = verify_folder(path)
+    put(path, before)
+    assert LOST[name] in "".join(finding.message for finding in findings)
+    (path / name).unlink()
+    (folder / "spare.tar").unlink()
+    assert mending_commands(path, findings) == []
+    put(path, before)
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "view-000/checksums.json", "view-000/fake.zarr/store.json", "view-000/spare.tar",
+                                  "view-000/fake.zarr/tokens/06/c.1.0.0", "view-000/fake.zarr/quant/06/centre/c.0"])  # fmt: skip
+def test_links_in_the_place_of_files(made, images, teacher, tmp_path, name):
+    """A file that was moved away behind a symlink is said to be one, in verify and in repair, which puts a file there again."""
+    path, before = made
+    moved = shutil.move(path / name, tmp_path / "elsewhere")
+    (path / name).symlink_to(moved)
+    of_file = [finding for finding in verify_folder(path)[0] if finding.path == str(path / name)]
+    assert [(f.kind, f.message) for f in of_file] == [
+        ("damaged", f"is a symbolic link to {moved}. Put the file or folder itself there.")
+    ]
+    mended = mend(path, images, teacher)
+    assert any(line.startswith(f"{path / name}: ") for line in mended) and not (path / name).is_symlink()
+    assert contents(path) == before and verify_folder(path)[0] == []
 
 
 @pytest.mark.parametrize("name", LOST)
@@ -275,7 +310,7 @@ def test_crops_need_the_originals(whole, made, tmp_path, images):
     ):
         list(repair_view(view, changed))
     (changed / name).unlink()
-    with pytest.raises(BadInputError, match="cannot be had again: the original cannot be used"):
+    with pytest.raises(BadInputError, match="cannot be had again: .* has no such original"):
         list(repair_view(view, changed))
     assert contents(whole) == left
     assert list(repair_view(view, images)) == [
@@ -358,5 +393,5 @@ def test_mending_commands(cache):
     assert commands(*both) == [f"{mending} C", f"{mending} --name fake16 C"]
     for name in ("zarr.json", "spare.tar"):
         (cache.view(0).store_path("fake") / name).unlink()
-    assert commands(("damaged", "view-000/fake.zarr")) == ["teacher-cache extract --repair --teacher TEACHER --name fake C"]
-    assert repair.BOTH_LOST.keys() == {"cache", "view", "store"}
+    assert commands(("damaged", "view-000/fake.zarr")) == []
+    assert advice.BOTH_LOST.keys() == {"cache", "view", "store"}

@@ -17,12 +17,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from teacher_cache import parts, writer
+from teacher_cache.advice import mending_commands
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
 from teacher_cache.cli import _findings_table, main
 from teacher_cache.commits import read_commits
 from teacher_cache.durable import crc32c, seal
 from teacher_cache.errors import UsageError
+from teacher_cache.estimate import human
 from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.shard_check import ArrayCheck
 from teacher_cache.shards import HEADER_BYTES, index_bytes
@@ -62,8 +64,8 @@ def files_of(path):
 def test_sound(small, shared_cache):
     """A sound and complete cache gives no findings, and every one of its files was checked."""
     for cache in (small, shared_cache):
-        found, n_files = verify(cache)
-        assert found == [] and n_files == len(contents(cache.path))
+        found, checked = verify(cache)
+        assert found == [] and checked.n_files == len(contents(cache.path))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -170,9 +172,9 @@ def test_files_that_do_not_belong_are_found(whole, name):
 
 
 LEFT = {
-    "view-000/fake.zarr.claim": "a writer is at work, or was killed",
-    "view-000/fake.zarr.claims/000000-000003.claim": "a writer is at work, or was killed",
-    "crops.claim": "a writer is at work, or was killed",
+    "view-000/fake.zarr.claim": "a writer was killed",
+    "view-000/fake.zarr.claims/000000-000003.claim": "a writer was killed",
+    "crops.claim": "a writer was killed",
     "images.txt.partial": "left by an interrupted writer",
     "view-000/fake.zarr/spare.tar.partial": "left by an interrupted writer",
     "view-000/fake.zarr/tokens/06/c.1.0.0.partial": "left by an interrupted writer",
@@ -229,11 +231,37 @@ def test_unfinished_crops(image_folder, tmp_path, monkeypatch):
     assert findings(cache.path) == [f"unfinished {cache.path / 'view-000'}: the cache has no finished view."]
 
 
-def test_a_view_or_store_may_be_deleted(cache):
-    """Views and stores are complete in themselves: without one of them the others are sound."""
-    shutil.rmtree(cache.view(0).store_path("fake16"))
+def test_a_view_or_a_whole_store_may_be_deleted(cache):
+    """Views and stores are complete in themselves: without the last view, or a store in all views, the others are sound."""
+    for view in cache.views():
+        shutil.rmtree(view.store_path("fake16"))
+    assert findings(cache.path) == []
     shutil.rmtree(cache.view(1).path)
     assert findings(cache.path) == []
+
+
+def test_what_other_views_have_is_missed(cache, image_folder):
+    """A store that only some views have, and a view before the last one, are unfinished, with the commands that make them."""
+    shutil.rmtree(cache.view(0).store_path("fake16"))
+    assert findings(cache.path) == [
+        f"unfinished {cache.path}/view-000/fake16.zarr: view 0 has no store of fake16, but view 1 has one."
+    ]
+    shutil.rmtree(cache.view(0).path)
+    found, _ = verify(cache)
+    told = [finding.path.removeprefix(f"{cache.path}/view-000") for finding in found]
+    assert told == ["", "/fake-zstd.zarr", "/fake.zarr", "/fake16.zarr"]
+    assert found[0].message == "there is no view 0, but there is a view 1."
+    fake = "teacher-cache extract --teacher fake --weights random:0"
+    assert mending_commands(cache.path, found, str(image_folder)) == [
+        f"teacher-cache crop --images {image_folder} --views 2 {cache.path}", f"{fake} --name fake-zstd {cache.path}",
+        f"{fake} {cache.path}", f"{fake} --name fake16 {cache.path}",
+    ]  # fmt: skip
+
+
+def test_lost_checksums_are_not_blamed_on_the_stores(cache):
+    """A view that has lost its checksums.json is damaged; its stores are not."""
+    (cache.view(0).path / "checksums.json").unlink()
+    assert not any("fake" in finding for finding in findings(cache.path))
 
 
 def test_a_cache_can_be_copied(cache, tmp_path):
@@ -422,7 +450,8 @@ def test_links_are_found(whole, tmp_path):
         found = findings(whole)
         (whole / name).unlink()
         shutil.move(tmp_path / "elsewhere", whole / name)
-        assert any(f"unknown {whole / name}: is a symbolic link to" in finding for finding in found), name
+        kind = "unknown" if (whole / name).is_dir() else "damaged"
+        assert f"{kind} {whole / name}: is a symbolic link to {tmp_path / 'elsewhere'}. Put the file" in "".join(found), name
 
 
 def test_a_folder_that_is_no_cache_cannot_be_checked(tmp_path):
@@ -439,13 +468,23 @@ def run(*arguments):
 
 
 def test_command_on_a_sound_cache(shared_cache):
-    """Sound: exit code 0 and one line; nothing but JSON on stdout with --json."""
+    """Sound: exit code 0, and how much was checked; nothing but JSON on stdout with --json."""
     result = run(shared_cache.path)
     n_files = len(contents(shared_cache.path))
-    assert result.exit_code == 0 and result.stdout == f"{n_files:,} files checked: sound and complete.\n"
+    size = human(sum(map(len, contents(shared_cache.path).values())))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"{n_files:,} files, {size} checked: sound and complete.",
+        *(f"  view-00{view}/{name:<14}  24 rows" for view in (0, 1)
+          for name in ("crops.beton", "fake-zstd.zarr", "fake.zarr", "fake16.zarr")),
+    ]  # fmt: skip
     result = run(shared_cache.path, "--json", "--sample", 3)
-    told = {"path": str(shared_cache.path), "sound": True, "n_files": n_files, "mend": [], "findings": []}
-    assert result.exit_code == 0 and json.loads(result.stdout) == told
+    told = json.loads(result.stdout)
+    assert set(told.pop("rows").values()) == {3}
+    assert result.exit_code == 0 and told == {
+        "path": str(shared_cache.path), "sound": True, "n_files": n_files, "n_bytes": None, "again": {}, "mend": [],
+        "findings": [],
+    }  # fmt: skip
 
 
 def test_command_says_what_mends(cache, image_folder):
@@ -458,16 +497,17 @@ def test_command_says_what_mends(cache, image_folder):
     (cache.path / "notes.txt").touch()
     result = run(cache.path)
     lines = result.stdout.splitlines()
-    assert result.exit_code == 1 and lines[0] == f"damaged    {cache.path}/labels.npy: its SHA-256 is not the recorded one."
-    assert lines[-3:] == [
+    assert result.exit_code == 1 and lines[1] == f"damaged    {cache.path}/labels.npy: its SHA-256 is not the recorded one."
+    assert lines[-4:] == [
         "To mend it:", f"  teacher-cache crop --repair --images DIR {cache.path}",
         f"  teacher-cache extract --repair --teacher fake --weights random:0 {cache.path}",
+        f"  teacher-cache extract --teacher fake --weights random:0 --name fake16 {cache.path}",
     ]  # fmt: skip
     with_images = run(cache.path, "--images", image_folder).stdout
     assert f"  teacher-cache crop --repair --images {image_folder} {cache.path}\n" in with_images
     found = json.loads(run(cache.path, "--json").stdout)
-    assert found["mend"] == [line.strip() for line in lines[-2:]] and not found["sound"]
-    assert {finding["kind"] for finding in found["findings"]} == {"damaged", "unknown"}
+    assert found["mend"] == [line.strip() for line in lines[-3:]] and not found["sound"]
+    assert {finding["kind"] for finding in found["findings"]} == {"damaged", "unfinished", "unknown"}
 
 
 def test_table(cache):
@@ -482,6 +522,8 @@ def test_table(cache):
 def test_command_that_cannot_check(tmp_path, shared_cache):
     """No cache there, or sources that are not there: exit code 2."""
     assert run(tmp_path).exit_code == 2
+    result = run("--json", tmp_path)
+    assert result.exit_code == 2 and json.loads(result.stdout) == {"error": f"{tmp_path} is no cache: it has no cache.json."}
     assert run(shared_cache.path, "--images", tmp_path / "none").exit_code == 2
     assert run(shared_cache.path, "--teacher", "fake").exit_code == 2
 

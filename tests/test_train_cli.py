@@ -120,7 +120,7 @@ def test_live_trains_too(shared_cache, teacher, tmp_path, monkeypatch):
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x"], 2, "crop plan size: 32 in the cache, 224 in the preset"),
         (
             ["--preset", "mae-b16", "--tiny", "--set", "batch_size=4096", "--cache", "CACHE", "--out", "x"],
-            1,
+            2,
             "24 rows, one step takes 4,096",
         ),
         (
@@ -171,6 +171,7 @@ def test_other_targets_under_the_same_name(cache, teacher, tmp_path):
     other = FakeTeacher(seed=1)
     for view in cache.views():
         shutil.rmtree(view.store_path("fake"))
+    for view in cache.views():
         extract_view(view, "fake", other, ExtractPlan(shard_rows=8, batch_size=5))
     result = maskalign(cache, tmp_path / "run")
     weights = [spec.weights_sha256[:12] for spec in (teacher.spec, other.spec)]
@@ -362,3 +363,33 @@ def test_preemption(shared_cache, tmp_path):
     result = run(train, *arguments, "--max-steps", n_steps + 3)
     assert result.exit_code == 0 and f"resumed  at step {n_steps:,}" in result.output
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, n_steps + 4))
+
+
+def test_a_miniature_takes_the_only_store(cache, tmp_path):
+    """--tiny trains from the one store that a cache has, and says that it is not the preset's; of several it chooses none."""
+    for view in cache.views():
+        for name in ("fake16", "fake-zstd"):
+            shutil.rmtree(view.store_path(name))
+    tiny = ["--cache", str(cache.path), "--preset", "maskalign-b16", "--tiny", *FIT, "--max-steps", "1"]
+    result = CliRunner().invoke(train, [*tiny, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert f"teacher  fake, the only one in {cache.path}; the preset's is clip-b16" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "command"), [("nope", None), ("clip-b16", "--teacher clip-b16 --weights PATH "),
+                                               ("demo", "--teacher demo ")])  # fmt: skip
+def test_only_teachers_that_exist_are_advised(shared_cache, tmp_path, name, command):
+    """A missing store is answered with the command that makes it, whole, if there is such a teacher."""
+    arguments = ["--cache", str(shared_cache.path), "--preset", "maskalign-demo", "--teacher", name, "--out", str(tmp_path / "r")]
+    said = CliRunner().invoke(train, arguments).stderr
+    assert f"has no targets of {name}; it has" in said and (" Make them: " in said) == (command is not None)
+    assert command is None or f"teacher-cache extract {command}{shared_cache.path}." in said
+
+
+def test_an_out_that_cannot_be_made(shared_cache):
+    """A folder that cannot be made for the run is one sentence with what to do."""
+    arguments = ["--cache", str(shared_cache.path), "--preset", "mae-b16", "--tiny", "--out", "/proc/run"]
+    result = CliRunner().invoke(train, arguments)
+    assert (
+        result.exit_code == 1 and "/proc/run: cannot be made" in result.stderr and "Choose an --out that can be" in result.stderr
+    )

@@ -87,7 +87,8 @@ class TrainConfig(Checked):
             f"optim.warmup_epochs={self.optim.warmup_epochs} is more than epochs={self.epochs}.",
         )
         peak = self.optim.peak_lr(self.batch_size)
-        require(self.optim.min_lr <= peak, f"optim.min_lr={self.optim.min_lr} is above the peak rate {peak}.")
+        too_high = f"optim.min_lr={self.optim.min_lr} is above the peak rate {peak:g}: give at most that, or raise optim.base_lr."
+        require(self.optim.min_lr <= peak, too_high)
 
         for objective in self.objectives:
             fits = objective.kind != "contrast" or objective.queue % self.batch_size == 0

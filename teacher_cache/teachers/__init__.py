@@ -175,6 +175,12 @@ OTHER_TEACHERS = {
 """Besides those of the table: how they are asked for -> (what they are, where their weights come from)."""
 
 
+def weights_option(name: str) -> str:
+    """What a suggested command needs besides a teacher's name: ` --weights PATH`; nothing where they come by themselves."""
+    comes_by_itself = name not in TEACHERS or TEACHERS[name].weights_from == "built in"
+    return "" if comes_by_itself else " --weights PATH"
+
+
 def load_teacher(
     name: str,
     weights: str | os.PathLike | None = None,
