@@ -203,12 +203,12 @@ class JoinedLoader:
     """One FFCV loader for a whole run: crops of any view joined with the rows of its stores. Compiled once.
 
     arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches
-    prepared in advance.
+    prepared in advance. announced: batches that the kernel is told of before that, so that a disk has more than one row to fetch.
     """
 
     def __init__(self, crops: CropReader, stores: list[StoreReader], arrays: list[list[str]], batch_rows: int,
-                 workers: int, ahead: int = 3):  # fmt: skip
-        self.batch_rows, self.workers, self.ahead = batch_rows, workers, ahead
+                 workers: int, ahead: int = 3, announced: int = 2):  # fmt: skip
+        self.batch_rows, self.workers, self.ahead, self.announced = batch_rows, workers, ahead, announced
         self.parts, self.record_bytes = record_layout(stores, arrays)
         self.decode = DecodeCrops(crops.size, batch_rows)
         self.fetch: FetchTargets | None = None
@@ -274,6 +274,12 @@ class JoinedLoader:
             records = [self.read(rows)]
         return RawBatch(rows, images, records[0] if records else None)
 
+    def announce(self, rows: np.ndarray) -> None:
+        """Let the kernel begin to read a batch that is to be run soon. What is wrong with its rows, `run` will say."""
+        self.decode.crops.announce(rows)
+        for place, store in enumerate(self.stores):
+            store.announce([part.array for part in self.parts if part.store == place], rows)
+
     def batches(self, rows: np.ndarray) -> Iterator[RawBatch]:
         """The batches whose rows are the lines of `rows` (int64 [n, B]), in order, prepared in the background.
 
@@ -310,6 +316,9 @@ class _Ahead:
                 slot = index % self.loader.n_slots
                 if slot in self.loader.copied:
                     self.loader.copied.pop(slot).synchronize()
+                if n_announced := self.loader.announced:  # at first all that come soon, then one more each time
+                    for coming in self.rows[index and index + n_announced : index + n_announced + 1]:
+                        self.loader.announce(coming)
                 self.ready.put(self.loader.run(rows, slot))
             self.ready.put(self._END)
         except BaseException as error:  # handed over, and raised where somebody listens

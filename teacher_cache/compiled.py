@@ -84,9 +84,12 @@ else:
 
 
 _libc = ctypes.CDLL(None)
-_memcpy, _pread = _libc.memcpy, _libc.pread
+_memcpy, _pread, _madvise, _fadvise = _libc.memcpy, _libc.pread, _libc.madvise, _libc.posix_fadvise
 _memcpy.argtypes, _memcpy.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
 _pread.argtypes, _pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_ssize_t
+_madvise.argtypes, _madvise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+_fadvise.argtypes, _fadvise.restype = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int], ctypes.c_int
+_WILLNEED = 3  # of madvise and of posix_fadvise
 
 
 @njit(nogil=True)
@@ -204,6 +207,46 @@ def copy_rows(rows, out, out_stride, handles, shard_sizes, by_pread, shard_rows,
             errors[i] = copy_one(handles[shard], shard_sizes[shard], slot, shard_rows, row_bytes, verify, target)
         if verify and errors[i] == OK:
             checked[row] = 1
+
+
+@njit(nogil=True)
+def row_ranges(rows, handles, shard_sizes, by_pread, shard_rows):
+    """Where the stored bytes of `rows` of one array lie: uint64 [len(rows), 3], handle of the shard, offset in it, bytes.
+
+    Arguments as for `copy_rows`. 0 bytes where a shard is not open, or its index has no row there or points outside.
+    """
+    ranges = np.zeros((len(rows), 3), np.uint64)
+    words = np.zeros(2, np.uint64)
+    at = np.uint64(words.ctypes.data)
+    for i in range(len(rows)):
+        shard, slot = rows[i] // shard_rows, rows[i] % shard_rows
+        handle, shard_bytes = handles[shard], shard_sizes[shard]
+        if handle == np.uint64(CLOSED):
+            continue
+        entry = shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(shard_rows - slot)
+        if by_pread:
+            if not _fill(at, np.uint64(16), handle, entry):
+                continue
+        else:
+            _memcpy(at, handle + entry, np.uint64(16))
+        if words[0] <= shard_bytes and words[1] <= shard_bytes - words[0]:
+            ranges[i, 0], ranges[i, 1], ranges[i, 2] = handle, words[0], words[1]
+    return ranges
+
+
+@njit(nogil=True)
+def advise(ranges, by_pread):
+    """Tell the kernel that `ranges` (see `row_ranges`) will be read soon, so that it begins to; it returns at once."""
+    page = np.uint64(4095)
+    for i in range(len(ranges)):
+        handle, offset, n_bytes = ranges[i, 0], ranges[i, 1], ranges[i, 2]
+        if n_bytes == 0:
+            continue
+        if by_pread:
+            _fadvise(handle, offset, n_bytes, _WILLNEED)
+        else:
+            start = (handle + offset) & ~page
+            _madvise(start, handle + offset + n_bytes - start, _WILLNEED)
 
 
 def check_crops(errors: np.ndarray, rows: np.ndarray, path) -> None:
