@@ -1,8 +1,8 @@
-"""The joined loader while nothing is in the page cache: what telling the kernel of coming batches is worth (`announced`), and what
-the order of rows is worth. And what announcing costs when everything is in the page cache.
+"""The joined loader while nothing is in the page cache: what telling the kernel of coming batches is worth (`announced`), and
+what the order of rows is worth. And what announcing costs when everything is in the page cache.
 
-Pages are dropped by posix_fadvise(DONTNEED), file by file, after they were written to the disk and are mapped no more; mincore says
-how many are left. A virtual disk may have a cache of its own behind it: this ranks ways to read, and forecasts no storage.
+Pages are dropped by posix_fadvise(DONTNEED), file by file, after they were written to the disk and are mapped no more; mincore
+says how many are left. A virtual disk may have a cache behind it: this ranks ways to read, and forecasts no storage.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def main(announced: int, tiny: bool, rounds: int, scratch: Path | None):
     for order in ("blocks", "ascending"):
         claims.append(measure.claim(f"{order} / random, cold, announced",
                                     found.over(f"cold, {order}, announced", "cold, random, announced"), None))  # fmt: skip
+    row_bytes = sum(stores["mmap"].spec.row_bytes(array, teacher) for array in arrays)
     conditions = [
-        f"{n_rows} crops of {crops.size} px with targets of {sum(stores['mmap'].spec.row_bytes(a, teacher) for a in arrays):,} bytes, "
+        f"{n_rows} crops of {crops.size} px with targets of {row_bytes:,} bytes, "
         f"batches of {batch}, {workers} threads, {announced} batches announced; blocks of {n_rows // 16} rows, windows of 4",
         f"after dropping, at most {left:.1%} of a shard's pages were left in the page cache",
     ]

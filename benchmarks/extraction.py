@@ -1,4 +1,4 @@
-"""Extraction against its ceiling: the slower of the bare teacher, on equal batches that lie in memory on its device, and the disk.
+"""Extraction against its ceiling: the slower of the bare teacher, on equal batches that lie on its device, and the disk.
 
 The store is begun and the quantiser fitted before; timed are whole shards, from decoding to the commit record. On a CPU the
 quantiser and the teacher share the processors; on a GPU only what is not hidden behind the forward pass costs.
@@ -33,15 +33,13 @@ def bare_forward(teacher, images: list[torch.Tensor], layers: tuple[int, ...]) -
     return sum(len(batch) for batch in images)
 
 
-def write_alone(folder: Path, teacher, spec, rows: dict[str, np.ndarray], numbers) -> int:
-    """One shard of rows that are quantised already, durably written; returns rows."""
-    path = folder / f"written-{next(numbers)}.zarr"
-    made_up.begin_store(path, teacher.spec, spec)
-    started_rows = len(spec.rows_of(0))
-    with ShardWriter(path, spec, teacher.spec, 0) as out:
-        for start in range(0, started_rows, 64):
-            out.append({array: values[start : min(start + 64, started_rows)] for array, values in rows.items()})
-    return started_rows
+def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray], shard: int) -> int:
+    """A shard of rows that are quantised already, durably written; returns rows."""
+    n_rows = len(spec.rows_of(shard))
+    with ShardWriter(store, spec, teacher.spec, shard) as out:
+        for start in range(0, n_rows, 64):
+            out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
+    return n_rows
 
 
 def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
@@ -49,7 +47,7 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
     device, precision = pick_device(device, "auto")
     teacher = load_teacher(name, "random:0", None, device, precision)
     shard_rows, size = crops_per_round, teacher.spec.image_size
-    n_rows = shard_rows * (rounds + 2)
+    n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
     cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
     view, plan = cache.view(0), ExtractPlan(dtype=dtype, codec="none", shard_rows=shard_rows, batch_size=batch)
     extract_view(view, name, teacher, plan, range(0, 1))
@@ -63,7 +61,8 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
     rows = {
         a: made_up.made_up_rows(rng, shard_rows, spec.row_shape(a, teacher.spec), spec.row_dtype(a)) for a in spec.array_names
     }
-    shards, numbers = itertools.count(1), itertools.count()
+    written, shards, shards_written = folder / f"{cache.path.parent.name}.zarr", itertools.count(1), itertools.count()
+    made_up.begin_store(written, teacher.spec, spec)
 
     def extract() -> int:
         shard = next(shards)
@@ -74,7 +73,7 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
         {
             f"{name}: extraction": extract,
             f"{name}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
-            f"{name}: writing": lambda: write_alone(folder, teacher, spec, rows, numbers),
+            f"{name}: writing": lambda: write_alone(written, teacher, spec, rows, next(shards_written)),
         },
         rounds,
     )

@@ -1,8 +1,8 @@
 """What storing targets in fewer bytes does: bytes a row, the error of a token, and how far the loss and its gradient move.
 
-Each method's student in miniature (`--tiny`) takes the same crops, the same masks and the same weights twice: with targets of the
-live teacher in float32, and with those of a store. The teacher is the built-in one, which was trained, on digits; MimCo's is its own
-architecture with random weights, as none can be had without a download.
+Each method's student in miniature (student-train --tiny) takes the same crops, the same masks and the same weights twice: with
+targets of the live teacher in float32, and with those of a store. The teacher is the built-in one, which was trained, on digits;
+MimCo's is its own architecture with random weights, as no trained ones can be had without a download.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ GOALS = {"int8": (0.52, 0.01, 0.03), "int4": (0.33, 0.08, None)}
 
 def bytes_over_float16(dtype: str) -> float:
     """Bytes of a store of five layers of a ViT-B/16 over those of the same tokens as float16."""
-    n_rows, (mine, other) = 4096, (made_up.store_spec(made_up.VIT_B16, 4096, "last5", name, 2048) for name in (dtype, "float16"))
-    return store_bytes(mine, made_up.VIT_B16) / n_rows / (store_bytes(other, made_up.VIT_B16) / n_rows)
+    mine, float16 = (made_up.store_spec(made_up.VIT_B16, 4096, "last5", name, 2048) for name in (dtype, "float16"))
+    return store_bytes(mine, made_up.VIT_B16) / store_bytes(float16, made_up.VIT_B16)
 
 
 def loss_and_gradient(student: Student, batch, mask) -> tuple[float, torch.Tensor]:
@@ -103,8 +103,8 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
                 claims.append(measure.claim(f"gradient, {preset}", gradients, most_difference, at_most=True))
     figures["claims that are missed"] = sum(claim.met is False for claim in claims)
     conditions = [
-        "error: standardised by channel, relative L2 of a token (docs/format.md, section 6), on the tokens the quantiser was fitted "
-        "on; loss and gradient: relative difference and relative L2 difference, batches of 8, students of 2 to 5 blocks",
+        "error: standardised by channel, relative L2 of a token (docs/format.md, section 6), on the tokens the quantiser was "
+        "fitted on; loss and gradient: relative difference and relative L2 difference, batches of 8, students of 2 to 5 blocks",
         "demo: the built-in teacher, trained, on digits; moco-v3-s16: random weights, on made-up images",
     ]
     measure.report(name, claims, figures, conditions, where)

@@ -22,11 +22,11 @@ from teacher_cache.writer import ShardWriter
 NAME = "made-up"
 VIT_B16 = TeacherSpec(
     name=NAME, weights="random:0", weights_sha256="0" * 64, image_size=224, patch_size=16, grid=(14, 14), dim=768, depth=12,
-    heads=12, has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=None, resize="none",
+    heads=12, has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=512, resize="none",
 )  # fmt: skip
 SMALL = TeacherSpec(
     name=NAME, weights="random:0", weights_sha256="0" * 64, image_size=28, patch_size=7, grid=(4, 4), dim=32, depth=12, heads=2,
-    has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=None, resize="none",
+    has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=8, resize="none",
 )  # fmt: skip
 """For `--tiny`."""
 
@@ -91,6 +91,8 @@ def begin_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, view=None) ->
     """Create a store without rows; of `view` if one is given."""
     flat = ChannelStatistics(np.zeros(teacher.dim, "float32"), np.ones(teacher.dim, "float32"))
     head = {"gamma": np.ones(teacher.dim, "float32"), "beta": np.zeros(teacher.dim, "float32")}
+    if teacher.projection_dim is not None:
+        head["projection"] = np.eye(teacher.dim, teacher.projection_dim, dtype="float32")
     manifest = Manifest(
         teacher=teacher, store=spec, view=view.number if view else 0, crops_id=view.cache.crops_id if view else "c" * 64,
         crops_sha256=view.crops_sha256 if view else "d" * 64, precision="fp32", fidelity=(), probe_sha256="e" * 64, software={},

@@ -1,6 +1,6 @@
-"""The loaders that the joined loader is compared with, each holding the very crops (JPEG bytes) and rows, each as fast as we could
-make it: no shuffling for the streaming formats, batches collated straight into shared memory, and for all of them FFCV's own JPEG
-decoder, so that pixels are equal bit for bit and what differs is the loader.
+"""The loaders that the joined loader is compared with, each holding the very crops (JPEG bytes) and rows, each as fast as we
+could make it: no shuffling for the streaming formats, batches collated straight into shared memory, and for all of them FFCV's
+own JPEG decoder, so that pixels are equal bit for bit and what differs is the loader.
 """
 
 from __future__ import annotations
