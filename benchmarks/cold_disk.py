@@ -8,6 +8,7 @@ says how many are left. A virtual disk may have a cache behind it: this ranks wa
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -24,16 +25,25 @@ from . import made_up, measure
 from .joined_loader import consume
 
 
-def drop(loader: JoinedLoader) -> None:
-    """Drop what a loader reads from the page cache."""
-    for store in loader.stores:
+def drop(crops: CropReader, stores: list[StoreReader]) -> None:
+    """Drop what is read from the page cache. Pages that any of the readers has mapped would stay: all have to be given."""
+    for store in stores:
         store.close()
-    crops = loader.decode.crops
     crops._map.madvise(mmap.MADV_DONTNEED)
-    for path in [crops.path, *(path for store in loader.stores for path in store.path.rglob("c.*"))]:
+    for path in [crops.path, *stores[0].path.rglob("c.*")]:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def read_rows(store: StoreReader, batches: np.ndarray, announced: int, outs: dict[str, np.ndarray]) -> int:
+    """Read all arrays of batch after batch, with `announced` batches announced before; returns rows."""
+    for index, rows in enumerate(batches):
+        for coming in batches[index and index + announced : index + announced + 1] if announced else ():
+            store.announce(list(outs), coming)
+        for array, out in outs.items():
+            store.read(array, rows, out)
+    return batches.size
 
 
 def resident(path: Path) -> float:
@@ -62,47 +72,47 @@ def main(announced: int, tiny: bool, rounds: int, scratch: Path | None):
         os.sync()
         crops = CropReader(cache.view(0).path)
         stores = {reader: StoreReader(path, reader) for reader in ("mmap", "pread")}
-        arrays = stores["mmap"].spec.array_names
-        loaders = {
-            (reader, n): JoinedLoader(crops, [store], [arrays], batch, workers, announced=n)
-            for reader, store in stores.items()
-            for n in (0, announced)
-        }
+        spec = stores["mmap"].spec
+        arrays = spec.array_names
+        readers = list(stores.values())
+        loaders = {n: JoinedLoader(crops, readers[:1], [arrays], batch, workers, announced=n) for n in (0, announced)}
         orders = {
             "random": np.random.default_rng(0).permutation(n_rows),
             "blocks": Order(n_rows, batch, seed=0, block_rows=n_rows // 16, window_blocks=4).epoch(0),
             "ascending": np.arange(n_rows),
         }
+        batches = {name: order.reshape(-1, batch) for name, order in orders.items()}
+        outs = {array: np.empty((batch, *stores["mmap"].row_shape(array)), spec.row_dtype(array)) for array in arrays}
+
+        def joined(order: str, n: int, cold: bool = True) -> float:
+            loader = loaders[n]
+            if cold:
+                drop(crops, readers)
+            else:
+                consume(loader, batches[order])  # what was cold becomes warm
+            return -measure.rate_of(lambda: consume(loader, batches[order]))
+
+        def rows_alone(reader: str, n: int) -> float:
+            drop(crops, readers)
+            return -measure.rate_of(lambda: read_rows(stores[reader], batches["random"], n, outs))
+
         runs = {}
-
-        def add(name: str, reader: str, order: str, n: int, cold: bool) -> None:
-            loader, rows = loaders[reader, n], orders[order].reshape(-1, batch)
-
-            def run() -> float:
-                if cold:
-                    drop(loader)
-                elif reader == "mmap":
-                    consume(loader, rows)  # what was cold becomes warm
-                return -measure.rate_of(lambda: consume(loader, rows))
-
-            runs[name] = run
-
-        for order in orders:
-            for n in (0, announced):
-                add(f"cold, {order}, {'announced' if n else 'not'}", "mmap", order, n, True)
-        for n in (0, announced):
-            add(f"cold by pread, random, {'announced' if n else 'not'}", "pread", "random", n, True)
-        for n in (0, announced):
-            add(f"warm, random, {'announced' if n else 'not'}", "mmap", "random", n, False)
-        drop(loaders["mmap", 0])
+        words = (("announced", announced), ("not", 0))
+        for reader, (word, n) in itertools.product(stores, words):
+            runs[f"rows alone by {reader}, random, {word}"] = lambda reader=reader, n=n: rows_alone(reader, n)
+        for order, (word, n) in itertools.product(orders, words):
+            runs[f"joined, {order}, {word}"] = lambda order=order, n=n: joined(order, n)
+        for word, n in words:
+            runs[f"joined, warm, {word}"] = lambda n=n: joined("random", n, cold=False)
+        drop(crops, readers)
         left = max(resident(file) for file in path.rglob("c.*"))
         found = measure.take_turns(runs, rounds)
-    pairs = [f"cold, {order}" for order in orders] + ["cold by pread, random", "warm, random"]
+    pairs = sorted({name.rpartition(", ")[0] for name in runs})
     claims = [measure.claim(f"announced / not, {pair}", found.over(f"{pair}, announced", f"{pair}, not"), None) for pair in pairs]
     for order in ("blocks", "ascending"):
-        claims.append(measure.claim(f"{order} / random, cold, announced",
-                                    found.over(f"cold, {order}, announced", "cold, random, announced"), None))  # fmt: skip
-    row_bytes = sum(stores["mmap"].spec.row_bytes(array, teacher) for array in arrays)
+        claims.append(measure.claim(f"joined: {order} / random order, announced",
+                                    found.over(f"joined, {order}, announced", "joined, random, announced"), None))  # fmt: skip
+    row_bytes = sum(spec.row_bytes(array, teacher) for array in arrays)
     conditions = [
         f"{n_rows} crops of {crops.size} px with targets of {row_bytes:,} bytes, "
         f"batches of {batch}, {workers} threads, {announced} batches announced; blocks of {n_rows // 16} rows, windows of 4",

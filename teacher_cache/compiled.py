@@ -236,17 +236,21 @@ def row_ranges(rows, handles, shard_sizes, by_pread, shard_rows):
 
 @njit(nogil=True)
 def advise(ranges, by_pread):
-    """Tell the kernel that `ranges` (see `row_ranges`) will be read soon, so that it begins to; it returns at once."""
-    page = np.uint64(4095)
+    """Tell the kernel that `ranges` (see `row_ranges`) will be read soon, so that it begins to; does not wait for it.
+
+    Returns how many of them it refused.
+    """
+    page, n_refused = np.uint64(4095), 0
     for i in range(len(ranges)):
         handle, offset, n_bytes = ranges[i, 0], ranges[i, 1], ranges[i, 2]
         if n_bytes == 0:
             continue
         if by_pread:
-            _fadvise(handle, offset, n_bytes, _WILLNEED)
+            n_refused += _fadvise(handle, offset, n_bytes, _WILLNEED) != 0
         else:
             start = (handle + offset) & ~page
-            _madvise(start, handle + offset + n_bytes - start, _WILLNEED)
+            n_refused += _madvise(start, handle + offset + n_bytes - start, _WILLNEED) != 0
+    return n_refused
 
 
 def check_crops(errors: np.ndarray, rows: np.ndarray, path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache import decompress, sigbus, writer
+from teacher_cache import compiled, decompress, sigbus, writer
 from teacher_cache.durable import crc32c
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
 from teacher_cache.extract import ExtractPlan, extract_view
@@ -661,3 +662,57 @@ def test_closed_maps_are_forgotten(store_of):
         assert sigbus._table[line, :2].tolist() == [address, 64 + 2 * 20 + 4 + 20]
     opened.close()
     assert sigbus._watched == before and not sigbus._table[list(new.values()), 1].any()
+
+
+# --- announcing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_announced_ranges(store_of, monkeypatch, reader, codec):
+    """What the kernel is told to read are the very bytes of the rows asked for, with their CRC-32C, and it takes the advice."""
+    path, spec, _ = store_of(codec=codec)
+    opened, told, advise = StoreReader(path, reader), [], compiled.advise
+    monkeypatch.setattr(compiled, "advise", lambda *arguments: told.append((arguments[0], advise(*arguments))))
+    rows = np.array([6, 0, 4, 4])
+    opened.announce(["tokens/03", "scale"], rows)
+    assert [n_refused for _, n_refused in told] == [0, 0]
+    for array, (ranges, _) in zip(["tokens/03", "scale"], told, strict=True):
+        for row, (handle, offset, n_bytes) in zip(rows.tolist(), ranges.tolist(), strict=True):
+            found = os.pread(handle, n_bytes, offset) if reader == "pread" else ctypes.string_at(handle + offset, n_bytes)
+            chunk = opened._chunk(array, row)
+            assert found == chunk + crc32c(chunk).to_bytes(4, "little"), row
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_announcing_never_raises(tmp_path, reader):
+    """Rows that are damaged, missing or out of range are left to the read that follows, which says so."""
+    spec, path = spec_of(), tmp_path / "t.zarr"
+    begin(path, spec)
+    fill(path, spec, values_of(spec), shards=[0, 1])
+    os.truncate(shard_of(path, "tokens/03", 1), 100)
+    opened = StoreReader(path, reader)
+    for rows, error in (([6], CropNotCachedError), ([3], CacheCorruptError), ([70], NotInCacheError), ([-1], NotInCacheError)):
+        opened.announce(["tokens/03"], np.array(rows))
+        with pytest.raises(error):
+            opened.read("tokens/03", rows)
+    opened.announce(["tokens/03", "attention"], np.array([0, 2]))
+    assert len(open_shards(path)) == (0 if reader == "zarr" else 2)
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+def test_announcing_a_wrong_index(tmp_path, reader):
+    """An index that points outside of its file makes nobody announce, or touch, what lies there."""
+    path, spec = tmp_path / "t.zarr", spec_of(3, 3)
+    make_store(path, spec)
+    shard = shard_of(path, "attention", 0)
+    data = bytearray(shard.read_bytes())
+    data[-52:-44] = (1 << 60).to_bytes(8, "little")  # the offset of row 0
+    data[-4:] = crc32c(bytes(data[-52:-4])).to_bytes(4, "little")
+    shard.write_bytes(data)
+    opened = StoreReader(path, reader)
+    with opened.opened(["attention"], np.array([0, 1])):
+        column = opened.columns["attention"]
+        ranges = compiled.row_ranges(np.array([0, 1]), opened.shards.handles[column], opened.shards.sizes[column],
+                                     opened.shards.by_pread, 3)  # fmt: skip
+    assert ranges[0].tolist() == [0, 0, 0] and ranges[1, 2] == 4 * 4 + 4
