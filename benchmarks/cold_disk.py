@@ -11,6 +11,8 @@ import ctypes
 import itertools
 import mmap
 import os
+import resource
+import statistics
 from pathlib import Path
 
 import click
@@ -44,6 +46,12 @@ def read_rows(store: StoreReader, batches: np.ndarray, announced: int, outs: dic
         for array, out in outs.items():
             store.read(array, rows, out)
     return batches.size
+
+
+def waits_so_far() -> int:
+    """How often this process has waited: for a page of a map, or in a system call."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_majflt + usage.ru_nvcsw
 
 
 def resident(path: Path) -> float:
@@ -92,9 +100,15 @@ def main(announced: int, tiny: bool, rounds: int, scratch: Path | None):
                 consume(loader, batches[order])  # what was cold becomes warm
             return -measure.rate_of(lambda: consume(loader, batches[order]))
 
+        waits: dict[str, list[int]] = {}
+
         def rows_alone(reader: str, n: int) -> float:
             drop(crops, readers)
-            return -measure.rate_of(lambda: read_rows(stores[reader], batches["random"], n, outs))
+            before = waits_so_far()
+            rate = measure.rate_of(lambda: read_rows(stores[reader], batches["random"], n, outs))
+            name = f"waits a thousand rows, rows alone by {reader}, {'announced' if n else 'not'}"
+            waits.setdefault(name, []).append((waits_so_far() - before) * 1000 / n_rows)
+            return -rate
 
         runs = {}
         words = (("announced", announced), ("not", 0))
@@ -118,7 +132,8 @@ def main(announced: int, tiny: bool, rounds: int, scratch: Path | None):
         f"batches of {batch}, {workers} threads, {announced} batches announced; blocks of {n_rows // 16} rows, windows of 4",
         f"after dropping, at most {left:.1%} of a shard's pages were left in the page cache",
     ]
-    measure.report("cold-disk", claims, found.figures("crops/s"), conditions, where)
+    counted = {name: round(statistics.median(counts)) for name, counts in waits.items()}
+    measure.report("cold-disk", claims, found.figures("crops/s") | counted, conditions, where)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray], shard: 
 def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
     """Claim, rates and conditions for one teacher."""
     device, precision = pick_device(device, "auto")
-    teacher = load_teacher(name, "random:0", None, device, precision)
+    teacher = load_teacher(name, None if name == "demo" else "random:0", None, device, precision)
     shard_rows, size = crops_per_round, teacher.spec.image_size
     n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
     cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
@@ -80,8 +80,8 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
     share = found.each(lambda r: r[f"{name}: extraction"] / min(r[f"{name}: bare teacher"], r[f"{name}: writing"]))
     row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     condition = (
-        f"{name}: random weights, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, {dtype}, "
-        f"{row_bytes:,} bytes a row, batches of {batch}, shards of {shard_rows}"
+        f"{name}: {teacher.spec.weights}, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, "
+        f"{dtype}, {row_bytes:,} bytes a row, batches of {batch}, shards of {shard_rows}"
     )
     return measure.claim(f"extraction / min(bare teacher, writing), {name}", share, 0.97), found.figures("crops/s"), condition
 
@@ -97,7 +97,7 @@ def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: in
     """Crops/s of extraction over the slower of the bare teacher and the disk. Files may go to --scratch /dev/shm."""
     where = measure.environment()
     on_gpu = pick_device(device, "auto")[0] != "cpu"
-    names = teachers or (("timm:vit_tiny_patch16_224",) if tiny else ("clip-b16", "clip-l14") if on_gpu else ("dino-s16",))
+    names = teachers or (("demo",) if tiny else ("clip-b16", "clip-l14") if on_gpu else ("dino-s16",))
     crops, batch = crops or (4 if tiny else 4096 if on_gpu else 64), batch or (2 if tiny else 128 if on_gpu else 16)
     claims, figures, conditions = [], {}, ["decoding, quantising, CRCs and fsync included; the quantiser's fit is not"]
     with measure.scratch_folder(scratch, 0 if tiny else 4 * crops * rounds * 800_000 // 2) as folder:

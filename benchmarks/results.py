@@ -1,6 +1,6 @@
 """`python -m benchmarks.results FOLDER`: tables of docs/results.md and pictures in docs/img, from what the benchmarks wrote.
 
-What stands between the two markers in docs/results.md is replaced; the rest of the page is not touched.
+The section "Benchmarks" of docs/results.md is replaced; the rest of the page is not touched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import click
 from .__main__ import BENCHMARKS
 from .measure import ROOT
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+HEADING = "## Benchmarks"
+INTRODUCTION = """\
+`make bench`, then `.venv/bin/python -m benchmarks.results bench-out`, which writes this section. Variants take turns in one run;
+a ratio is the median of the rounds, with the lowest and the highest beside it. What a script does, and which settings its rivals
+have, stands at its head in `benchmarks/`.
+"""
 PICTURES = {
     "random-rows": ("Random rows of five int8 layers, warm", True),
     "joined-loader": ("The joined loader and its parts alone", True),
@@ -39,9 +44,9 @@ def read(folder: Path) -> list[dict]:
 
 
 def in_words(documents: list[dict]) -> str:
-    """What stands between the markers, as Markdown."""
+    """What stands below the heading, as Markdown."""
     run = [document for document in documents if "not_run" not in document]
-    lines = ["| claim | ratio | lowest .. highest | goal | |", "|---|---|---|---|---|"]
+    lines = [INTRODUCTION, "| claim | ratio | lowest .. highest | goal | |", "|---|---|---|---|---|"]
     for document in run:
         for claim in document["claims"]:
             sign = "at most" if claim["at_most"] else "at least"
@@ -153,15 +158,16 @@ def main(folder: Path, page: Path):
 
     matplotlib.use("agg")
     documents, text = read(folder), page.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise click.ClickException(f"{page} has to have one line {BEGIN} and one line {END}.")
+    before, found, rest = text.partition(f"{HEADING}\n")
+    if not found:
+        raise click.ClickException(f"{page} has no section {HEADING!r}: add one where the results shall stand.")
     images = page.parent / "img"
     for document in documents:
         if document["name"] in PICTURES and "not_run" not in document:
             draw_figures(document, images / f"{document['name']}.png")
     draw_claims(documents, images / "claims.png")
-    before, rest = text.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{in_words(documents)}\n\n{END}{rest.split(END)[1]}")
+    _, next_heading, after = f"\n{rest}".partition("\n## ")
+    page.write_text(f"{before}{HEADING}\n\n{in_words(documents)}\n{next_heading}{after}")
     click.echo(f"{page}: {len(documents)} benchmarks; pictures in {images}")
 
 
