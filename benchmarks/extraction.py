@@ -33,16 +33,24 @@ def bare_forward(teacher, images: list[torch.Tensor], layers: tuple[int, ...]) -
     return sum(len(batch) for batch in images)
 
 
-def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray], shard: int) -> int:
-    """A shard of rows that are quantised already, durably written; returns rows."""
-    n_rows = len(spec.rows_of(shard))
-    with ShardWriter(store, spec, teacher.spec, shard) as out:
-        for start in range(0, n_rows, 64):
-            out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
-    return n_rows
+def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> float:
+    """Rows/s, negative (measure.take_turns), of a shard of rows that are quantised, durably written; it is removed again."""
+    n_rows = len(spec.rows_of(0))
+
+    def write() -> int:
+        with ShardWriter(store, spec, teacher.spec, 0) as out:
+            for start in range(0, n_rows, 64):
+                out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
+        return n_rows
+
+    rate = measure.rate_of(write)
+    for file in store.rglob("c.0.*"):
+        if file.parent.name not in ("centre", "spread"):
+            file.unlink()
+    return -rate
 
 
-def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
+def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
     """Claim, rates and conditions for one teacher."""
     device, precision = pick_device(device, "auto")
     teacher = load_teacher(name, None if name == "demo" else "random:0", None, device, precision)
@@ -61,7 +69,7 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
     rows = {
         a: made_up.made_up_rows(rng, shard_rows, spec.row_shape(a, teacher.spec), spec.row_dtype(a)) for a in spec.array_names
     }
-    written, shards, shards_written = folder / f"{cache.path.parent.name}.zarr", itertools.count(1), itertools.count()
+    written, shards = folder / f"{cache.path.parent.name}.zarr", itertools.count(1)
     made_up.begin_store(written, teacher.spec, spec)
 
     def extract() -> int:
@@ -73,7 +81,7 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
         {
             f"{name}: extraction": extract,
             f"{name}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
-            f"{name}: writing": lambda: write_alone(written, teacher, spec, rows, next(shards_written)),
+            f"{name}: writing": lambda: write_alone(written, teacher, spec, rows),
         },
         rounds,
     )
@@ -89,20 +97,24 @@ def measured(name: str, device: str, tiny: bool, rounds: int, folder: Path, crop
 @click.command()
 @click.option("--teacher", "teachers", multiple=True, help="[default: dino-s16; on a GPU clip-b16 and clip-l14]")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--crops", type=click.IntRange(1), help="A round. [default: 64; on a GPU 4096]")
+@click.option("--crops", type=click.IntRange(1), help="A round. [default: 64; on a GPU 2048]")
 @click.option("--batch", type=click.IntRange(1), help="[default: 16; on a GPU 128]")
 @click.option("--dtype", default="int8", show_default=True)
 @measure.options
 def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: int, scratch: Path | None):
     """Crops/s of extraction over the slower of the bare teacher and the disk. Files may go to --scratch /dev/shm."""
+    if device.startswith("cuda") and measure.gpu_name() is None:
+        measure.not_run("extraction-gpu", "no GPU here")
+        return
     where = measure.environment()
     on_gpu = pick_device(device, "auto")[0] != "cpu"
     names = teachers or (("demo",) if tiny else ("clip-b16", "clip-l14") if on_gpu else ("dino-s16",))
-    crops, batch = crops or (4 if tiny else 4096 if on_gpu else 64), batch or (2 if tiny else 128 if on_gpu else 16)
+    crops, batch = crops or (4 if tiny else 2048 if on_gpu else 64), batch or (2 if tiny else 128 if on_gpu else 16)
     claims, figures, conditions = [], {}, ["decoding, quantising, CRCs and fsync included; the quantiser's fit is not"]
-    with measure.scratch_folder(scratch, 0 if tiny else 4 * crops * rounds * 800_000 // 2) as folder:
+    with measure.scratch_folder(scratch, 0 if tiny else crops * (rounds + 4) * 1_100_000) as folder:
         for name in names:
-            claim, rates, condition = measured(name, device, tiny, rounds, folder, crops, batch, dtype)
+            with measure.scratch_folder(folder) as own:  # the stores of one teacher are gone before the next ones are made
+                claim, rates, condition = measured(name, device, rounds, own, crops, batch, dtype)
             claims.append(claim)
             figures |= rates
             conditions.append(condition)

@@ -50,11 +50,12 @@ def test_every_benchmark_runs(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["student-step", "cached-or-live"])
+@pytest.mark.parametrize("name", ["student-step", "cached-or-live", "extraction-gpu"])
 def test_without_a_gpu_it_says_so(name, monkeypatch):
     """Where there is no GPU, what needs one is not run and says so; it never runs on something else in silence."""
     monkeypatch.setattr(measure, "gpu_name", lambda: None)
-    document = last_line(every.BENCHMARKS[name][0], ["--tiny"])
+    module, *options = every.BENCHMARKS[name]
+    document = last_line(module, [*options, "--tiny"])
     assert document["not_run"] == "no GPU here" and document["ratio"] is None
 
 
