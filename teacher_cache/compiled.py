@@ -92,6 +92,63 @@ _fadvise.argtypes, _fadvise.restype = [ctypes.c_int, ctypes.c_long, ctypes.c_lon
 _WILLNEED = 3  # of madvise and of posix_fadvise
 
 
+STREAMED = 1 << 16
+"""Bytes of a row from which it is copied past the processor's caches: they are not filled with what nobody reads soon, and memory
+that is written need not be fetched first, which makes a third less traffic."""
+
+
+@intrinsic
+def _stream_64(typingctx, target, source):
+    """Copy 64 bytes with non-temporal stores; `target` is a multiple of 16."""
+
+    def codegen(context, builder, signature, arguments):
+        word, vector = ir.IntType(64), ir.VectorType(ir.IntType(64), 2)
+        to, of = (
+            [builder.inttoptr(builder.add(address, ir.Constant(word, 16 * i)), vector.as_pointer()) for i in range(4)]
+            for address in arguments
+        )
+        mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        for value, place in zip([builder.load(place, align=1) for place in of], to, strict=True):
+            builder.store(value, place, align=16).set_metadata("nontemporal", mark)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def _store_fence(typingctx):
+    """Streamed stores are seen by other threads before anything that this thread stores from here on."""
+
+    def codegen(context, builder, signature, arguments):
+        fence = builder.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=ir.FunctionType(ir.VoidType(), []))
+        builder.call(fence, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+if _HARDWARE:
+
+    @njit(nogil=True)
+    def copy_bytes(target, source, n_bytes, is_read_soon):
+        """memcpy; of much that is not read soon, past the processor's caches."""
+        if is_read_soon or n_bytes < np.uint64(STREAMED) or target & np.uint64(15) != np.uint64(0):
+            _memcpy(target, source, n_bytes)
+            return
+        done = n_bytes & ~np.uint64(63)
+        for i in range(done >> np.uint64(6)):
+            _stream_64(target + np.uint64(64) * np.uint64(i), source + np.uint64(64) * np.uint64(i))
+        _store_fence()
+        _memcpy(target + done, source + done, n_bytes - done)
+
+else:
+
+    @njit(nogil=True)
+    def copy_bytes(target, source, n_bytes, is_read_soon):
+        """memcpy."""
+        _memcpy(target, source, n_bytes)
+
+
 @njit(nogil=True)
 def decode_one(source, n_bytes, crc, is_jpeg, out):
     """Check and decode the encoded crop at address `source` into `out` (uint8 [size, size, 3]); returns a code."""
@@ -138,7 +195,7 @@ def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
     if code != OK:
         return code
     source = shard + offset
-    _memcpy(out, source, row_bytes)
+    copy_bytes(np.uint64(out), source, row_bytes, check)
     if check:
         tail = source + row_bytes
         stored = np.uint64(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 
+from benchmarks import made_up
 from teacher_cache import compiled, decompress, sigbus, writer
 from teacher_cache.durable import crc32c
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
@@ -662,6 +664,37 @@ def test_closed_maps_are_forgotten(store_of):
         assert sigbus._table[line, :2].tolist() == [address, 64 + 2 * 20 + 4 + 20]
     opened.close()
     assert sigbus._watched == before and not sigbus._table[list(new.values()), 1].any()
+
+
+# --- large rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8, 16])
+@pytest.mark.parametrize("n_bytes", [0, 63, 64, compiled.STREAMED - 1, compiled.STREAMED, compiled.STREAMED + 37, 151_296])
+def test_copies_are_equal(n_bytes, shift):
+    """However many bytes are copied, whether past the caches or not, and wherever they lie: these and no others."""
+    source, start = np.random.default_rng(n_bytes).integers(1, 256, n_bytes + 64, dtype="uint8"), 16 + shift
+    for is_read_soon in (False, True):
+        target = np.zeros(n_bytes + 96, "uint8")
+        begin = start - target.ctypes.data % 16  # from a multiple of 16 if `shift` is one
+        addresses = np.uint64(target.ctypes.data + begin), np.uint64(source.ctypes.data + 3)
+        compiled.copy_bytes(*addresses, np.uint64(n_bytes), is_read_soon)
+        assert np.array_equal(target[begin : begin + n_bytes], source[3 : 3 + n_bytes])
+        assert not target[:begin].any() and not target[begin + n_bytes :].any()
+
+
+def test_large_rows_are_equal(tmp_path):
+    """Rows of a full-size teacher are the same bytes at their first, checked read and at any later one, by every reader."""
+    path, teacher = tmp_path / "t.zarr", made_up.VIT_B16
+    spec = made_up.store_spec(teacher, 5, "last", shard_rows=2)
+    made_up.begin_store(path, teacher, spec)
+    made_up.fill_store(path, teacher, spec)
+    rows = np.array([4, 0, 3, 1, 2, 0])
+    reference = StoreReader(path, "zarr").read("tokens/12", rows)
+    for reader, check in itertools.product(("mmap", "pread"), ("never", "first", "always")):
+        opened = StoreReader(path, reader, check)
+        for _ in range(2):
+            assert same(opened.read("tokens/12", rows), reference)
 
 
 # --- announcing ------------------------------------------------------------------------------------------------------
