@@ -17,7 +17,8 @@ HEADING = "## Benchmarks"
 INTRODUCTION = """\
 `make bench`, then `.venv/bin/python -m benchmarks.results bench-out`, which writes this section. Variants take turns in one run;
 a ratio is the median of the rounds, with the lowest and the highest beside it. What a script does, and which settings its rivals
-have, stands at its head in `benchmarks/`.
+have, stands at its head in `benchmarks/`. A load above the number of CPUs means that other work took its share: then the ratios
+of what runs on all CPUs against what runs on one are too low, and no rate is worth much.
 """
 PICTURES = {
     "random-rows": ("Random rows of five int8 layers, warm", True),
