@@ -34,7 +34,7 @@ PICTURES = {
 }
 """Name -> title, and whether the axis is logarithmic."""
 OURS, OTHER, MISSED = "#0b6e4f", "#8a99a8", "#c1440e"
-OTHERS = ("LMDB", "zarr", "tensorstore", "webdataset", "litdata", "bare", "writing", "decode", "read,", "resident", "live",
+OTHERS = ("LMDB", "zarr", "tensorstore", "webdataset", "litdata", "bare", "writing", "decode", " read,", "resident", "live",
           "teacher", ", not")  # fmt: skip
 """What is in the name of a rival, of a part alone, or of what was before."""
 
@@ -104,7 +104,7 @@ def draw_figures(document: dict, path: Path) -> None:
     spread = [[m - r["lowest"] for m, r in zip(medians, rates.values(), strict=True)],
               [r["highest"] - m for m, r in zip(medians, rates.values(), strict=True)]]  # fmt: skip
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.34 * len(names)))
-    colours = [OTHER if any(word in name for word in OTHERS) else OURS for name in names]
+    colours = [OTHER if any(word in f" {name}" for word in OTHERS) else OURS for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, height=0.62, error_kw={"ecolor": "#333333", "capsize": 2, "lw": 0.8})
     if is_log:
         axes.set_xscale("log")
