@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check clean
+.PHONY: help demo test bench soak check clean
 
 READY := .venv/.ready
 
@@ -12,6 +12,9 @@ demo: $(READY) ## the whole project in a few minutes: crops, teacher, cache, stu
 test: $(READY) ## the test suite
 	@.venv/bin/python -m pytest
 
+bench: $(READY) ## every benchmark that fits this machine, into bench-out; 12 minutes on 2 quiet CPUs
+	@.venv/bin/python -m benchmarks --out bench-out
+
 soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full count (docs/reliability.md); hours
 	@.venv/bin/python -m pytest tests/soak --full --soak-report soak-out
 
@@ -19,7 +22,7 @@ check: $(READY) ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 clean: ## remove everything that make made
-	rm -rf .venv demo-out soak-out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out soak-out bench-out *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10

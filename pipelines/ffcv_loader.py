@@ -8,7 +8,9 @@ stages, which hands exceptions to the consumer and ends when the consumer leaves
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ from teacher_cache.errors import CacheCorruptError
 from teacher_cache.pointers import pointer_i64, pointer_u8, pointer_u32, pointer_u64
 from teacher_cache.reader import CHECKS, StoreReader
 
+log = logging.getLogger(__name__)
 ALIGN = 16  # bytes; parts of a record start at multiples of this
 
 # Fields of the uint64 tables through which compiled code finds everything else: addresses, counts and flags.
@@ -203,12 +206,12 @@ class JoinedLoader:
     """One FFCV loader for a whole run: crops of any view joined with the rows of its stores. Compiled once.
 
     arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches
-    prepared in advance.
+    prepared in advance. announced: batches that the kernel is told of before that, so that a disk has more than one row to fetch.
     """
 
     def __init__(self, crops: CropReader, stores: list[StoreReader], arrays: list[list[str]], batch_rows: int,
-                 workers: int, ahead: int = 3):  # fmt: skip
-        self.batch_rows, self.workers, self.ahead = batch_rows, workers, ahead
+                 workers: int, ahead: int = 3, announced: int = 2):  # fmt: skip
+        self.batch_rows, self.workers, self.ahead, self.announced = batch_rows, workers, ahead, announced
         self.parts, self.record_bytes = record_layout(stores, arrays)
         self.decode = DecodeCrops(crops.size, batch_rows)
         self.fetch: FetchTargets | None = None
@@ -220,6 +223,9 @@ class JoinedLoader:
             specs["targets"] = PipelineSpec("label", decoder=self.fetch)
         elif self.parts:
             self.read = ReadTargets(self.parts, self.record_bytes)
+            log.warning(
+                "Targets are read outside of the compiled loader, which is slower: %s.", _why_not_plain(stores, self.parts)
+            )
         self.open(crops, stores)
 
         reader = Reader(str(crops.path))
@@ -274,6 +280,12 @@ class JoinedLoader:
             records = [self.read(rows)]
         return RawBatch(rows, images, records[0] if records else None)
 
+    def announce(self, rows: np.ndarray) -> None:
+        """Let the kernel begin to read a batch that is to be run soon. What is wrong with its rows, `run` will say."""
+        self.decode.crops.announce(rows)
+        for place, store in enumerate(self.stores):
+            store.announce([part.array for part in self.parts if part.store == place], rows)
+
     def batches(self, rows: np.ndarray) -> Iterator[RawBatch]:
         """The batches whose rows are the lines of `rows` (int64 [n, B]), in order, prepared in the background.
 
@@ -297,6 +309,7 @@ class _Ahead:
         # a slot is free again when the consumer asks for the batch after the one that used it
         self.slots = threading.Semaphore(loader.n_slots)
         self.stopping = threading.Event()
+        self.n_announced, self.n_blocks_read = 0, -1
         self.thread = threading.Thread(target=self._work, name="ffcv-ahead", daemon=True)
         self.thread.start()
 
@@ -310,10 +323,22 @@ class _Ahead:
                 slot = index % self.loader.n_slots
                 if slot in self.loader.copied:
                     self.loader.copied.pop(slot).synchronize()
+                self._announce(index)
                 self.ready.put(self.loader.run(rows, slot))
             self.ready.put(self._END)
         except BaseException as error:  # handed over, and raised where somebody listens
             self.ready.put(error)
+
+    def _announce(self, index: int) -> None:
+        """Announce the batches that come soon, as long as this process reads from a disk; what is in memory needs no announcing,
+        which would cost a thirtieth of the loader's time. Announced reads count as the process's own."""
+        n_blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+        if self.loader.announced and n_blocks != self.n_blocks_read:
+            self.n_blocks_read = n_blocks
+            end = index + self.loader.announced + 1
+            for coming in self.rows[max(index, self.n_announced) : end]:
+                self.loader.announce(coming)
+            self.n_announced = end
 
     def results(self) -> Iterator[RawBatch]:
         for index in range(len(self.rows) + 1):
@@ -335,6 +360,15 @@ class _Ahead:
 def _is_plain(store: StoreReader, array: str) -> bool:
     """Whether compiled code can copy its rows as they lie on disk."""
     return store.reader != "zarr" and dict(store.spec.codecs)[array] == "none"
+
+
+def _why_not_plain(stores: list[StoreReader], parts: list[Part]) -> str:
+    """The first reason for which `_is_plain` says no, as half a sentence."""
+    part = next(part for part in parts if not _is_plain(stores[part.store], part.array))
+    store = stores[part.store]
+    if store.reader == "zarr":
+        return "zarr-python was asked for (--reader zarr)"
+    return f"{part.array} of {store.path.name} is compressed with {dict(store.spec.codecs)[part.array]} (--codec none is not)"
 
 
 def default_workers() -> int:

@@ -1,7 +1,9 @@
 """Which rows a step takes: a function of (seed, step) alone, so a run resumes anywhere.
 
 Blocks of neighbouring rows are shuffled, then rows inside a window of a few blocks. Rows of a cache are in random order of the
-classes already (teacher_cache/images.py), so a window mixes well, and reads of a cold disk stay near-sequential.
+classes already (teacher_cache/images.py), so a window mixes well. What is read for some time lies in a few shards: few are open,
+and a cache in front of a slow disk that holds a window (16,384 rows; 2.5 GB a layer of a ViT-B/16 as int8) sees each block read
+once, whole. Within a window reads are random, a row (150 kB) at a time.
 """
 
 from __future__ import annotations

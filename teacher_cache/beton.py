@@ -221,6 +221,13 @@ class CropReader:
                 "everywhere)."
             )
 
+    def announce(self, rows: np.ndarray) -> None:
+        """Let the kernel begin to read the crops of `rows` from the disk, for a `read` that comes soon; does not wait for it."""
+        from .compiled import advise
+
+        base = np.full(len(rows), self.bytes.ctypes.data, "uint64")
+        advise(np.stack([base, self.pointers[rows], self.sizes[rows]], 1), False)
+
     def read(self, rows, out: np.ndarray | None = None) -> np.ndarray:
         """Decode `rows` into `out` (uint8 [len(rows), size, size, 3], RGB), in that order, on all of numba's threads.
 

@@ -20,7 +20,7 @@ import numpy as np
 from .commits import is_complete, read_commits
 from .decompress import decompress, promised_bytes
 from .durable import crc32c
-from .errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
+from .errors import CacheCorruptError, CropNotCachedError, NotInCacheError, TeacherCacheError, UsageError
 from .quantize import dequantise
 from .shards import index_bytes
 from .spec import ARRAY_NAME
@@ -84,6 +84,22 @@ class StoreReader:
         self._require(rows)
         with self.shards.holding([self.columns[array] for array in arrays], rows // self.spec.shard_rows):
             yield
+
+    def announce(self, arrays: list[str], rows: np.ndarray) -> None:
+        """Let the kernel begin to read `rows` of `arrays` from the disk, for a `read` that comes soon; does not wait for it.
+
+        Never raises for what is missing or damaged: that is for the `read` to say. The zarr reader ignores it.
+        """
+        if self.reader == "zarr":
+            return
+        from . import compiled
+
+        shards = self.shards
+        with contextlib.suppress(TeacherCacheError, OSError), self.opened(arrays, rows):
+            for column in (self.columns[array] for array in arrays):
+                ranges = compiled.row_ranges(rows, shards.handles[column], shards.sizes[column], shards.by_pread,
+                                             self.spec.shard_rows)  # fmt: skip
+                compiled.advise(ranges, shards.by_pread)
 
     def close(self) -> None:
         """Close what is open. Reading opens it again; which rows have been checked is remembered."""

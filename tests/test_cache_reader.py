@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import json
 import os
 import resource
@@ -22,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache import decompress, sigbus, writer
+from benchmarks import made_up
+from teacher_cache import compiled, decompress, sigbus, writer
 from teacher_cache.durable import crc32c
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
 from teacher_cache.extract import ExtractPlan, extract_view
@@ -661,3 +664,88 @@ def test_closed_maps_are_forgotten(store_of):
         assert sigbus._table[line, :2].tolist() == [address, 64 + 2 * 20 + 4 + 20]
     opened.close()
     assert sigbus._watched == before and not sigbus._table[list(new.values()), 1].any()
+
+
+# --- large rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8, 16])
+@pytest.mark.parametrize("n_bytes", [0, 63, 64, compiled.STREAMED - 1, compiled.STREAMED, compiled.STREAMED + 37, 151_296])
+def test_copies_are_equal(n_bytes, shift):
+    """However many bytes are copied, whether past the caches or not, and wherever they lie: these and no others."""
+    source, start = np.random.default_rng(n_bytes).integers(1, 256, n_bytes + 64, dtype="uint8"), 16 + shift
+    for is_read_soon in (False, True):
+        target = np.zeros(n_bytes + 96, "uint8")
+        begin = start - target.ctypes.data % 16  # from a multiple of 16 if `shift` is one
+        addresses = np.uint64(target.ctypes.data + begin), np.uint64(source.ctypes.data + 3)
+        compiled.copy_bytes(*addresses, np.uint64(n_bytes), is_read_soon)
+        assert np.array_equal(target[begin : begin + n_bytes], source[3 : 3 + n_bytes])
+        assert not target[:begin].any() and not target[begin + n_bytes :].any()
+
+
+def test_large_rows_are_equal(tmp_path):
+    """Rows of a full-size teacher are the same bytes at their first, checked read and at any later one, by every reader."""
+    path, teacher = tmp_path / "t.zarr", made_up.VIT_B16
+    spec = made_up.store_spec(teacher, 5, "last", shard_rows=2)
+    made_up.begin_store(path, teacher, spec)
+    made_up.fill_store(path, teacher, spec)
+    rows = np.array([4, 0, 3, 1, 2, 0])
+    reference = StoreReader(path, "zarr").read("tokens/12", rows)
+    for reader, check in itertools.product(("mmap", "pread"), ("never", "first", "always")):
+        opened = StoreReader(path, reader, check)
+        for _ in range(2):
+            assert same(opened.read("tokens/12", rows), reference)
+
+
+# --- announcing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_announced_ranges(store_of, monkeypatch, reader, codec):
+    """What the kernel is told to read are the very bytes of the rows asked for, with their CRC-32C, and it takes the advice."""
+    path, spec, _ = store_of(codec=codec)
+    opened, told, advise = StoreReader(path, reader), [], compiled.advise
+    monkeypatch.setattr(compiled, "advise", lambda *arguments: told.append((arguments[0], advise(*arguments))))
+    rows = np.array([6, 0, 4, 4])
+    opened.announce(["tokens/03", "scale"], rows)
+    assert [n_refused for _, n_refused in told] == [0, 0]
+    for array, (ranges, _) in zip(["tokens/03", "scale"], told, strict=True):
+        for row, (handle, offset, n_bytes) in zip(rows.tolist(), ranges.tolist(), strict=True):
+            found = os.pread(handle, n_bytes, offset) if reader == "pread" else ctypes.string_at(handle + offset, n_bytes)
+            chunk = opened._chunk(array, row)
+            assert found == chunk + crc32c(chunk).to_bytes(4, "little"), row
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_announcing_never_raises(tmp_path, reader):
+    """Rows that are damaged, missing or out of range are left to the read that follows, which says so."""
+    spec, path = spec_of(), tmp_path / "t.zarr"
+    begin(path, spec)
+    fill(path, spec, values_of(spec), shards=[0, 1])
+    os.truncate(shard_of(path, "tokens/03", 1), 100)
+    opened = StoreReader(path, reader)
+    for rows, error in (([6], CropNotCachedError), ([3], CacheCorruptError), ([70], NotInCacheError), ([-1], NotInCacheError)):
+        opened.announce(["tokens/03"], np.array(rows))
+        with pytest.raises(error):
+            opened.read("tokens/03", rows)
+    opened.announce(["tokens/03", "attention"], np.array([0, 2]))
+    assert len(open_shards(path)) == (0 if reader == "zarr" else 2)
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+def test_announcing_a_wrong_index(tmp_path, reader):
+    """An index that points outside of its file makes nobody announce, or touch, what lies there."""
+    path, spec = tmp_path / "t.zarr", spec_of(3, 3)
+    make_store(path, spec)
+    shard = shard_of(path, "attention", 0)
+    data = bytearray(shard.read_bytes())
+    data[-52:-44] = (1 << 60).to_bytes(8, "little")  # the offset of row 0
+    data[-4:] = crc32c(bytes(data[-52:-4])).to_bytes(4, "little")
+    shard.write_bytes(data)
+    opened = StoreReader(path, reader)
+    with opened.opened(["attention"], np.array([0, 1])):
+        column = opened.columns["attention"]
+        ranges = compiled.row_ranges(np.array([0, 1]), opened.shards.handles[column], opened.shards.sizes[column],
+                                     opened.shards.by_pread, 3)  # fmt: skip
+    assert ranges[0].tolist() == [0, 0, 0] and ranges[1, 2] == 4 * 4 + 4

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import resource
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from cache_fakes import flip_bit
 
 from pipelines.ffcv_loader import JoinedLoader
+from teacher_cache import compiled
 from teacher_cache.beton import CropReader
 from teacher_cache.commits import write_commit
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError
@@ -121,28 +126,39 @@ def test_a_corrupt_crop_raises(cache):
         list(loader_of(cache).batches(np.arange(24).reshape(6, 4)))
 
 
-COMPILED = pytest.mark.parametrize("reader", ["mmap", "pread"])
+STORED = pytest.mark.parametrize(
+    "store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake", "zarr"), ("fake-zstd", "mmap"), ("fake-zstd", "pread")]
+)
 SHARD = "tokens/06/c.1.0.0"  # rows 8 to 15
 
 
-@COMPILED
-def test_a_corrupt_target_raises(cache, reader):
-    """One flipped bit in a stored row raises with array and row at its first read."""
-    flip_bit(cache.view(0).store_path("fake") / SHARD, 8 * (64 + 2 * (17 * 24 + 4) + 100))
-    with pytest.raises(CacheCorruptError, match="tokens/06: row 10 "):
-        list(loader_of(cache, reader=reader).batches(np.arange(24).reshape(6, 4)))
+def swapped_in(shared_loaders, cache, store, reader) -> JoinedLoader:
+    """A shared loader that reads a store of view 0 of `cache`."""
+    loader, view = shared_loaders(store, reader), cache.view(0)
+    loader.open(CropReader(view.path), [StoreReader(view.store_path(store), reader)])
+    return loader
 
 
-@COMPILED
-def test_an_unextracted_row_raises(cache, reader):
+@STORED
+def test_a_corrupt_target_raises(shared_loaders, cache, store, reader):
+    """One flipped bit in a stored row raises with array and row at its first read; the batches before are there."""
+    flip_bit(cache.view(0).store_path(store) / SHARD, 8 * (64 + 10))
+    loader, seen = swapped_in(shared_loaders, cache, store, reader), []
+    with pytest.raises(CacheCorruptError, match="tokens/06: row 8 "):
+        seen += loader.batches(np.arange(24).reshape(6, 4))
+    assert len(list(loader.batches(np.arange(8).reshape(2, 4)))) == 2
+
+
+@STORED
+def test_an_unextracted_row_raises(shared_loaders, cache, store, reader):
     """A row that was never extracted raises; it is never zeros."""
-    store = cache.view(0).store_path("fake")
+    name, store = store, cache.view(0).store_path(store)
     shards = np.load(store / "shards.npy")
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
     write_commit(store, 0, shards[0])
     with pytest.raises(CropNotCachedError, match="row 8 "):
-        list(loader_of(cache, reader=reader).batches(np.arange(24).reshape(6, 4)))
+        list(swapped_in(shared_loaders, cache, name, reader).batches(np.arange(24).reshape(6, 4)))
 
 
 def swap(shard: Path) -> None:
@@ -151,7 +167,16 @@ def swap(shard: Path) -> None:
     aside.rename(other)
 
 
+def rewrite_by_zarr(shard: Path) -> None:
+    """Put in its place what zarr-python makes of the same rows: sound for zarr, without the header of this format."""
+    array = zarr.open_array(shard.parents[0], mode="r+")
+    shard_number = int(shard.name.split(".")[1])
+    rows = slice(shard_number * array.shards[0], (shard_number + 1) * array.shards[0])
+    array[rows] = array[rows]
+
+
 DAMAGE = {
+    "written by zarr": rewrite_by_zarr,
     "deleted": Path.unlink,
     "emptied": lambda shard: os.truncate(shard, 0),
     "cut": lambda shard: os.truncate(shard, shard.stat().st_size // 2),
@@ -161,16 +186,15 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake", "zarr")])
+@STORED
 def test_damaged_shards_raise(shared_loaders, cache, damage, store, reader):
     """A shard that is gone, emptied, cut short or in another's place raises where its rows are asked for, with its name; the
     batches before are right."""
-    loader, rows = shared_loaders(store, reader), np.arange(24)[::-1].reshape(6, 4)  # the third batch is the first of the shard
-    view = cache.view(0)
+    loader, view = swapped_in(shared_loaders, cache, store, reader), cache.view(0)
+    rows = np.arange(24)[::-1].reshape(6, 4)  # the third batch is the first of the shard
     reference = [records for _, _, records in copies(loader, rows[:2])]
     DAMAGE[damage](view.store_path(store) / SHARD)
-    loader.open(CropReader(view.path), [StoreReader(view.store_path(store), reader)])
-    seen = []
+    loader, seen = swapped_in(shared_loaders, cache, store, reader), []
     with pytest.raises(CacheCorruptError, match=SHARD):
         for raw in loader.batches(rows):
             seen.append(without_padding(loader, raw.records))
@@ -180,8 +204,7 @@ def test_damaged_shards_raise(shared_loaders, cache, damage, store, reader):
 @pytest.mark.parametrize("damage", ["emptied", "cut"])
 def test_cut_short_while_training(shared_loaders, cache, damage):
     """With pread, a shard that is cut short in place while it is open raises in the consumer, and the process lives on."""
-    loader, view = shared_loaders("fake", "pread"), cache.view(0)
-    loader.open(CropReader(view.path), [StoreReader(view.store_path("fake"), "pread")])
+    loader, view = swapped_in(shared_loaders, cache, "fake", "pread"), cache.view(0)
     rows = np.arange(24).reshape(6, 4)
     assert len(copies(loader, rows)) == 6
     DAMAGE[damage](view.store_path("fake") / SHARD)
@@ -232,3 +255,56 @@ def test_few_shards_stay_open(shared_loaders, cache):
         maps = Path("/proc/self/maps").read_text()
         assert [view.number for view in cache.views() if f"{view.path}/fake.zarr" in maps] == [number]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + len(readers) + 1  # one a crops.beton
+
+
+@pytest.mark.parametrize("store, reader", [("fake16", "mmap"), ("fake16", "pread")])
+def test_float16_records(shared_cache, store, reader):
+    """A record of a float16 store is the stored bytes of its row."""
+    arrays, plain = ["tokens/02", "tokens/06"], StoreReader(shared_cache.view(0).store_path(store))
+    loader = loader_of(shared_cache, store=store, arrays=arrays, reader=reader)
+    for rows, _, records in copies(loader, np.random.default_rng(1).permutation(24).reshape(-1, 4)):
+        stored = [plain.read(array, rows).reshape(len(rows), -1).view("u1") for array in arrays]
+        assert np.array_equal(records, np.concatenate(stored, 1))
+
+
+@pytest.mark.parametrize("store, reader, why", [
+    ("fake", "mmap", None), ("fake", "pread", None), ("fake", "zarr", "zarr-python was asked for (--reader zarr)"),
+    ("fake-zstd", "mmap", "tokens/05 of fake-zstd.zarr is compressed with zstd (--codec none is not)"),
+])  # fmt: skip
+def test_the_slower_way_is_said(shared_cache, caplog, store, reader, why):
+    """A run whose targets cannot be copied by compiled code says so in one line, with the reason; others say nothing."""
+    loader = loader_of(shared_cache, store=store, reader=reader)
+    copies(loader, np.arange(8).reshape(2, 4))
+    loader.open(CropReader(shared_cache.view(1).path), [StoreReader(shared_cache.view(1).store_path(store), reader)])
+    said = [record.message for record in caplog.records]
+    assert said == ([f"Targets are read outside of the compiled loader, which is slower: {why}."] if why else [])
+
+
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_what_is_announced(shared_cache, loader, monkeypatch, from_disk):
+    """While this process reads from a disk every batch is announced once, two batches before it is read; from memory only the
+    first ones are."""
+    loader.open(CropReader(shared_cache.view(0).path), [StoreReader(shared_cache.view(0).store_path("fake"))])
+    usage, events, run = itertools.count(), [], loader.run
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_inblock=next(usage) if from_disk else 0))
+    monkeypatch.setattr(loader, "announce", lambda rows: events.append(("announced", rows[0])))
+    monkeypatch.setattr(loader, "run", lambda rows, slot: events.append(("run", rows[0])) or run(rows, slot))
+    assert len(copies(loader, np.arange(24).reshape(6, 4))) == 6
+    announced = [row for what, row in events if what == "announced"]
+    assert announced == ([0, 4, 8, 12, 16, 20] if from_disk else [0, 4, 8])
+    for place, row in enumerate(announced):
+        assert events.index(("announced", row)) < events.index(("run", max(0, row - 8))), place
+
+
+def test_announced_crops_and_rows(shared_cache, loader, monkeypatch):
+    """Announced of a batch are the bytes of its crops, and of its rows in the arrays that are read."""
+    view, told = shared_cache.view(0), []
+    crops, store = CropReader(view.path), StoreReader(view.store_path("fake"))
+    loader.open(crops, [store])
+    monkeypatch.setattr(compiled, "advise", lambda ranges, by_pread: told.append(ranges.copy()))
+    rows = np.array([20, 3])
+    loader.announce(rows)
+    of_crops, *of_arrays = told
+    assert of_crops[:, 0].tolist() == [crops.bytes.ctypes.data] * 2
+    assert np.array_equal(of_crops[:, 1:], np.stack([crops.pointers[rows], crops.sizes[rows]], 1))
+    assert len(of_arrays) == len(ARRAYS)

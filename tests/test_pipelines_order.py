@@ -34,7 +34,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_windows_keep_reads_near_each_other():
-    """The rows of a window are those of a few blocks, so a cold disk is read near-sequentially."""
+    """The rows of a window are those of a few blocks, so few shards are open and a cache of a window's size serves them."""
     rows = Order(1000, 10, seed=0, block_rows=50, window_blocks=4).epoch(0)
     for window in rows.reshape(5, 200):
         assert len(set(window // 50)) == 4

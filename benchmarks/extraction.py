@@ -1,0 +1,125 @@
+"""Extraction against its ceiling: the slower of the bare teacher, on equal batches that lie on its device, and the disk.
+
+The store is begun and the quantiser fitted before; timed are whole shards, from decoding to the commit record. On a CPU the
+quantiser and the teacher share the processors; on a GPU only what is not hidden behind the forward pass costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from teacher_cache.beton import CropReader
+from teacher_cache.crops import CropPlan
+from teacher_cache.device import pick_device
+from teacher_cache.extract import extract_view
+from teacher_cache.planning import ExtractPlan
+from teacher_cache.teachers import load_teacher
+from teacher_cache.writer import ShardWriter
+
+from . import made_up, measure
+
+
+def bare_forward(teacher, images: list[torch.Tensor], layers: tuple[int, ...]) -> int:
+    """The teacher over batches that are on its device; returns crops."""
+    for batch in images:
+        teacher(batch, layers)
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize()
+    return sum(len(batch) for batch in images)
+
+
+def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> float:
+    """Rows/s, negative (measure.take_turns), of a shard of rows that are quantised, durably written; it is removed again."""
+    n_rows = len(spec.rows_of(0))
+
+    def write() -> int:
+        with ShardWriter(store, spec, teacher.spec, 0) as out:
+            for start in range(0, n_rows, 64):
+                out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
+        return n_rows
+
+    rate = measure.rate_of(write)
+    for file in store.rglob("c.0.*"):
+        if file.parent.name not in ("centre", "spread"):
+            file.unlink()
+    return -rate
+
+
+def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
+    """Claim, rates and conditions for one teacher."""
+    device, precision = pick_device(device, "auto")
+    teacher = load_teacher(name, None if name == "demo" else "random:0", None, device, precision)
+    shard_rows, size = crops_per_round, teacher.spec.image_size
+    n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
+    cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
+    view, plan = cache.view(0), ExtractPlan(dtype=dtype, codec="none", shard_rows=shard_rows, batch_size=batch)
+    extract_view(view, name, teacher, plan, range(0, 1))
+
+    spec, crops = plan.store_spec(teacher.spec, n_rows), CropReader(view.path)
+    images = [
+        torch.from_numpy(crops.read(np.arange(start, min(start + batch, shard_rows)))).to(teacher.device)
+        for start in range(0, shard_rows, batch)
+    ]
+    rng = np.random.default_rng(0)
+    rows = {
+        a: made_up.made_up_rows(rng, shard_rows, spec.row_shape(a, teacher.spec), spec.row_dtype(a)) for a in spec.array_names
+    }
+    written, shards = folder / f"{cache.path.parent.name}.zarr", itertools.count(1)
+    made_up.begin_store(written, teacher.spec, spec)
+
+    def extract() -> int:
+        shard = next(shards)
+        extract_view(view, name, teacher, plan, range(shard, shard + 1))
+        return len(spec.rows_of(shard))
+
+    found = measure.take_turns(
+        {
+            f"{name}: extraction": extract,
+            f"{name}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
+            f"{name}: writing": lambda: write_alone(written, teacher, spec, rows),
+        },
+        rounds,
+    )
+    share = found.each(lambda r: r[f"{name}: extraction"] / min(r[f"{name}: bare teacher"], r[f"{name}: writing"]))
+    row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
+    condition = (
+        f"{name}: {teacher.spec.weights}, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, "
+        f"{dtype}, {row_bytes:,} bytes a row, batches of {batch}, shards of {shard_rows}"
+    )
+    return measure.claim(f"extraction / min(bare teacher, writing), {name}", share, 0.97), found.figures("crops/s"), condition
+
+
+@click.command()
+@click.option("--teacher", "teachers", multiple=True, help="[default: dino-s16; on a GPU clip-b16 and clip-l14]")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--crops", type=click.IntRange(1), help="A round. [default: 64; on a GPU 2048]")
+@click.option("--batch", type=click.IntRange(1), help="[default: 16; on a GPU 128]")
+@click.option("--dtype", default="int8", show_default=True)
+@measure.options
+def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: int, scratch: Path | None):
+    """Crops/s of extraction over the slower of the bare teacher and the disk. Files may go to --scratch /dev/shm."""
+    if device.startswith("cuda") and measure.gpu_name() is None:
+        measure.not_run("extraction-gpu", "no GPU here")
+        return
+    where = measure.environment()
+    on_gpu = pick_device(device, "auto")[0] != "cpu"
+    names = teachers or (("demo",) if tiny else ("clip-b16", "clip-l14") if on_gpu else ("dino-s16",))
+    crops, batch = crops or (4 if tiny else 2048 if on_gpu else 64), batch or (2 if tiny else 128 if on_gpu else 16)
+    claims, figures, conditions = [], {}, ["decoding, quantising, CRCs and fsync included; the quantiser's fit is not"]
+    with measure.scratch_folder(scratch, 0 if tiny else crops * (rounds + 4) * 1_100_000) as folder:
+        for name in names:
+            with measure.scratch_folder(folder) as own:  # the stores of one teacher are gone before the next ones are made
+                claim, rates, condition = measured(name, device, rounds, own, crops, batch, dtype)
+            claims.append(claim)
+            figures |= rates
+            conditions.append(condition)
+    measure.report("extraction" + "-gpu" * on_gpu, claims, figures, conditions, where)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What storing targets in fewer bytes does: bytes a row, the error of a token, and how far the loss and its gradient move.
+
+Each method's student in miniature (student-train --tiny) takes the same crops, the same masks and the same weights twice: with
+targets of the live teacher in float32, and with those of a store. The teacher is the built-in one, which was trained, on digits;
+MimCo's is its own architecture with random weights, as no trained ones can be had without a download.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from pipelines.demo.data import write_digits
+from pipelines.presets import recipe
+from pipelines.source import CachedSource, LiveSource, teacher_shape
+from student.masking import draw_noise
+from student.model import Student
+from teacher_cache.cache import Cache
+from teacher_cache.crops import CropPlan
+from teacher_cache.estimate import store_bytes
+from teacher_cache.extract import extract_view
+from teacher_cache.planning import ExtractPlan
+from teacher_cache.spec import DTYPES
+from teacher_cache.store import read_manifest
+from teacher_cache.teachers import load_teacher
+
+from . import made_up, measure
+
+DEMO_PRESETS = ("mr-mae-b16", "maskalign-b16", "milan-b16", "cae-v2-b16")
+GOALS = {"int8": (0.52, 0.01, 0.03), "int4": (0.33, 0.08, None)}
+"""dtype -> at most: bytes over float16, median error of a token, difference of loss and gradient."""
+
+
+def bytes_over_float16(dtype: str) -> float:
+    """Bytes of a store of five layers of a ViT-B/16 over those of the same tokens as float16."""
+    mine, float16 = (made_up.store_spec(made_up.VIT_B16, 4096, "last5", name, 2048) for name in (dtype, "float16"))
+    return store_bytes(mine, made_up.VIT_B16) / store_bytes(float16, made_up.VIT_B16)
+
+
+def loss_and_gradient(student: Student, batch, mask) -> tuple[float, torch.Tensor]:
+    """The loss and the gradient of all weights, as one vector."""
+    student.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # drop path
+    loss, _ = student(batch, mask)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+
+def differences(preset: str, cache: Cache, store: str, teacher, n_batches: int) -> tuple[list[float], list[float]]:
+    """Relative differences of the loss and of the gradient (L2), one a batch of 8 crops."""
+    shape = teacher_shape(teacher.spec)
+    config = recipe(preset).tiny((shape,), cache.plan.size).config
+    student = Student(config, (shape,)).train()
+    steps = min(n_batches, cache.n_images // config.batch_size)
+    stored = CachedSource(cache, [store], student.needs, batch_size=config.batch_size).micro_batches(0, steps)
+    live = LiveSource(cache, [teacher], student.needs, batch_size=config.batch_size).micro_batches(0, steps)
+    losses, gradients = [], []
+    for step, (exact, batch) in enumerate(zip(live, stored, strict=True)):
+        assert torch.equal(exact.rows, batch.rows) and torch.equal(exact.images, batch.images)
+        mask = student.draw_mask(exact, draw_noise(0, step, config.batch_size, student.n_patches))
+        loss, gradient = loss_and_gradient(student, exact, mask)
+        other_loss, other_gradient = loss_and_gradient(student, batch, mask)
+        losses.append(abs(other_loss - loss) / abs(loss))
+        gradients.append(((other_gradient - gradient).norm() / gradient.norm()).item())
+    return losses, gradients
+
+
+@click.command()
+@click.option("--dtype", default="int8", show_default=True)
+@measure.options
+def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
+    """Bytes, error of a token, loss and gradient of quantised targets against float ones. --rounds are batches here."""
+    name = f"fidelity-{dtype}"
+    if dtype not in DTYPES:
+        measure.not_run(name, f"this version stores {', '.join(DTYPES)}")
+        return
+    where = measure.environment()
+    most_bytes, most_error, most_difference = GOALS.get(dtype, (None, None, None))
+    share = bytes_over_float16(dtype)
+    claims = [measure.claim("bytes / float16, five layers of a ViT-B/16", [share], most_bytes, at_most=True)]
+    figures = {}
+    with measure.scratch_folder(scratch) as folder:
+        plan = ExtractPlan(layers="last5", dtype=dtype, codec="none", shard_rows=64, batch_size=16)
+        digits = write_digits(folder / "digits")
+        teachers = {"demo": (digits / "val", DEMO_PRESETS), "moco-v3-s16": (None, ("mimco-s16",))}
+        for teacher_name, (images, presets) in teachers.items():
+            teacher = load_teacher(teacher_name, None if images else "random:0")
+            n_rows, size = (16 if tiny or not images else 256), teacher.spec.image_size
+            cache = made_up.make_cache(folder / teacher_name, n_rows, size, images, CropPlan(size=size, scale=(0.5, 1.0)))
+            extract_view(cache.view(0), teacher_name, teacher, plan)
+            layers = read_manifest(cache.view(0).store_path(teacher_name)).fidelity
+            figures[f"error of a token, {teacher_name}"] = {
+                "median": max(layer.median for layer in layers), "p99": max(layer.p99 for layer in layers),
+                "n_tokens": layers[0].n_tokens, "of": "the worst of five layers",
+            }  # fmt: skip
+            medians = [layer.median for layer in layers]
+            claims.append(measure.claim(f"error of a token, median, {teacher_name}", medians, most_error, at_most=True))
+            for preset in presets[:1] if tiny else presets:
+                losses, gradients = differences(preset, cache, teacher_name, teacher, rounds)
+                claims.append(measure.claim(f"loss, {preset}", losses, most_difference, at_most=True))
+                claims.append(measure.claim(f"gradient, {preset}", gradients, most_difference, at_most=True))
+    figures["claims that are missed"] = sum(claim.met is False for claim in claims)
+    conditions = [
+        "error: standardised by channel, relative L2 of a token (docs/format.md, section 6), on the tokens the quantiser was "
+        "fitted on; loss and gradient: relative difference and relative L2 difference, batches of 8, students of 2 to 5 blocks",
+        "demo: the built-in teacher, trained, on digits; moco-v3-s16: random weights, on made-up images",
+    ]
+    measure.report(name, claims, figures, conditions, where)
+
+
+if __name__ == "__main__":
+    main()
