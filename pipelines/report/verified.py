@@ -28,8 +28,8 @@ class Verified:
 
 def verify_now(cache: Cache, sample: int | None, now: str) -> Verified:
     """Run verify on a cache."""
-    findings, n_files = verify(cache, sample)
-    return Verified(now, n_files, sample, tuple(_finding(cache, f.kind, f.path, f.message) for f in findings))
+    findings, checked = verify(cache, sample)
+    return Verified(now, checked.n_files, sample, tuple(_finding(cache, f.kind, f.path, f.message) for f in findings))
 
 
 def read_verified(path: Path, cache: Cache) -> Verified:
