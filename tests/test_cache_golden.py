@@ -296,8 +296,8 @@ def test_the_golden_crops_decode(numbers):
 
 def test_verify_finds_the_golden_cache_sound():
     """`verify` has nothing to say about the committed cache."""
-    findings, n_files = verify(Cache(GOLDEN))
-    assert findings == [] and n_files > 50
+    findings, checked = verify(Cache(GOLDEN))
+    assert findings == [] and checked.n_files > 50
 
 
 def test_the_writers_give_the_same_bytes_again(tmp_path):

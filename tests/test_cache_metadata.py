@@ -262,6 +262,9 @@ def test_a_cache_that_lost_its_declaration(copied, tmp_path):
     with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with teacher-cache crop --repair"):
         Cache(copied)
     (copied / "spare.tar").unlink()
+    with pytest.raises(CacheCorruptError, match="has lost its cache.json and spare.tar.* Restore it from a backup"):
+        Cache(copied)
+    shutil.rmtree(copied / "view-000")
     for folder in (copied, tmp_path / "nothing", copied / "images.txt"):
         with pytest.raises(UsageError, match="is no cache: it has no cache.json"):
             Cache(folder)

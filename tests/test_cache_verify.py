@@ -480,10 +480,10 @@ def test_command_on_a_sound_cache(shared_cache):
     ]  # fmt: skip
     result = run(shared_cache.path, "--json", "--sample", 3)
     told = json.loads(result.stdout)
-    assert set(told.pop("rows").values()) == {3}
+    assert set(told.pop("rows").values()) == {3} and told.pop("when").endswith("+00:00")
     assert result.exit_code == 0 and told == {
-        "path": str(shared_cache.path), "sound": True, "n_files": n_files, "n_bytes": None, "again": {}, "mend": [],
-        "findings": [],
+        "path": str(shared_cache.path), "crops_id": shared_cache.crops_id, "sample": 3, "sound": True, "n_files": n_files,
+        "n_bytes": None, "again": {}, "mend": [], "findings": [],
     }  # fmt: skip
 
 
