@@ -29,7 +29,7 @@ def bare_forward(teacher, images: list[torch.Tensor], layers: tuple[int, ...]) -
     for batch in images:
         teacher(batch, layers)
     if teacher.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(teacher.device)
     return sum(len(batch) for batch in images)
 
 
@@ -44,8 +44,8 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> floa
         return n_rows
 
     rate = measure.rate_of(write)
-    for file in store.rglob("c.0.*"):
-        if file.parent.name not in ("centre", "spread"):
+    for array in spec.array_names:
+        for file in (store / array).glob("c.0.*"):
             file.unlink()
     return -rate
 
@@ -97,7 +97,7 @@ def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round:
 @click.command()
 @click.option("--teacher", "teachers", multiple=True, help="[default: dino-s16; on a GPU clip-b16 and clip-l14]")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--crops", type=click.IntRange(1), help="A round. [default: 64; on a GPU 2048]")
+@click.option("--crops", type=click.IntRange(1), help="A round. [default: 192; on a GPU 2048]")
 @click.option("--batch", type=click.IntRange(1), help="[default: 16; on a GPU 128]")
 @click.option("--dtype", default="int8", show_default=True)
 @measure.options
@@ -109,7 +109,7 @@ def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: in
     where = measure.environment()
     on_gpu = pick_device(device, "auto")[0] != "cpu"
     names = teachers or (("demo",) if tiny else ("clip-b16", "clip-l14") if on_gpu else ("dino-s16",))
-    crops, batch = crops or (4 if tiny else 2048 if on_gpu else 64), batch or (2 if tiny else 128 if on_gpu else 16)
+    crops, batch = crops or (4 if tiny else 2048 if on_gpu else 192), batch or (2 if tiny else 128 if on_gpu else 16)
     claims, figures, conditions = [], {}, ["decoding, quantising, CRCs and fsync included; the quantiser's fit is not"]
     with measure.scratch_folder(scratch, 0 if tiny else crops * (rounds + 4) * 1_100_000) as folder:
         for name in names:

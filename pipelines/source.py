@@ -21,6 +21,7 @@ from teacher_cache.beton import CropReader, read_checksums
 from teacher_cache.cache import Cache, View
 from teacher_cache.durable import canonical_json
 from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
+from teacher_cache.race import require_patches
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import extract_command, read_manifest, shared_sha256
@@ -192,7 +193,7 @@ class _Stored:
     """What a run reads of one teacher's stores: layers, their quantiser, the way from a record to targets."""
 
     def __init__(self, store: StoreReader, name: str, needs: Needs, cache: Cache, device: torch.device):
-        self.needs, self.teacher, self.spec = needs, store.teacher, store.spec
+        self.name, self.needs, self.teacher, self.spec = name, needs, store.teacher, store.spec
         self.layers = block_numbers(needs, self.teacher)
         missing = [layer for layer in self.layers if layer not in self.spec.layers]
         if missing or needs.attention and not self.spec.attention:
@@ -271,6 +272,11 @@ class CachedSource(CropSource):
     def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
         """One transfer of the quantised record; tokens become float on the device."""
         records = raw.records if raw.records is not None else np.zeros((len(raw.rows), 0), "u1")
+        for part in self._loader.parts:
+            if part.array == "index":
+                index = records[:, part.offset : part.offset + part.n_bytes].view("<i4")
+                store = self.stored[part.store]
+                require_patches(index, store.teacher.n_patches, raw.rows, f"{store.name}.zarr/index")
         record = torch.from_numpy(records).to(self.device, non_blocking=True)  # uint8 [B, record bytes]
         return tuple(
             stored.targets(record, [part for part in self._loader.parts if part.store == place])

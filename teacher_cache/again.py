@@ -269,6 +269,6 @@ def _race_again(store: Path, reader: StoreReader, rows: np.ndarray, view: int) -
         again = race(reader.read("attention", batch), batch, view, reader.spec.visible)
         wrong = batch[(reader.read("index", batch) != again).any(1)]
         if len(wrong):
-            message = f"the visible patches of row {wrong[0]} are not those that its attention chooses."
+            message = f"the visible patches of row {wrong[0]} are not those that its attention chooses on this machine."
             yield Finding("damaged", str(store / "index"), message)
             return

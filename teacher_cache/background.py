@@ -35,6 +35,7 @@ class BackgroundWriter:
         self.waited_s = 0.0
         self._batches: queue.Queue = queue.Queue(ahead)
         self._error: BaseException | None = None
+        self._has_ended = False
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def put(self, shard: int, arrays: dict[str, np.ndarray], is_last: bool) -> None:
@@ -71,7 +72,7 @@ class BackgroundWriter:
             pass
         except BaseException as error:
             self._error = error
-            while self._batches.get():
+            while not self._has_ended and self._batches.get():
                 pass
 
     def _write_shard(self, batch: tuple, pool: ThreadPoolExecutor) -> None:
@@ -85,6 +86,7 @@ class BackgroundWriter:
                     return
                 batch = self._batches.get()
                 if batch is None:
+                    self._has_ended = True
                     raise _EndedEarly
                 _, arrays, is_last = batch
 

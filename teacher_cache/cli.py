@@ -409,7 +409,7 @@ def _store_name(name: str) -> str:
 @click.option("--student-rate", type=click.FloatRange(0, min_open=True), help="Crops a second that your GPU trains, without the "
               "teacher, never waiting.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Measure here what is not given: teacher, extraction, the preset's student, and "
-              "the disk of CACHE. Takes about a minute and up to 1 GB of disk for the time.")  # fmt: skip
+              "the disk of CACHE. Takes about a minute, and up to 2 GB of disk for that time.")  # fmt: skip
 @click.option("--weights", help="With --measure: the teacher's weights. [default: random ones, which take as long]")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="With --measure: auto, cpu, cuda or cuda:N.")
@@ -429,7 +429,7 @@ def estimate(cache: Path | None, as_json: bool, **options):
       teacher-cache estimate --preset milan-b16 --n-images 1281167 --gpu-rate 2500 --student-rate 1800
       teacher-cache estimate --preset maskalign-b16 --images imagenet/train --measure /data/cache
     """
-    with one_line_errors("Nothing was written."):
+    with one_line_errors("Nothing was written.", as_json=as_json):
         from .estimating import Question, answer, in_words
 
         preset = options.pop("preset")
@@ -494,14 +494,16 @@ def _compare(cache, other, as_json: bool) -> None:
     from .compare import compare
 
     lines = compare(cache, other)
-    equal = all(line.kind != "differs" for line in lines)
+    kinds = {line.kind for line in lines}
+    equal = False if "differs" in kinds else None if "unknown" in kinds else True
     if as_json:
         click.echo(json.dumps({"paths": [str(cache.path), str(other.path)], "equal": equal,
                                "lines": [dataclasses.asdict(line) for line in lines]}, indent=1))  # fmt: skip
     else:
         for line in lines:
             click.echo(f"{line.kind:<8} {line.what}: {line.text}")
-        click.echo("A student would be given the same." if equal else f"{cache.path} and {other.path} differ.")
+        click.echo({True: "A student would be given the same.", False: f"{cache.path} and {other.path} differ.",
+                    None: "Whether a student would be given the same cannot be told from the records."}[equal])  # fmt: skip
     if not equal:
         sys.exit(1)
 
@@ -570,10 +572,6 @@ def report(cache: Path, out: Path, **options):
 
         n_bytes = write(cache, out, Options(**options), say)
         say(f"Wrote {out} ({human(n_bytes)})")
-
-
-VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")
-STORE = click.option("--teacher", help="Which store, if there are several.")
 
 
 @main.command()

@@ -44,6 +44,12 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; say nothing more
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        advice = "Take smaller batches (--batch-size, or --set accumulate=N) or another --device."
+        _say_error(f"The GPU's memory is full. {advice}", as_json)
+        sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _say_error(f"{where}{error.strerror or error}", as_json)

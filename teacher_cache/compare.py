@@ -21,7 +21,7 @@ class Line:
     """One thing that was compared."""
 
     kind: str
-    """`equal`, `differs`, or `note`: of something that makes no other targets."""
+    """`equal`, `differs`, `unknown`: cannot be told from the records, or `note`: of something that makes no other targets."""
     what: str
     text: str
 
@@ -114,7 +114,7 @@ def _shards(what: str, a, b) -> Iterator[Line]:
     if files_a.shape != files_b.shape or spec_a.codecs != spec_b.codecs:
         return  # said already
     if manifest_sha256(a) != manifest_sha256(b):
-        yield Line("note", what, "every shard names its store's manifest, and these differ: checksums cannot be compared")
+        yield Line("unknown", what, "every shard names its store's manifest, and these differ: checksums cannot be compared")
         return
     both = there_a & there_b
     other = both & (files_a != files_b).any(axis=1)

@@ -68,7 +68,9 @@ class Encoder:
 
     def _index(self, attention: Tensor, rows: np.ndarray) -> Tensor:
         """race.race on the device. The logarithms come from the host: those of two devices differ in the last bit."""
-        arriving = torch.from_numpy(arrivals(attention.shape[1], rows, self.view)).to(self.device)  # float64 [B, N]
+        arriving = torch.from_numpy(arrivals(attention.shape[1], rows, self.view))  # float64 [B, N]
+        if self.device.type == "cuda":
+            arriving = arriving.pin_memory().to(self.device, non_blocking=True)
         speed = attention.double() / arriving
         return torch.argsort(speed, dim=1, descending=True, stable=True)[:, : self.spec.visible].int()
 
@@ -76,14 +78,15 @@ class Encoder:
 def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
     """Begin to copy tensors to the host, behind what their device has still to do; the function returned waits for them."""
     copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-    done = None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        done = torch.cuda.Event()
-        done.record()
+    done = []
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))  # by itself it would look at the current device, cuda:0
+        done.append(event)
 
     def wait() -> dict[str, np.ndarray]:
-        if done is not None:
-            done.synchronize()
+        for event in done:
+            event.synchronize()
         return {name: copy.numpy() for name, copy in copies.items()}
 
     return wait
@@ -101,15 +104,16 @@ def require_finite(finite: np.ndarray, rows: np.ndarray, name: str) -> None:
 
 def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: int) -> tuple[Tensor, Tensor]:
     """quantize.quantise on the device: float32 [..., D] -> int8 [..., D] or uint8 [..., ceil(D / 2)], and float16 [..., G]."""
-    standard = (tokens.float() - centre) / spread
+    standard = (tokens.float() - centre).div_(spread)  # in place from here on: each pass over memory counts
     dim = standard.shape[-1]
     n_short = -dim % group  # the last group is filled up with one of its own values, which changes neither end
     padded = torch.cat([standard, standard[..., -1:].expand(*standard.shape[:-1], n_short)], -1) if n_short else standard
     groups = padded.unflatten(-1, (-1, group))  # [..., G, group]
-    lowest, highest = groups.amin(-1), groups.amax(-1)
+    lowest, highest = groups.aminmax(dim=-1)
     largest = torch.maximum(highest.abs(), lowest.abs())
     if dtype == "int8":
-        scale = (largest / 127).half()
+        # by a tensor: for a number CUDA multiplies by its reciprocal, which rounds otherwise
+        scale = (largest / torch.tensor(127.0, device=largest.device)).half()
         return _levels(groups, scale, -127, 127)[..., :dim].to(torch.int8), scale
     scale = (torch.where(highest >= -lowest, -largest, largest) / 8).half()
     levels = _levels(groups, scale, -8, 7)
@@ -120,10 +124,10 @@ def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: 
 
 
 def _levels(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
-    """float32 [..., G * group], whole numbers."""
-    step = scale.float().unsqueeze(-1)
-    levels = torch.where(step != 0, groups / step, 0.0)
-    return levels.round().clamp(least, most).flatten(-2)
+    """float32 [..., G * group], whole numbers. `groups` is overwritten."""
+    step = scale.float()
+    step = torch.where(step == 0, torch.inf, step).unsqueeze(-1)  # by which all becomes 0
+    return groups.div_(step).round_().clamp_(least, most).flatten(-2)
 
 
 def _times(scale: Tensor, factor: float) -> Tensor:

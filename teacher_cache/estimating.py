@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from .cache import Cache
 from .crops import CropPlan
 from .disk import DiskRates, measure_files, measure_folder
+from .durable import ASIDE
 from .errors import UsageError
 from .estimate import free_bytes, human
 from .forecast import CropSizes, byte_lines, cache_bytes
@@ -188,9 +190,11 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
     how = measured["how"] = []
     say = waiting("estimate")
     folder = _existing(asked.folder)
+    if (folder / "cache.json").exists():
+        folder = folder.parent  # nothing foreign is ever put into a cache
     row_bytes = max(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     say("the disk")
-    shards = sorted(asked.folder.glob("view-*/*.zarr/**/c.*"), key=lambda path: -path.stat().st_size)[:MOST_FILES]
+    shards = _largest_shards(asked.folder)
     measured["disk"] = measure_files(shards, row_bytes) if shards else measure_folder(folder, row_bytes)
     if not asked.gpu_rate:
         say("the teacher")
@@ -206,6 +210,16 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
         rate, n = student.rate(teacher.spec, device)
         measured["student"] = rate
         how.append(f"student {rate:,.4g} crops/s: {student.preset} on {device}, batches of {n} in memory, one process")
+
+
+def _largest_shards(cache: Path) -> list[Path]:
+    """Up to MOST_FILES shard files; a writer may be at work beside us."""
+    sizes: dict[Path, int] = {}
+    for path in cache.glob("view-*/*.zarr/**/c.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.suffix != ASIDE:
+                sizes[path] = path.stat().st_size
+    return sorted(sizes, key=lambda path: -sizes[path])[:MOST_FILES]
 
 
 def _existing(folder: Path) -> Path:

@@ -74,7 +74,7 @@ def _parts(cache: dict, bar: Bar) -> Iterator:
         found = {view["view"]: store for view in views for store in view["stores"] if store["name"] == name}
         yield from _store_parts(name, found, [view["view"] for view in views], bar)
     if not any(view["stores"] for view in views):
-        yield "no targets yet: teacher-cache extract --teacher NAME " + cache["path"]
+        yield Text("no targets yet: teacher-cache extract --teacher NAME " + cache["path"], overflow="fold")
 
 
 def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) -> Iterator:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .errors import CacheCorruptError
+
 KEY = 0x72616365
 """Sets these numbers apart from those of crops."""
 
@@ -27,6 +29,16 @@ def race(attention: np.ndarray, rows: np.ndarray, view: int, n_first: int) -> np
     """
     speed = attention.astype("float64") / arrivals(attention.shape[1], rows, view)
     return np.argsort(-speed, axis=1, kind="stable")[:, :n_first].astype("int32")
+
+
+def require_patches(index: np.ndarray, n_patches: int, rows: np.ndarray, where) -> None:
+    """Raise CacheCorruptError unless all numbers of `index` [B, K], read for `rows` of `where`, are those of patches."""
+    wrong = ((index < 0) | (index >= n_patches)).any(1)
+    if wrong.any():
+        raise CacheCorruptError(
+            f"{where}: row {rows[wrong.argmax()]} names patches that are not 0 to {n_patches - 1}. Run teacher-cache verify on "
+            "this cache."
+        )
 
 
 def take_visible(tokens: np.ndarray, index: np.ndarray, n_cls: int) -> np.ndarray:

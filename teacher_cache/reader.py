@@ -22,6 +22,7 @@ from .decompress import decompress, promised_bytes
 from .durable import crc32c
 from .errors import CacheCorruptError, CropNotCachedError, NotInCacheError, TeacherCacheError, UsageError
 from .quantize import dequantise
+from .race import require_patches
 from .shards import index_bytes
 from .spec import ARRAY_NAME
 from .store import check_array_json, read_head, read_manifest, read_statistics
@@ -118,12 +119,14 @@ class StoreReader:
             raise UsageError(f"{array}: out must be C-contiguous {dtype} {shape}, not {out.dtype} {out.shape}.")
         if self.reader == "zarr":
             self._read_zarr(array, rows, out)
-            return out
-        with self.opened([array], rows):
-            if dict(self.spec.codecs)[array] == "none":
-                self._copy(array, rows, out)
-            else:
-                self._decode(array, rows, out)
+        else:
+            with self.opened([array], rows):
+                if dict(self.spec.codecs)[array] == "none":
+                    self._copy(array, rows, out)
+                else:
+                    self._decode(array, rows, out)
+        if array == "index":
+            require_patches(out, self.teacher.n_patches, rows, self.path / array)
         return out
 
     def tokens(self, rows, layer: int) -> np.ndarray:

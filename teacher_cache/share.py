@@ -23,8 +23,13 @@ class Share:
 
         To be called before numba is imported: processes on one machine share its processors too.
         """
-        names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
-        share = cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = [os.environ.get(name, "") for name in names]
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()  # other launchers set some of these names too, for programs that are not this one
+        if not all(value.isdecimal() for value in given):
+            raise UsageError(f"torchrun's {', '.join(names)} must be numbers, not {given}.")
+        share = cls(*map(int, given))
         if share.world > 1 and shards is not None:
             raise UsageError("--shards: torchrun's processes share the shards among themselves. Leave it out.")
         if share.world > 1 and repair:

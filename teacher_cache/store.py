@@ -92,7 +92,7 @@ class Manifest:
         try:
             value = dict(value)
             version = value.pop("format_version")
-            if version not in STORE_VERSIONS:
+            if type(version) is not int or version not in STORE_VERSIONS:
                 raise BadInputError(
                     f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
                     "Use the version of teacher-cache that wrote it."

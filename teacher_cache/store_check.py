@@ -76,8 +76,14 @@ def check_store(view: View, store: Path, sample: int | None, draws: np.random.Ge
 
 def _is_still_finished(store: Path, spec: StoreSpec, shard: int, files: np.ndarray) -> bool:
     """Whether the record of a shard is what it was; a repair takes it back before the shard is made again."""
-    now, finished, _ = _commits(store, spec)
-    return bool(finished[shard]) and np.array_equal(now[shard], files[shard])
+    if is_complete(store):
+        now, _ = read_commits(store, spec)
+        return np.array_equal(now[shard], files[shard])
+    try:
+        _, record = read_record(store / "commits" / f"{shard:06d}.json", spec)
+    except (CacheCorruptError, OSError):
+        return False
+    return np.array_equal(record, files[shard])
 
 
 def judge_shards(view: View, store: Path) -> tuple[np.ndarray, list[Finding]]:

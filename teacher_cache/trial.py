@@ -17,25 +17,38 @@ from PIL import Image
 from .cropping import make_crops, plan_job
 from .crops import CropPlan, load_image
 from .errors import BadInputError
-from .extract import extract_view, run_teacher
+from .estimate import require_space
+from .extract import extract_view
 from .images import ImageList, read_image
 from .planning import ExtractPlan
 
 LASTS_S = 8.0
 """What is aimed at, for each of the two timings."""
 LEAST_ROWS, MOST_ROWS = 16, 2048
+MOST_BYTES = 800_000_000
+"""Of the targets that are written, two views of them, unless LEAST_ROWS take more."""
+ORIGINAL_BYTES = 200_000
+"""Room for an original, and for its crops."""
 N_ORIGINALS = 64
 """Different images among the crops; they are repeated."""
 
 
 def teacher_rate(teacher, layers: tuple[int, ...], crop_size: int, batch_size: int) -> float:
     """Crops a second of the teacher alone, on batches in memory; what every step of live training pays."""
+    import torch
+
     images = np.random.default_rng(0).integers(0, 256, (batch_size, crop_size, crop_size, 3), "uint8")
-    rows = np.arange(batch_size)
-    run_teacher(teacher, images[:2], rows[:2], layers)  # the first call of a process prepares much
+    on_device = torch.from_numpy(images).to(teacher.device)
+
+    def run() -> None:
+        teacher(on_device, layers)
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+
+    run()  # the first call of a process prepares much
     n_done, started = 0, time.perf_counter()
     while not n_done or time.perf_counter() - started < LASTS_S:
-        run_teacher(teacher, images, rows, layers)
+        run()
         n_done += batch_size
     return n_done / (time.perf_counter() - started)
 
@@ -47,7 +60,11 @@ def extraction_rate(folder: Path, teacher, plan: ExtractPlan, crop_plan: CropPla
     folder: on the disk of the future cache; a temporary folder in it is written and removed. expected: crops a second, for the
     number of crops. images_dir, images: originals; without them pictures are made up.
     """
-    n_rows = int(min(MOST_ROWS, max(LEAST_ROWS, expected * LASTS_S)))
+    spec = plan.store_spec(teacher.spec, MOST_ROWS)
+    row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
+    n_rows = int(min(MOST_ROWS, MOST_BYTES // (2 * row_bytes), expected * LASTS_S))
+    n_rows = max(LEAST_ROWS, n_rows)
+    require_space(folder, 2 * n_rows * row_bytes + n_rows * ORIGINAL_BYTES)
     with tempfile.TemporaryDirectory(dir=folder, prefix="teacher-cache-trial-") as name:
         trial = Path(name)
         originals = _originals(images_dir, images)

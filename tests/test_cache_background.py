@@ -88,6 +88,15 @@ def test_an_error_reaches_the_caller(begun, monkeypatch, fails_at):
     assert StoreReader(path).finished.tolist() == [fails_at > 2, False, False] and not list(path.rglob("*.partial"))
 
 
+def test_leaving_early_on_a_disk_that_fails(begun, monkeypatch):
+    """Left by an exception while files cannot even be removed, the writer ends all the same, with that exception."""
+    path, _, arrays = begun
+    monkeypatch.setattr(ShardWriter, "_abandon", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(path, read_manifest(path), lambda n: None) as out:
+        out.put(0, {name: values[:2] for name, values in arrays.items()}, is_last=False)
+        raise KeyboardInterrupt
+
+
 def test_leaving_early(begun):
     """Left by an exception, what was put is still written: whole shards are kept, the one that is not whole is given up."""
     path, spec, arrays = begun

@@ -14,8 +14,10 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import torch
 from cache_fakes import contents, failing_at, flip_bit
 from click.testing import CliRunner
+from fakes import FakeTeacher
 
 from teacher_cache import cli, estimate, parts, teachers
 from teacher_cache.background import BackgroundWriter
@@ -247,7 +249,8 @@ def test_torchrun(tmp_path, image_folder, made, monkeypatch):
     run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
     monkeypatch.setenv("NUMBA_NUM_THREADS", str(numba.config.NUMBA_NUM_THREADS))  # numba refuses a change later on
     for rank in (1, 3, 0, 2):  # 4 processes, 3 shards
-        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4}.items():
+        of_torchrun = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4, "TORCHELASTIC_RUN_ID": "x"}
+        for name, value in of_torchrun.items():
             monkeypatch.setenv(name, str(value))
         said = run(*FAKE, *SMALL, tmp_path / "c").stderr
         assert ("There are 3 shards for 4 processes: none for this one." in said) == (rank == 0)
@@ -256,6 +259,26 @@ def test_torchrun(tmp_path, image_folder, made, monkeypatch):
     assert "--repair is for one process" in run(*FAKE, "--repair", made, code=2).stderr
     said = run(*FAKE, *SMALL, "--images", image_folder, tmp_path / "new", code=2).stderr
     assert "First run: teacher-cache crop" in said
+
+
+def test_other_launchers(tmp_path, image_folder, made, monkeypatch):
+    """RANK and WORLD_SIZE set by something else than torchrun mean nothing; torchrun's that are no numbers are refused."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    extract_to(tmp_path / "c", image_folder)
+    assert contents(tmp_path / "c") == contents(made)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert "must be numbers, not ['2', '2', '', '']" in run(*FAKE, made, code=2).stderr
+
+
+def test_a_gpu_that_is_full(tmp_path, image_folder, monkeypatch):
+    """A GPU without memory ends the command with what to do, not with a traceback."""
+
+    def full(self, images, layers):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FakeTeacher, "__call__", full)
+    assert "The GPU's memory is full. Take smaller batches" in extract_to(tmp_path / "c", image_folder, code=1).stderr
 
 
 def test_tokens_option(tmp_path, image_folder):

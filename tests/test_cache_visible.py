@@ -19,9 +19,9 @@ from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, P
 from student.errors import ConfigError, RunError
 from student.masking import Mask, draw_noise
 from student.model import Student
-from teacher_cache.again import reteach
+from teacher_cache.again import reteach, teach_views_again
 from teacher_cache.beton import CropReader
-from teacher_cache.encode import Encoder
+from teacher_cache.encode import Encoder, to_host
 from teacher_cache.errors import CacheCorruptError, UsageError
 from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.race import race, take_visible
@@ -166,6 +166,52 @@ def test_a_wrong_index_is_found(image_folder, tmp_path, monkeypatch):
     store = cache.view(0).store_path("swapped")
     found = list(reteach(cache.view(0), store, FakeTeacher(), np.arange(24)))
     assert any("visible patches of row 0 are not those that its attention chooses" in finding.message for finding in found)
+
+
+@pytest.mark.parametrize("wrong", [16, -1])
+def test_a_foreign_index_is_no_crash(image_folder, tmp_path, monkeypatch, wrong):
+    """Numbers of patches that the grid does not have, with sound checksums, are an error of every reader and of training."""
+    cache, arrays_of = crop_folder(tmp_path / "c", image_folder), Encoder.__call__
+
+    def spoiled(self, output, rows):
+        arrays = arrays_of(self, output, rows)()
+        arrays["index"] = np.where(rows[:, None] == 13, wrong, arrays["index"]).astype("int32")
+        return lambda: arrays
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", spoiled)
+        extract_view(cache.view(0), "visible", FakeTeacher(), STORES["visible"])
+    for reader in READERS:
+        with pytest.raises(CacheCorruptError, match="row 13 (names patches that are not 0 to 15|is damaged)"):
+            reader_of(cache, "visible", reader=reader).read("index", [1, 13])
+    source = CachedSource(cache, ["visible"], [Needs(layers=(-1,))], batch_size=24)
+    with pytest.raises(CacheCorruptError, match="row 13 names patches"):
+        list(source.micro_batches(0, 1))
+    assert [f.kind for f in teach_views_again(cache, FakeTeacher(), "visible", 24)] == ["unchecked"]
+
+
+def test_copies_wait_for_their_own_device(monkeypatch):
+    """What is copied from a GPU is waited for on that GPU, not on whichever is the current one."""
+    asked, device = [], torch.device("cuda", 3)
+
+    class Tensor:
+        is_cuda, device = True, torch.device("cuda", 3)
+
+        def to(self, where, non_blocking):
+            assert (where, non_blocking) == ("cpu", True)
+            return torch.ones(1)
+
+    class Event:
+        def record(self, stream):
+            asked.append(stream)
+
+        def synchronize(self):
+            asked.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: ("stream", of))
+    assert to_host({"a": Tensor(), "b": Tensor()})()["b"].tolist() == [1]
+    assert asked == [("stream", device), "waited"]
 
 
 def test_versions(cache):
