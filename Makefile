@@ -9,8 +9,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt scripts/setup.sh
 demo: $(READY) ## the whole project in a few minutes: crops, teacher, cache, students, what they learned
 	@.venv/bin/python -m pipelines.demo
 
-test: $(READY) ## the test suite
-	@.venv/bin/python -m pytest
+test: $(READY) ## the test suite, on all processors
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(READY) ## every benchmark that fits this machine, into bench-out; 12 minutes on 2 quiet CPUs
 	@.venv/bin/python -m benchmarks --out bench-out

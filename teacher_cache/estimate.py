@@ -55,7 +55,7 @@ def require_space(path: Path, needed: int) -> None:
     if needed > free:
         raise NoSpaceError(
             f"{human(needed)} are needed on the disk of {path}, {human(free)} are free: {human(needed - free)} short. "
-            "Make room, or store less: fewer --views, --layers last, --dtype int8."
+            "Make room, or store less: fewer --views, --layers last, --dtype int4, --tokens visible:K."
         )
 
 
