@@ -394,7 +394,7 @@ def _store_name(name: str) -> str:
 @click.option("--images", type=click.Path(path_type=Path), help="The originals: they are counted, and a few crops are cut to "
               "measure their bytes.")  # fmt: skip
 @click.option("--n-images", type=click.IntRange(1), help="How many there will be, where they are not at hand.")
-@click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Passes over the images.")
+@click.option("--views", type=click.IntRange(1), help="Passes over the images. [default: 1, or what the cache has]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
 @click.option("--tokens", "visible", type=TokenChoice(), help="all, or visible:K, as for extract. [default: all]")
@@ -456,7 +456,8 @@ def _student_of(preset: str | None, teacher: str | None):
     def rate(spec, device):
         return student_rate(chosen.config, student_of(chosen.config, spec), spec, device)
 
-    return Student(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate)
+    return Student(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate,
+                   max(1, len(chosen.teachers)))  # fmt: skip
 
 
 @main.command()

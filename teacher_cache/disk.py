@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .errors import NoSpaceError
 from .estimate import free_bytes, full_disk_explained, human
 
@@ -64,10 +66,12 @@ def measure_folder(folder: Path, chunk_bytes: int) -> DiskRates:
     if n_bytes < 64 << 20:
         raise NoSpaceError(f"{folder}: {human(free_bytes(folder))} are free, too few to measure the disk. Make room.")
     with tempfile.NamedTemporaryFile(dir=folder, prefix="teacher-cache-disk-") as file, full_disk_explained(folder, str):
-        noise = os.urandom(SEQUENTIAL_CHUNK)  # a file system that compresses or joins equal blocks must gain nothing
+        # a file system that compresses or joins equal blocks must gain nothing: every block is another one
+        noise = np.frombuffer(os.urandom(SEQUENTIAL_CHUNK), "u8").reshape(-1, BLOCK // 8).copy()
         started = time.perf_counter()
         for number in range(n_bytes // SEQUENTIAL_CHUNK):
-            file.write(number.to_bytes(8, "little") + noise[8:])
+            noise[:, 0] = number * len(noise) + np.arange(len(noise))
+            file.write(noise)
         file.flush()
         os.fsync(file.fileno())
         write = n_bytes / (time.perf_counter() - started)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import Cache
+from .commits import read_commits
 from .crops import CropPlan
 from .disk import DiskRates, measure_files, measure_folder
 from .durable import ASIDE
@@ -20,6 +21,7 @@ from .images import ImageList, scan
 from .planning import ExtractPlan
 from .progress import waiting
 from .spec import ARRAY_NAME, StoreSpec, TeacherSpec
+from .store import read_manifest, store_file_name
 from .verdict import Rates, Use, hours, judge
 
 MOST_FILES = 64
@@ -38,6 +40,7 @@ class Student:
     """Block numbers that a training step reads, and whether attention; given the teacher and StoreSpec.visible."""
     rate: Callable[[TeacherSpec, str], tuple[float, int]]
     """Measures crops a second on a device, and on batches of how many."""
+    n_teachers: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Question:
     teacher: str | None
     images: Path | None
     n_images: int | None
-    views: int
+    views: int | None
     layers: str | None
     dtype: str | None
     visible: int | None
@@ -75,6 +78,8 @@ def answer(asked: Question, student: Student | None) -> dict:
     loaded, device = _load(asked, name) if asked.measure or not _is_listed(asked, name) else (None, None)
     teacher = loaded.spec if loaded else _listed(name)
     crops, crop_plan, crop_format, images = _crops(asked, student, _crop_size(name, teacher))
+    cache = Cache(asked.folder) if (asked.folder / "cache.json").exists() else None
+    asked = dataclasses.replace(asked, views=asked.views or (len(cache.views()) if cache else 1))
     given = {key: getattr(asked, key) for key in ("layers", "dtype", "visible", "shard_rows", "batch_size")}
     plan = ExtractPlan(**{key: value for key, value in given.items() if value is not None})
     spec = plan.store_spec(teacher, crops.n_images)
@@ -92,10 +97,12 @@ def answer(asked: Question, student: Student | None) -> dict:
         asked.student_rate or measured.get("student"), disk.random if disk else None,
     )  # fmt: skip
     epochs = asked.epochs or (student.epochs if student else None)
+    present = _bytes_there(cache, asked.views, store_file_name(name)) if cache else 0
     free = free_bytes(asked.folder)
-    use = Use(crops.n_images, asked.views, epochs, asked.runs, read, sizes["total"], free)
+    use = Use(crops.n_images, asked.views, epochs, asked.runs, read, sizes["total"], free + present)
     verdict = judge(use, rates)
     verdict_json = dataclasses.asdict(verdict)
+    verdict_json["unknown"] = [*verdict.unknown, *_left_out(name, student, cache, rates)]
     if verdict.break_even_epochs is not None and math.isinf(verdict.break_even_epochs):
         verdict_json |= {"break_even_epochs": None, "never_pays": True}
     return {
@@ -104,10 +111,30 @@ def answer(asked: Question, student: Student | None) -> dict:
         "layers": list(spec.layers), "dtype": spec.dtype, "attention": spec.attention, "visible": spec.visible,
         "shards": spec.n_shards,
         "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
-        "free_bytes": free, "folder": str(asked.folder), "bytes_read_per_crop": read, "layers_read": layers,
+        "free_bytes": free, "present_bytes": present, "folder": str(asked.folder), "bytes_read_per_crop": read,
+        "layers_read": layers,
         "rates": {**dataclasses.asdict(rates), "how": measured.get("how", [])},
         "disk": dataclasses.asdict(disk) if disk else None, **verdict_json,
     }  # fmt: skip
+
+
+def _bytes_there(cache: Cache, n_views: int, store_name: str) -> int:
+    """Bytes of crops and targets that need not be made any more."""
+    n_bytes = 0
+    for view in cache.views()[:n_views]:
+        n_bytes += (view.path / "crops.beton").stat().st_size
+        if store_name in view.store_names():
+            store = view.store_path(store_name)
+            n_bytes += int(read_commits(store, read_manifest(store).store)[0]["bytes"].sum())
+    return n_bytes
+
+
+def _left_out(name: str, student: Student | None, cache: Cache | None, rates: Rates) -> Iterator[str]:
+    """What the figures do not count."""
+    if student and student.n_teachers > 1:
+        yield f"what more teachers of {student.preset} cost: this counts {name} alone, ask for the others with --teacher"
+    if cache is None and rates.extraction:
+        yield "the time of cutting crops, which comes before the extraction: hours for a million images on a few processors"
 
 
 def _is_listed(asked: Question, name: str) -> bool:
@@ -242,7 +269,8 @@ def in_words(told: dict) -> str:
         "",
         *told["byte_lines"],
         f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {told['folder']}"
-        + (f": {human(total - free)} SHORT" if total > free else ""),
+        + (f"; {human(told['present_bytes'])} of it are there" if told["present_bytes"] else "")
+        + (f": {human(total - free - told['present_bytes'])} SHORT" if total > free + told["present_bytes"] else ""),
         "",
     ]
     if told["extraction_s"] is not None:

@@ -48,7 +48,7 @@ class CropSizes:
 
     @classmethod
     def of_cache(cls, cache: Cache) -> CropSizes:
-        sizes = cache.views()[0].crops()["bytes"]
+        sizes = cache.finished_view(0).crops()["bytes"]
         return cls(cache.n_images, sizes, "as they are in the cache", (cache.path / "images.txt").stat().st_size / cache.n_images)
 
     @classmethod

@@ -65,7 +65,9 @@ def test_crops_that_are_there_are_counted(shared_cache):
     told = estimated("--teacher", "demo", shared_cache.path)
     assert told["n_images"] == 24 and told["crop_size"] == 32
     beton = (shared_cache.view(0).path / "crops.beton").stat().st_size
-    assert told["bytes"]["crops"] == pytest.approx(beton, rel=0.001)
+    assert told["views"] == 2 and told["bytes"]["crops"] == pytest.approx(2 * beton, rel=0.001)
+    assert told["present_bytes"] > 2 * beton * 0.9  # crops of both views need no room any more
+    assert estimated("--teacher", "demo", "--views", 1, shared_cache.path)["bytes"]["crops"] == pytest.approx(beton, rel=0.001)
     assert "leave out --images" in run("estimate", "--teacher", "demo", "--n-images", 5, shared_cache.path, code=2).stderr
 
 
@@ -168,7 +170,8 @@ def test_measuring(tmp_path, images, monkeypatch):
     monkeypatch.setattr(disk, "TEMPORARY_BYTES", 64 << 20)
     arguments = ["--preset", "maskalign-demo", "--images", images, "--measure", tmp_path / "to" / "be"]
     told = estimated(*arguments)
-    assert all(told["rates"][name] > 0 for name in ("teacher", "extraction", "student", "disk")) and told["unknown"] == []
+    assert all(told["rates"][name] > 0 for name in ("teacher", "extraction", "student", "disk"))
+    assert [line.split(",")[0] for line in told["unknown"]] == ["the time of cutting crops"]
     assert [line.split()[0] for line in told["rates"]["how"]] == ["teacher", "extraction", "student"]
     assert told["disk"]["write"] > 0 and list(tmp_path.iterdir()) == []
     said = run("estimate", *arguments, "--gpu-rate", 5, "--student-rate", 7).stdout

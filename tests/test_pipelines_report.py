@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import stat
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -388,3 +390,28 @@ def test_the_page_fits_a_phone_in_both_themes(opened, scheme):
     assert levels[0] > 600 > levels[1] if scheme == "light" else levels[0] < 150 < levels[1]
     bar = tab.locator("svg.chart path[style*='--accent']").first
     assert bar.evaluate("bar => getComputedStyle(bar).fill + getComputedStyle(bar).stroke").count("rgb") >= 1
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 10, 23])
+def test_small_caches_give_small_samples(cache, n_rows):
+    """Of a cache with fewer rows than a block, any number of rows can be asked for."""
+    rows = draw_blocks(open_store(cache.view(0), "fake"), n_rows, 0)
+    assert len(rows) == n_rows == len(set(rows.tolist())) and rows.max() < 24
+
+
+@pytest.mark.parametrize("value", [3.3333, 11.111])
+def test_a_constant_channel_is_no_outlier(value):
+    """A channel that never moves changes no norm: what is left of it by rounding is not divided by nothing."""
+    statistics = LayerStatistics(64, seed=0)
+    tokens = np.random.default_rng(0).standard_normal((8, 50, 64)).astype("float32")
+    tokens[..., 5] = value
+    statistics.add(tokens)
+    assert statistics.figures(1).norm_median == pytest.approx(1, abs=0.05)
+
+
+def test_nothing_but_a_file_is_replaced(cache, tmp_path):
+    """-o that names a device or a pipe is refused: as root it would be replaced for the whole machine."""
+    os.mkfifo(tmp_path / "pipe.html")
+    result = CliRunner().invoke(main, ["report", str(cache.path), "-o", str(tmp_path / "pipe.html")])
+    assert result.exit_code == 2 and "is no plain file" in result.output
+    assert stat.S_ISFIFO((tmp_path / "pipe.html").stat().st_mode)

@@ -268,3 +268,12 @@ def test_in_a_browser(browser, page, width, theme):
     levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
     tab.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "page"])
+def test_a_page_replaces_no_other_file(made, name):
+    """-o must end as a page does: nothing of a run is ever overwritten."""
+    before = (made / "config.json").read_bytes()
+    result = CliRunner().invoke(report, [str(made), "-o", str(made / name)])
+    assert result.exit_code == 2 and "Give a name that ends in .html" in result.output
+    assert (made / "config.json").read_bytes() == before

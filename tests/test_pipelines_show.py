@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cache_fakes import crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher
 from PIL import Image
@@ -48,6 +49,27 @@ def test_every_preset_of_the_grid_has_its_law():
             assert (hidden.sum(1) == 196 - config.mask.n_keep(config.backbone)).all(), name
             assert law.mask.kind == config.mask.kind and not law.scaled
     assert {law.mask.kind for law in one_a_kind(laws)} == {"attention", "random", "block", "unit"}
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_grid_too_small_for_a_law_lacks_it(side):
+    """A grid so small that a preset would hide all of it gets the laws that are left, and no error."""
+    assert all(law.mask.n_keep(law.backbone) > 0 for law in laws_for(replace(VIT, grid=(side, side), dim=64)))
+
+
+def test_names_are_drawn_as_they_are(tmp_path, image_folder):
+    """File and class names with dollars are names, not formulas."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / "class-0").rename(folder / r"$\frac$")
+    cache = crop_folder(tmp_path / "c", folder)
+    extract_view(cache.view(0), "fake", FakeTeacher(), ExtractPlan(layers="last", shard_rows=8, batch_size=5))
+    labels = cache.images().labels
+    rows = [int(np.flatnonzero(labels == label)[0]) for label in (0, 1)]
+    names = [cache.images().names[row] for row in rows]
+    assert any("$" in name for name in names)
+    for asked in (["--row", rows[0]], ["--row", rows[0], "--row", rows[1]], ["--row", rows[1]]):
+        code, said = run(*asked, "-o", tmp_path / "out.png", cache.path)
+        assert code == 0, said
 
 
 def test_a_small_grid_gets_the_laws_scaled():

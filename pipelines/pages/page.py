@@ -51,10 +51,18 @@ def require_writable(path: Path, outside_of: Path | None = None) -> None:
     """
     if path.is_dir():
         raise UsageError(f"-o {path}: is a folder. Give the name of a file in it, such as {path / 'out'}.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"-o {path}: is no plain file. Give the name of a new one.")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: there is no folder {path.parent}. Make it first: mkdir -p {path.parent}")
     if outside_of is not None and path.parent.resolve().is_relative_to(outside_of.resolve()):
         raise UsageError(f"-o {path}: lies in the cache, where verify would not know it. Give a place outside of {outside_of}.")
+
+
+def require_page_name(path: Path) -> None:
+    """Raise UsageError unless `path` ends as a page does: nothing else is ever replaced by one."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"-o {path}: the report is a page. Give a name that ends in .html.")
 
 
 def write_page(path: Path, html: str) -> int:

@@ -64,17 +64,19 @@ class LayerStatistics:
         chosen = self._draws.permuted(np.tile(np.arange(n_patches), (n_crops, 1)), axis=1)[:, :PATCHES_A_CROP]  # [b, 16]
         some = np.take_along_axis(tokens, chosen[..., None], axis=1).reshape(-1, tokens.shape[2])
         self._sum += some.sum(0, dtype="float64")
-        self._products += some.T @ some
+        exact = some.astype("float64")
+        self._products += exact.T @ exact
         self._n += len(some)
         n_kept = sum(map(len, self._some))
-        self._some.append(some[: KEPT - n_kept].astype("float16"))  # the first, because rows of a cache are in random order
+        self._some.append(some[: KEPT - n_kept])  # the first, because rows of a cache are in random order
 
     def figures(self, layer: int) -> LayerFigures:
         mean, second = self._sum / self._n, self._products / self._n
         rms = np.sqrt(np.maximum(np.diag(second), 0))
         relative = rms / max(float(np.median(rms)), 1e-12)
         largest = np.argsort(relative)[::-1][:3]
-        spread = np.sqrt(np.maximum(np.diag(second) - mean**2, 1e-12))
+        spread = np.sqrt(np.maximum(np.diag(second) - mean**2, 0))
+        spread = np.maximum(spread, max(0.1 * float(np.median(spread)), 1e-6))  # as the quantiser: some channels are constant
         norms = np.concatenate([np.sqrt(np.mean(((some - mean) / spread) ** 2, axis=1)) for some in self._some])
         median = float(np.median(norms))
         return LayerFigures(

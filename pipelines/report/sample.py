@@ -41,8 +41,9 @@ def draw_blocks(store: StoreReader, n_rows: int, seed: int) -> np.ndarray:
     present = np.flatnonzero(np.repeat(store.finished, store.spec.shard_rows)[: len(store)])
     if len(present) <= n_rows:
         return present
-    starts = np.random.default_rng(seed).permutation(len(present) // BLOCK)[: max(1, n_rows // BLOCK)] * BLOCK
-    return present[(np.sort(starts)[:, None] + np.arange(BLOCK)).ravel()[:n_rows]]
+    block = min(BLOCK, n_rows)
+    starts = np.random.default_rng(seed).permutation(len(present) // block)[: n_rows // block] * block
+    return present[(np.sort(starts)[:, None] + np.arange(block)).ravel()]
 
 
 def gather(store: StoreReader, rows: np.ndarray) -> Gathered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class RunFacts:
     n_torn: int
     """Lines of metrics.jsonl that cannot be read."""
     checkpoints: list[Path]
+    checkpoint_sizes: list[tuple[str, int]]
+    """Name and bytes, the newest first."""
 
     @property
     def n_steps(self) -> int:
@@ -89,7 +92,11 @@ def read_run(path: Path) -> RunFacts:
     steps = {name: np.array([report[name] for report in reports], "float64") for name in names}
     part_names = list(dict.fromkeys(name for report in reports for name in report["parts"]))
     parts = {name: np.array([report["parts"].get(name, math.nan) for report in reports], "float64") for name in part_names}
-    return RunFacts(Path(path), config, description, steps, parts, n_torn, checkpoints(path))
+    found, sizes = checkpoints(path), []
+    for checkpoint in reversed(found):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on removes its old ones
+            sizes.append((checkpoint.name, checkpoint.stat().st_size))
+    return RunFacts(Path(path), config, description, steps, parts, n_torn, found, sizes)
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], int]:

@@ -28,7 +28,7 @@ def run_page(run: RunFacts, cache_dir: Path | None, n_crops: int) -> tuple[str, 
     pictures: Pictures | None = None
     try:
         pictures = look(run, cache_dir, n_crops)
-    except (TeacherCacheError, StudentError) as error:
+    except (TeacherCacheError, StudentError, FileNotFoundError) as error:  # a run that goes on removes its old checkpoints
         missing.append(f"No pictures. {error}")
     if run.n_torn:
         missing.append(f"{run.n_torn} lines of metrics.jsonl could not be read and are left out.")
@@ -38,7 +38,7 @@ def run_page(run: RunFacts, cache_dir: Path | None, n_crops: int) -> tuple[str, 
         step=pictures.step if pictures else None, is_small=bool(pictures) and len(pictures.crops[0].panels[0].pixels) < 96,
         speed=_speed(run), waiting=_waiting(run), settings=list(as_overrides(run.config).items()), data=_data(run),
         made_by=", ".join(f"{name} {version}" for name, version in run.description.get("made_by", {}).items()),
-        checkpoints=[(path.name, path.stat().st_size) for path in reversed(run.checkpoints)],
+        checkpoints=run.checkpoint_sizes,
     )  # fmt: skip
     return html, missing
 

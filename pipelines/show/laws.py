@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 
 from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import BackboneConfig, MaskConfig
+from student.errors import ConfigError
 from student.masking import build_masker, draw_noise
 
 from ..presets import PRESETS, recipe
@@ -56,8 +58,9 @@ def laws_for(teacher: TeacherShape) -> list[Law]:
         if config.backbone.grid == teacher.grid:
             full.append((name, config))
         else:
-            tiny = recipe(name).tiny((replace(teacher, dim=48),), teacher.grid[0] * PIXELS_A_PATCH)
-            small.append((name, tiny.config))
+            with contextlib.suppress(ConfigError):  # a grid so small that the preset would hide all of it
+                tiny = recipe(name).tiny((replace(teacher, dim=48),), teacher.grid[0] * PIXELS_A_PATCH)
+                small.append((name, tiny.config))
     kinds = {config.mask.kind for _, config in full}
     chosen = [(name, config, False) for name, config in full]
     chosen += [(name, config, True) for name, config in small if config.mask.kind not in kinds]

@@ -44,7 +44,7 @@ class Panels:
     def words(self, left: float, top: float, text: str, **options) -> float:
         """Write a line; returns where it ends."""
         with matplotlib.rc_context(STYLE):
-            written = self.figure.text(left / self.width, 1 - top / self.height, text, va="top", **options)
+            written = self.figure.text(left / self.width, 1 - top / self.height, text, va="top", parse_math=False, **options)
             return written.get_window_extent().x1 / self.figure.dpi
 
     def heading(self, line: int, text: str, about: str) -> None:
@@ -61,7 +61,7 @@ class Panels:
             axes.imshow(image, interpolation="nearest", **options)
             axes.set(xticks=[], yticks=[])
             axes.set_title(title)
-            axes.text(0, -0.035, below, transform=axes.transAxes, va="top", size=7.5, color=LIGHT["muted"])
+            axes.text(0, -0.035, below, transform=axes.transAxes, va="top", size=7.5, color=LIGHT["muted"], parse_math=False)
         return axes
 
     def write(self, path: Path) -> None:
