@@ -219,9 +219,7 @@ class _Stored:
 
     @property
     def arrays(self) -> list[str]:
-        tokens = [ARRAY_NAME.format(layer) for layer in self.layers]
-        scale = ["scale"] * (self.spec.is_quantised and bool(tokens))
-        return tokens + scale + ["attention"] * self.needs.attention + ["index"] * (self.spec.visible > 0)
+        return self.spec.arrays_read(self.layers, self.needs.attention)
 
     def targets(self, record: Tensor, parts: list[Part]) -> Targets:
         """Targets from records uint8 [B, record bytes] on the device; parts: of this teacher's arrays."""

@@ -369,12 +369,11 @@ def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_jso
         if as_json:
             click.echo(json.dumps(facts.to_json(), indent=1))
         if out is not None:
-            from pipelines.pages.page import require_page_name, require_writable, write_page
+            from pipelines.pages.page import require_page, write_page
             from pipelines.run_report.page import run_page
 
             data_from = facts.description.get("data_from")
-            require_writable(out, outside_of=cache or (Path(data_from) if isinstance(data_from, str) else None))
-            require_page_name(out)
+            require_page(out, outside_of=cache or (Path(data_from) if isinstance(data_from, str) else None))
             html, missing = run_page(facts, cache, n_crops)
             n_bytes = write_page(out, html)
             say(*(f"note     {line}" for line in missing), f"{out}: {human(n_bytes)}")

@@ -28,7 +28,7 @@ from .quantize import ChannelStatistics, token_errors
 from .race import race, take_visible
 from .reader import StoreReader
 from .spec import LayerFidelity
-from .store import read_manifest, store_file_name
+from .store import come_by_themselves, read_manifest, store_file_name
 from .verify import views_on_disk
 
 DEFAULT_ROWS = 64
@@ -183,8 +183,7 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     manifest = read_manifest(store)
     device, precision = pick_device("auto", "auto")
     precision = manifest.precision if device != "cpu" else precision
-    comes_by_itself = manifest.teacher.weights == "built-in" or " pretrained: " in manifest.teacher.weights
-    if weights == "built-in" and not comes_by_itself:
+    if weights == "built-in" and not come_by_themselves(manifest.teacher.weights):
         raise UsageError(f"--weights built-in: {store} was made with the weights {manifest.teacher.weights}. Give these.")
     try:
         own = None if weights == "built-in" else weights
@@ -229,25 +228,32 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
     rows = rows[reader.finished[rows // spec.shard_rows]]
     medians, worst = np.zeros((2, len(spec.layers), len(rows)))
     apart = np.zeros(len(rows))  # of the attention
+    misdrawn = np.zeros(len(rows), bool)
     with progress(f"view {view.number}: {store.name} again", len(rows), "crops") as advance:
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
             tokens, attention = run_teacher(teacher, crops.read(rows[batch]), rows[batch], spec.layers)
+            kept = reader.read("attention", rows[batch]) if spec.attention else None
             if spec.visible:
-                tokens = take_visible(tokens, reader.read("index", rows[batch]), int(reader.teacher.has_cls))
+                index = reader.read("index", rows[batch])
+                tokens = take_visible(tokens, index, int(reader.teacher.has_cls))
+                misdrawn[batch] = (index != race(kept, rows[batch], view.number, spec.visible)).any(1)
             for i, layer in enumerate(spec.layers):
                 stored = reader.tokens(rows[batch], layer)  # [B, T, D]
                 errors = token_errors(tokens[:, i], stored, reader.statistics.get(layer, plain))
                 medians[i, batch], worst[i, batch] = np.median(errors, 1), errors.max(1)
             if spec.attention:
-                difference = np.linalg.norm(attention - reader.read("attention", rows[batch]), axis=1)
+                difference = np.linalg.norm(attention - kept, axis=1)
                 apart[batch] = difference / np.linalg.norm(attention, axis=1)
             advance(len(rows[batch]))
 
     if checked is not None:
         checked.again[f"{view.path.name}/{store.name}"] = len(rows)
-    if spec.visible:
-        yield from _race_again(store, reader, rows, view.number)
+    if misdrawn.any():
+        message = (
+            f"the visible patches of row {rows[misdrawn.argmax()]} are not those that its attention chooses on this machine."
+        )
+        yield Finding("damaged", str(store / "index"), message)
     verdicts = [("attention", "the attention", apart, 4 * tolerance)]
     for i, fidelity in enumerate(reader.manifest.fidelity):
         typical, single = limits(fidelity, tolerance)
@@ -260,15 +266,3 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
                 f"{rows[errors.argmax()]} is off by {errors.max():.2g}, up to {limit:.2g} is rounding."
             )
             yield Finding("damaged", str(store / array), message)
-
-
-def _race_again(store: Path, reader: StoreReader, rows: np.ndarray, view: int) -> Iterator[Finding]:
-    """Whether the visible patches of `rows` are those that the stored attention chooses."""
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        again = race(reader.read("attention", batch), batch, view, reader.spec.visible)
-        wrong = batch[(reader.read("index", batch) != again).any(1)]
-        if len(wrong):
-            message = f"the visible patches of row {wrong[0]} are not those that its attention chooses on this machine."
-            yield Finding("damaged", str(store / "index"), message)
-            return

@@ -15,7 +15,7 @@ from .command import one_line_errors, say
 from .crops import CROP_FORMATS
 from .errors import UsageError
 from .estimate import human, require_space
-from .spec import DTYPES
+from .spec import CODECS, DTYPES
 
 KEPT = "Finished work is kept; the same command goes on from there."
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
@@ -159,10 +159,10 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
 @click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
 @click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
-@click.option("--dtype", type=click.Choice(["float16", "int8", "int4"]), help="[default: int8]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
 @click.option("--tokens", type=TokenChoice(), help="all; or visible:K, CLS and the K patches of each crop that its attention "
               "draws first, for methods that learn from visible patches alone. [default: all]")  # fmt: skip
-@click.option("--codec", type=click.Choice(["auto", "zstd", "lz4", "none"]),
+@click.option("--codec", type=click.Choice(list(CODECS)),
               help="auto compresses tokens where that saves at least 15 %. [default: auto]")  # fmt: skip
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
@@ -213,6 +213,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from .device import pick_device
         from .extract import extract_view, require_same_targets
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
+        from .teachers import crop_size
 
         store_name = _store_name(name or teacher)
         if repair:
@@ -226,7 +227,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
             loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
         may_make = shards is None and share.world == 1
-        crops = plan_crops(cache, request, default_size=_crop_size(teacher, loaded), may_make=may_make)
+        crops = plan_crops(cache, request, default_size=crop_size(teacher, loaded.spec), may_make=may_make)
         for view in Cache(cache).views() if (cache / "cache.json").exists() else []:
             require_same_targets(view, store_name, loaded, plan)
         stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
@@ -302,14 +303,6 @@ def _load_teacher(teacher: str, weights: str | None, image_size: int | None, dev
         say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
             f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip
     return loaded
-
-
-def _crop_size(name: str, teacher) -> int:
-    """Side of the crops of a new cache, pixels: the teacher's input, or what it was trained at if that is larger."""
-    from .teachers import TEACHERS
-
-    native = TEACHERS[name].native_size if name in TEACHERS else None
-    return max(teacher.spec.image_size, native or 0)
 
 
 def _say_crops(job) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import NoSpaceError
-from .estimate import free_bytes, full_disk_explained, human
+from .estimate import existing_folder, free_bytes, full_disk_explained, human
 
 BLOCK = 4096
 """O_DIRECT wants offsets, lengths and addresses in multiples of it."""
@@ -59,9 +59,7 @@ def measure_folder(folder: Path, chunk_bytes: int) -> DiskRates:
 
     Raises NoSpaceError where a tenth of the free bytes is less than 64 MiB.
     """
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_folder(folder)
     n_bytes = min(TEMPORARY_BYTES, free_bytes(folder) // 10) // SEQUENTIAL_CHUNK * SEQUENTIAL_CHUNK
     if n_bytes < 64 << 20:
         raise NoSpaceError(f"{folder}: {human(free_bytes(folder))} are free, too few to measure the disk. Make room.")

@@ -36,22 +36,22 @@ def store_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that holds `path`, or will."""
-    return shutil.disk_usage(_existing(path)).free
+    return shutil.disk_usage(existing_folder(path)).free
 
 
-def _existing(path: Path) -> Path:
-    """The folder that is there of those above `path`, or `path` itself."""
-    existing = Path(path).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return existing
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there: on the same disk."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def require_space(path: Path, needed: int) -> None:
     """Raise NoSpaceError if `needed` bytes do not fit, UsageError where none ever will."""
     free = free_bytes(path)
-    if free == 0 and shutil.disk_usage(_existing(path)).total == 0:
-        raise UsageError(f"{path} is on a file system that keeps no files ({_existing(path)}). Give a folder on a disk.")
+    if free == 0 and shutil.disk_usage(existing_folder(path)).total == 0:
+        raise UsageError(f"{path} is on a file system that keeps no files ({existing_folder(path)}). Give a folder on a disk.")
     if needed > free:
         raise NoSpaceError(
             f"{human(needed)} are needed on the disk of {path}, {human(free)} are free: {human(needed - free)} short. "

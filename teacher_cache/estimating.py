@@ -15,12 +15,12 @@ from .crops import CropPlan
 from .disk import DiskRates, measure_files, measure_folder
 from .durable import ASIDE
 from .errors import UsageError
-from .estimate import free_bytes, human
+from .estimate import existing_folder, free_bytes, human
 from .forecast import CropSizes, byte_lines, cache_bytes
 from .images import ImageList, scan
 from .planning import ExtractPlan
 from .progress import waiting
-from .spec import ARRAY_NAME, StoreSpec, TeacherSpec
+from .spec import StoreSpec, TeacherSpec
 from .store import read_manifest, store_file_name
 from .verdict import Rates, Use, hours, judge
 
@@ -72,12 +72,14 @@ class Question:
 
 def answer(asked: Question, student: Student | None) -> dict:
     """Everything that is known, as plain JSON values. Writes nothing unless asked to measure, and then nothing that stays."""
+    from .teachers import crop_size
+
     name = asked.teacher or (student.teacher if student else None)
     if name is None:
         raise UsageError("Whose targets? Give --teacher NAME (teacher-cache teachers lists them), or --preset NAME.")
     loaded, device = _load(asked, name) if asked.measure or not _is_listed(asked, name) else (None, None)
     teacher = loaded.spec if loaded else _listed(name)
-    crops, crop_plan, crop_format, images = _crops(asked, student, _crop_size(name, teacher))
+    crops, crop_plan, crop_format, images = _crops(asked, student, crop_size(name, teacher))
     cache = Cache(asked.folder) if (asked.folder / "cache.json").exists() else None
     asked = dataclasses.replace(asked, views=asked.views or (len(cache.views()) if cache else 1))
     given = {key: getattr(asked, key) for key in ("layers", "dtype", "visible", "shard_rows", "batch_size")}
@@ -159,14 +161,6 @@ def _load(asked: Question, name: str):
     return load_teacher(name, asked.weights or "random:0", asked.image_size, device, precision), device
 
 
-def _crop_size(name: str, teacher: TeacherSpec) -> int:
-    """Side of the crops of a new cache, pixels: the teacher's input, or what it was trained at if that is larger."""
-    from .teachers import TEACHERS
-
-    native = TEACHERS[name].native_size if name in TEACHERS else None
-    return max(teacher.image_size, native or 0)
-
-
 def _crops(asked: Question, student: Student | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
     """What the crops will be: those of a cache that is there, cut from images, or typical ones."""
     if asked.folder.exists() and not asked.folder.is_dir():
@@ -204,9 +198,7 @@ def _require_stored(spec: StoreSpec, layers: list[int], student: Student | None)
 
 def _bytes_read(spec: StoreSpec, teacher: TeacherSpec, layers: list[int], attention: bool) -> int:
     """Bytes of the arrays that a training step reads of one crop."""
-    arrays = [ARRAY_NAME.format(layer) for layer in layers] + ["attention"] * attention
-    arrays += ["scale"] * (bool(layers) and "scale" in spec.array_names) + ["index"] * (spec.visible > 0)
-    return sum(spec.row_bytes(array, teacher) for array in arrays)
+    return sum(spec.row_bytes(array, teacher) for array in spec.arrays_read(layers, attention))
 
 
 def _measure(measured: dict, asked: Question, student: Student | None, teacher, plan: ExtractPlan, spec: StoreSpec,
@@ -216,7 +208,7 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
 
     how = measured["how"] = []
     say = waiting("estimate")
-    folder = _existing(asked.folder)
+    folder = existing_folder(asked.folder)
     if (folder / "cache.json").exists():
         folder = folder.parent  # nothing foreign is ever put into a cache
     row_bytes = max(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
@@ -247,14 +239,6 @@ def _largest_shards(cache: Path) -> list[Path]:
             if path.suffix != ASIDE:
                 sizes[path] = path.stat().st_size
     return sorted(sizes, key=lambda path: -sizes[path])[:MOST_FILES]
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that is there: on the same disk."""
-    folder = Path(folder).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
 
 
 def in_words(told: dict) -> str:

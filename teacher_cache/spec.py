@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import CacheCorruptError, UsageError
@@ -198,6 +199,12 @@ class StoreSpec:
     def array_names(self) -> list[str]:
         """The row arrays: tokens of each layer, then scale (int8, int4), then attention, then index (visible tokens)."""
         return array_names(self.layers, self.dtype, self.attention, self.visible)
+
+    def arrays_read(self, layers: Iterable[int], attention: bool) -> list[str]:
+        """The row arrays that give these stored layers, with what belongs to them, and the attention if it is wanted."""
+        tokens = [ARRAY_NAME.format(layer) for layer in layers]
+        scale = ["scale"] * (self.is_quantised and bool(tokens))
+        return tokens + scale + ["attention"] * attention + ["index"] * (self.visible > 0)
 
     @property
     def is_quantised(self) -> bool:

@@ -331,11 +331,15 @@ def read_head(store: Path, teacher: TeacherSpec) -> dict[str, np.ndarray]:
     return {name: read_small_array(store, f"head/{name}") for name in names}
 
 
+def come_by_themselves(weights: str) -> bool:
+    """Whether TeacherSpec.weights are loaded with the teacher: built in, or by timm or open_clip (LoadedWeights.source)."""
+    return weights == "built-in" or " pretrained: " in weights
+
+
 def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
     """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
     weights, name = manifest.teacher.weights, manifest.teacher.name
-    comes_by_itself = weights == "built-in" or " pretrained: " in weights  # LoadedWeights.source of what timm or open_clip loads
-    with_weights = "" if comes_by_itself else f" --weights {shlex.quote(weights)}"
+    with_weights = "" if come_by_themselves(weights) else f" --weights {shlex.quote(weights)}"
     with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
     return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {shlex.quote(str(cache))}"
 

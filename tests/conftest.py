@@ -19,6 +19,7 @@ from teacher_cache.extract import ExtractPlan, extract_view
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLAN = CropPlan(size=32, scale=(0.3, 1.0))
 
 
@@ -48,3 +49,15 @@ def shared_cache(tmp_path_factory, image_folder, teacher) -> Cache:
 def cache(shared_cache, tmp_path) -> Cache:
     """A copy of `shared_cache` that a test may damage."""
     return Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium of the system."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -300,6 +300,17 @@ def test_verify_finds_the_golden_cache_sound():
     assert findings == [] and checked.n_files > 50
 
 
+def write_again(path: Path, store: Path) -> None:
+    """Write a store from the manifest, the small arrays and the stored rows of another."""
+    reader = StoreReader(path, reader="zarr")
+    create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(path, "probe"))
+    for shard in range(reader.spec.n_shards):
+        rows = reader.spec.rows_of(shard)
+        with ShardWriter(store, reader.spec, reader.teacher, shard) as out:
+            out.append({array: reader.read(array, rows) for array in reader.spec.array_names})
+    fold(store, reader.spec)
+
+
 def test_the_writers_give_the_same_bytes_again(tmp_path):
     """From the same lists, records, encoded crops and stored rows every file is written again bit for bit, on any machine."""
     golden, view = Cache(GOLDEN), Cache(GOLDEN).view(0)
@@ -319,13 +330,7 @@ def test_the_writers_give_the_same_bytes_again(tmp_path):
     write_spare(again)
 
     for name in STORES:
-        reader, store = StoreReader(view.store_path(name), reader="zarr"), again / f"{name}.zarr"
-        create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(reader.path, "probe"))
-        for shard in range(reader.spec.n_shards):
-            rows = reader.spec.rows_of(shard)
-            with ShardWriter(store, reader.spec, reader.teacher, shard) as out:
-                out.append({array: reader.read(array, rows) for array in reader.spec.array_names})
-        fold(store, reader.spec)
+        write_again(view.store_path(name), again / f"{name}.zarr")
 
     old, new = files_of(GOLDEN), files_of(tmp_path)
     assert old.keys() == new.keys() and changed(old, new) == []

@@ -31,8 +31,6 @@ from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.quantize import GROUPS, ChannelStatistics, dequantise, quantise, token_errors
 from teacher_cache.reader import StoreReader
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
 
 def run(*arguments) -> tuple[int, str]:
     result = CliRunner().invoke(main, ["report", *map(str, arguments)])
@@ -316,18 +314,6 @@ def test_bad_requests_say_what_would_be_right(arguments, shared_cache, tmp_path,
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium of the system."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

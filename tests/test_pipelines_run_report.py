@@ -235,19 +235,6 @@ def test_what_is_wrong_is_said(made, shared_cache, tmp_path, arguments, code, me
     assert message in said and list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium, if there is one on this machine."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no Chromium here")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_in_a_browser(browser, page, width, theme):

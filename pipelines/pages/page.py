@@ -59,8 +59,9 @@ def require_writable(path: Path, outside_of: Path | None = None) -> None:
         raise UsageError(f"-o {path}: lies in the cache, where verify would not know it. Give a place outside of {outside_of}.")
 
 
-def require_page_name(path: Path) -> None:
-    """Raise UsageError unless `path` ends as a page does: nothing else is ever replaced by one."""
+def require_page(path: Path, outside_of: Path | None = None) -> None:
+    """`require_writable` of a file that ends as a page does: nothing else is ever replaced by one."""
+    require_writable(path, outside_of)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"-o {path}: the report is a page. Give a name that ends in .html.")
 

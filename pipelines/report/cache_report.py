@@ -13,7 +13,7 @@ from teacher_cache.cache import Cache, View
 from teacher_cache.errors import NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 
-from ..pages.page import render, require_page_name, require_writable, write_page
+from ..pages.page import render, require_page, write_page
 from ..show.crops import open_store
 from . import charts, facts
 from .boxes import box_figures
@@ -54,8 +54,7 @@ class Options:
 
 def report(cache_dir: Path, out: Path, options: Options, say: Callable[[str], None]) -> int:
     """Write the page of a cache; returns its bytes. say: told what takes its time."""
-    require_writable(out, outside_of=cache_dir)
-    require_page_name(out)
+    require_page(out, outside_of=cache_dir)
     cache = Cache(cache_dir)
     verified = read_verified(options.verified, cache) if options.verified else None
     view = cache.finished_view(options.view)

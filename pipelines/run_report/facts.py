@@ -34,9 +34,8 @@ class RunFacts:
     """The unweighted losses and their details, float64 [n_steps], NaN where a step has none."""
     n_torn: int
     """Lines of metrics.jsonl that cannot be read."""
-    checkpoints: list[Path]
-    checkpoint_sizes: list[tuple[str, int]]
-    """Name and bytes, the newest first."""
+    checkpoints: dict[Path, int]
+    """Their bytes, the newest last."""
 
     @property
     def n_steps(self) -> int:
@@ -92,11 +91,11 @@ def read_run(path: Path) -> RunFacts:
     steps = {name: np.array([report[name] for report in reports], "float64") for name in names}
     part_names = list(dict.fromkeys(name for report in reports for name in report["parts"]))
     parts = {name: np.array([report["parts"].get(name, math.nan) for report in reports], "float64") for name in part_names}
-    found, sizes = checkpoints(path), []
-    for checkpoint in reversed(found):
+    sizes = {}
+    for checkpoint in checkpoints(path):
         with contextlib.suppress(FileNotFoundError):  # a run that goes on removes its old ones
-            sizes.append((checkpoint.name, checkpoint.stat().st_size))
-    return RunFacts(Path(path), config, description, steps, parts, n_torn, found, sizes)
+            sizes[checkpoint] = checkpoint.stat().st_size
+    return RunFacts(Path(path), config, description, steps, parts, n_torn, sizes)
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], int]:

@@ -38,7 +38,7 @@ def run_page(run: RunFacts, cache_dir: Path | None, n_crops: int) -> tuple[str, 
         step=pictures.step if pictures else None, is_small=bool(pictures) and len(pictures.crops[0].panels[0].pixels) < 96,
         speed=_speed(run), waiting=_waiting(run), settings=list(as_overrides(run.config).items()), data=_data(run),
         made_by=", ".join(f"{name} {version}" for name, version in run.description.get("made_by", {}).items()),
-        checkpoints=run.checkpoint_sizes,
+        checkpoints=[(path.name, n_bytes) for path, n_bytes in reversed(run.checkpoints.items())],
     )  # fmt: skip
     return html, missing
 

@@ -70,7 +70,7 @@ def look(run: RunFacts, cache_dir: Path | None, n_crops: int) -> Pictures:
         raise NotInCacheError("The run has no checkpoint yet.")
     view, stores = _open(run, cache_dir)
     student, config, step = load_student(
-        run.checkpoints[-1], tuple(teacher_shape(store.teacher, store.spec.visible or None) for store in stores)
+        next(reversed(run.checkpoints)), tuple(teacher_shape(store.teacher, store.spec.visible or None) for store in stores)
     )
     rows = _rows(view, stores, n_crops)
     pixels = CropReader(view.path).read(rows)  # uint8 [B, H, W, 3]

@@ -14,6 +14,7 @@ from teacher_cache.cache import View
 from teacher_cache.crops import CropPlan, load_image
 from teacher_cache.errors import NotInCacheError, UnknownNameError, UsageError
 from teacher_cache.images import read_image
+from teacher_cache.inspect import ranges
 from teacher_cache.reader import StoreReader
 from teacher_cache.store import extract_command, store_file_name
 
@@ -84,8 +85,7 @@ def require_rows(view: View, store: StoreReader, rows: Sequence[int]) -> None:
 
 def finished_ranges(store: StoreReader, most: int = 5) -> str:
     """The rows that are there, in words: `rows 0 to 4,095 and 8,192 to 9,999`."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], store.finished.astype(int), [0]])))
-    rows = [(store.spec.rows_of(int(first)), store.spec.rows_of(int(last) - 1)) for first, last in edges.reshape(-1, 2)]
+    rows = [(store.spec.rows_of(first), store.spec.rows_of(stop - 1)) for first, stop in ranges(store.finished)]
     runs = [f"{first.start:,} to {last.stop - 1:,}" for first, last in rows]
     if not runs:
         return "no rows"

@@ -175,6 +175,12 @@ OTHER_TEACHERS = {
 """Besides those of the table: how they are asked for -> (what they are, where their weights come from)."""
 
 
+def crop_size(name: str, teacher: TeacherSpec) -> int:
+    """Side of the crops of a new cache, pixels: the teacher's input, or what it was trained at if that is larger."""
+    native = TEACHERS[name].native_size if name in TEACHERS else None
+    return max(teacher.image_size, native or 0)
+
+
 def weights_option(name: str) -> str:
     """What a suggested command needs besides a teacher's name: ` --weights PATH`; nothing where they come by themselves."""
     comes_by_itself = name not in TEACHERS or TEACHERS[name].weights_from == "built in"
