@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "random-rows": ("random_rows",),
     "joined-loader": ("joined_loader",),
     "joined-peers": ("joined_peers",),
+    "visible-tokens": ("visible_tokens",),
     "extraction": ("extraction", "--device", "cpu"),
     "fidelity-int8": ("fidelity", "--dtype", "int8"),
     "fidelity-int4": ("fidelity", "--dtype", "int4"),

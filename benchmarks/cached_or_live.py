@@ -55,7 +55,8 @@ def main(presets, device: str, batch: int | None, tiny: bool, rounds: int, scrat
             teacher = load_teacher(name, None if tiny else "random:0", None, device, precision)
             size, shapes = teacher.spec.image_size, (teacher_shape(teacher.spec),)
             config = config_of(preset, tiny, shapes, size, batch)
-            needs = Student(config, shapes).needs
+            student = Student(config, shapes)
+            needs = student.needs
             layers = tuple(teacher.spec.depth + 1 + offset for offset in needs[0].layers) or (teacher.spec.depth,)
             cache = made_up.make_cache(folder / preset, n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
             plan = ExtractPlan(",".join(map(str, layers)), codec="none", shard_rows=n_rows // 4, batch_size=batch)
@@ -63,7 +64,7 @@ def main(presets, device: str, batch: int | None, tiny: bool, rounds: int, scrat
 
             options = {"batch_size": batch, "device": device}
             sources = {
-                "cached": CachedSource(cache, [name], needs, **options),
+                "cached": CachedSource(cache, [name], needs, masks=student.masks_ahead(config), **options),
                 "live": LiveSource(cache, [teacher], needs, **options),
             }
             first = next(sources["cached"].micro_batches(0, 1))

@@ -24,6 +24,7 @@ PICTURES = {
     "random-rows": ("Random rows of five int8 layers, warm", True),
     "joined-loader": ("The joined loader and its parts alone", True),
     "joined-peers": ("Crops with five int8 layers, into batches", False),
+    "visible-tokens": ("Batches for MaskAlign, ready for the student", False),
     "extraction": ("Extraction and its parts alone, CPU", True),
     "extraction-gpu": ("Extraction and its parts alone, GPU", True),
     "opening": ("Seconds to open and to inspect", True),
@@ -35,7 +36,7 @@ PICTURES = {
 """Name -> title, and whether the axis is logarithmic."""
 OURS, OTHER, MISSED = "#0b6e4f", "#8a99a8", "#c1440e"
 OTHERS = ("LMDB", "zarr", "tensorstore", "webdataset", "litdata", "bare", "writing", "decode", " read,", "resident", "live",
-          "teacher", ", not")  # fmt: skip
+          "teacher", ", not", "whole")  # fmt: skip
 """What is in the name of a rival, of a part alone, or of what was before."""
 
 

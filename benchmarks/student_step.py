@@ -91,8 +91,9 @@ def main(presets, device: str, batch: int | None, compiled: bool, tiny: bool, ro
         shapes = (teacher_shape(teacher),)
         for preset in presets:
             config = config_of(preset, tiny, shapes, teacher.image_size, batch)
-            needs = Student(config, shapes).needs
-            source = CachedSource(cache, [made_up.NAME], needs, batch_size=batch, device=device)
+            student = Student(config, shapes)
+            needs, masks = student.needs, student.masks_ahead(config)
+            source = CachedSource(cache, [made_up.NAME], needs, batch_size=batch, device=device, masks=masks)
             resident = Resident(next(source.micro_batches(0, 1)), source.steps_per_epoch)
             loops = {
                 f"{preset}: {name}": Loop(config, given, shapes, device, folder / f"{preset}-{name}", compiled)

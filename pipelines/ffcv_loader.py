@@ -12,7 +12,7 @@ import logging
 import queue
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numba
@@ -25,25 +25,31 @@ from ffcv.pipeline.graph import Graph
 from ffcv.pipeline.operation import Operation
 from ffcv.reader import Reader
 from numba import carray
+from torch import Tensor
 
 from teacher_cache.beton import CropReader
 from teacher_cache.compiled import (
     check_crops,
     check_rows,
     copy_rows,
+    copy_tokens,
     decode_rows,
     use_threads,
 )
 from teacher_cache.errors import CacheCorruptError
-from teacher_cache.pointers import pointer_i64, pointer_u8, pointer_u32, pointer_u64
+from teacher_cache.pointers import pointer_i32, pointer_i64, pointer_u8, pointer_u32, pointer_u64
+from teacher_cache.race import places_of, require_patches
 from teacher_cache.reader import CHECKS, StoreReader
+from teacher_cache.spec import NOT_BY_TOKEN
+
+from .upload import Sent, Upload
 
 log = logging.getLogger(__name__)
 ALIGN = 16  # bytes; parts of a record start at multiples of this
 
 # Fields of the uint64 tables through which compiled code finds everything else: addresses, counts and flags.
 BASE, POINTERS, SIZES, CRCS, N_CROPS, IS_JPEG, CROP_ERRORS, N_CROP_FIELDS = range(8)
-HANDLES, SHARD_SIZES, N_SHARDS, BY_PREAD, SHARD_ROWS, CHECKED, CHECK, OFFSET, PART_ERRORS, N_PART_FIELDS = range(10)
+HANDLES, SHARD_SIZES, N_SHARDS, BY_PREAD, SHARD_ROWS, CHECKED, CHECK, OFFSET, PART_ERRORS, PLACES, N_PART_FIELDS = range(11)
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,18 @@ class Part:
     offset: int
     """Bytes from the start of the record; a multiple of ALIGN."""
     n_bytes: int
+    n_tokens: int | None = None
+    """C + K, where only CLS and K patches of a row are wanted; None: all of it."""
 
 
-def record_layout(stores: list[StoreReader], arrays: list[list[str]]) -> tuple[list[Part], int]:
-    """Where each array lies in a record, and the bytes of a record. arrays: those wanted of each store."""
+def record_layout(stores: list[StoreReader], arrays: list[list[str]], kept: Sequence[int]) -> tuple[list[Part], int]:
+    """Where each array lies in a record, and the bytes of a record; arguments as of JoinedLoader."""
     parts, offset = [], 0
-    for place, (store, wanted) in enumerate(zip(stores, arrays, strict=True)):
+    for place, (store, wanted, n_patches) in enumerate(zip(stores, arrays, kept, strict=True)):
         for array in wanted:
-            n_bytes = store.spec.row_bytes(array, store.teacher)
-            parts.append(Part(place, array, offset, n_bytes))
+            n_tokens = n_patches + int(store.teacher.has_cls) if n_patches and array not in NOT_BY_TOKEN else None
+            n_bytes = store.spec.row_bytes(array, store.teacher, n_tokens)
+            parts.append(Part(place, array, offset, n_bytes, n_tokens))
             offset += -(-n_bytes // ALIGN) * ALIGN
     return parts, offset
 
@@ -118,7 +127,7 @@ class FetchTargets(Operation):
     """FFCV operation: the records of a batch, copied from the open shards of the store that `open` named last.
 
     Output: uint8 [B, record bytes] (record_layout). Each row's CRC-32C is compared as the store's `check` says. May only run
-    inside `holding` of the batch.
+    inside `holding` of the batch; `choose` says before which tokens are wanted, where a part has only some.
     """
 
     def __init__(self, parts: list[Part], record_bytes: int, max_batch: int):
@@ -126,6 +135,7 @@ class FetchTargets(Operation):
         self.parts, self.record_bytes = parts, record_bytes
         self.control = np.zeros((len(parts), N_PART_FIELDS), "uint64")
         self.errors = np.zeros((len(parts), max_batch), "int64")
+        self.places = {part.store: np.zeros((max_batch, part.n_tokens), "int32") for part in parts if part.n_tokens}
 
     def open(self, stores: list[StoreReader]) -> None:
         self.stores = stores  # keeps the tables alive
@@ -136,6 +146,12 @@ class FetchTargets(Operation):
             line[N_SHARDS], line[BY_PREAD], line[SHARD_ROWS] = store.spec.n_shards, shards.by_pread, store.spec.shard_rows
             line[CHECKED], line[CHECK] = shards.checked[column].ctypes.data, CHECKS[store.check]
             line[OFFSET], line[PART_ERRORS] = part.offset, errors.ctypes.data
+            line[PLACES] = self.places[part.store].ctypes.data if part.n_tokens else 0
+
+    def choose(self, places: dict[int, np.ndarray]) -> None:
+        """Of the batch that is fetched next, the places of the tokens that are wanted of each store: int32 [B, C+K]."""
+        for store, chosen in places.items():
+            self.places[store][: len(chosen)] = chosen
 
     def holding(self, rows: np.ndarray) -> contextlib.ExitStack:
         """Context in which the shards of a batch are open. Raises for rows or shards that are not there."""
@@ -157,6 +173,8 @@ class FetchTargets(Operation):
     def generate_code(self) -> Callable:
         address, n_parts, record_bytes = self.control.ctypes.data, len(self.parts), self.record_bytes
         row_bytes = np.array([part.n_bytes for part in self.parts], "uint64")
+        n_chosen = np.array([part.n_tokens or 0 for part in self.parts], "int64")
+        layouts = np.array([self._layout(part) for part in self.parts], "uint64")
         n_rows = np.int64(len(self.stores[0]))  # the same for all: they belong to one view
 
         def fetch(rows, out, metadata, storage_state):
@@ -168,11 +186,21 @@ class FetchTargets(Operation):
                 checked = carray(pointer_u8(line[CHECKED]), n_rows)
                 errors = carray(pointer_i64(line[PART_ERRORS]), len(rows))
                 start = np.uint64(out.ctypes.data) + line[OFFSET]
-                copy_rows(rows, start, record_bytes, handles, sizes, line[BY_PREAD] == 1, np.int64(line[SHARD_ROWS]),
-                          row_bytes[i], checked, np.int64(line[CHECK]), errors)  # fmt: skip
+                by_pread, shard_rows, check = line[BY_PREAD] == 1, np.int64(line[SHARD_ROWS]), np.int64(line[CHECK])
+                if n_chosen[i] == 0:
+                    copy_rows(rows, start, record_bytes, handles, sizes, by_pread, shard_rows, row_bytes[i], checked, check,
+                              errors)  # fmt: skip
+                else:
+                    places = carray(pointer_i32(line[PLACES]), (len(rows), n_chosen[i]))
+                    copy_tokens(rows, places, layouts[i, 0], layouts[i, 1], layouts[i, 2], start, record_bytes, handles, sizes,
+                                by_pread, shard_rows, checked, check, errors)  # fmt: skip
             return out[: len(rows)]
 
         return fetch
+
+    def _layout(self, part: Part) -> tuple[int, int, int]:
+        store = self.stores[part.store]
+        return store.spec.token_layout(part.array, store.teacher) if part.n_tokens else (0, 0, 0)
 
 
 class ReadTargets:
@@ -184,41 +212,47 @@ class ReadTargets:
     def open(self, stores: list[StoreReader]) -> None:
         self.stores = stores
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [B, record bytes]"""
+    def __call__(self, rows: np.ndarray, places: dict[int, np.ndarray]) -> np.ndarray:
+        """uint8 [B, record bytes]; places: as for FetchTargets.choose."""
         out = np.zeros((len(rows), self.record_bytes), "u1")
         for part in self.parts:
-            values = self.stores[part.store].read(part.array, rows)
+            values = self.stores[part.store].read(part.array, rows, places=places[part.store] if part.n_tokens else None)
             out[:, part.offset : part.offset + part.n_bytes] = values.reshape(len(rows), -1).view("u1")
         return out
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What one pass of the loader gives. The arrays lie in a ring of buffers: copy them before asking for the next."""
+    """What one pass of the loader gives, on its device. On a CPU the tensors lie in a ring of buffers: copy them before asking
+    for the next batch."""
 
     rows: np.ndarray  # int64 [B]
-    images: np.ndarray  # uint8 [B, size, size, 3]
-    records: np.ndarray | None  # uint8 [B, record bytes]
+    images: Tensor  # uint8 [B, size, size, 3]
+    records: Tensor | None  # uint8 [B, record bytes]
+    patches: Tensor | None  # int64 [B, N], as `JoinedLoader.batches` was told
 
 
 class JoinedLoader:
     """One FFCV loader for a whole run: crops of any view joined with the rows of its stores. Compiled once.
 
-    arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. ahead: batches
-    prepared in advance. announced: batches that the kernel is told of before that, so that a disk has more than one row to fetch.
+    arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. kept: of each
+    store K, where not all tokens of a row are wanted but CLS and K patches (see `batches`), or 0; by default 0. device: where the
+    batches go. ahead: batches prepared in advance. announced: batches that the kernel is told of before that, so that a disk has
+    more than one row to fetch.
     """
 
-    def __init__(self, crops: CropReader, stores: list[StoreReader], arrays: list[list[str]], batch_rows: int,
-                 workers: int, ahead: int = 3, announced: int = 2):  # fmt: skip
+    def __init__(self, crops: CropReader, stores: list[StoreReader], arrays: list[list[str]], batch_rows: int, workers: int, *,
+                 kept: Sequence[int] = (), device: torch.device | str = "cpu", ahead: int = 3, announced: int = 2):  # fmt: skip
         self.batch_rows, self.workers, self.ahead, self.announced = batch_rows, workers, ahead, announced
-        self.parts, self.record_bytes = record_layout(stores, arrays)
+        self.kept = tuple(kept) or (0,) * len(stores)
+        self.upload = Upload(torch.device(device))
+        self.parts, self.record_bytes = record_layout(stores, arrays, self.kept)
         self.decode = DecodeCrops(crops.size, batch_rows)
         self.fetch: FetchTargets | None = None
         self.read: ReadTargets | None = None
         self.stores: list[StoreReader] = []
         specs = {"image": PipelineSpec("image", decoder=self.decode)}
-        if self.parts and all(_is_plain(stores[part.store], part.array) for part in self.parts):
+        if self.parts and all(stores[part.store].is_plain(part.array) for part in self.parts):
             self.fetch = FetchTargets(self.parts, self.record_bytes, batch_rows)
             specs["targets"] = PipelineSpec("label", decoder=self.fetch)
         elif self.parts:
@@ -238,16 +272,8 @@ class JoinedLoader:
         # prepared ahead: the one that the consumer works on.
         self.n_slots = ahead + 1
         self.memory = self.graph.allocate_memory(batch_rows, self.n_slots)
-        self.handed_out = 0
-        """Slot of the batch that the consumer has."""
-        self.copied: dict[int, torch.cuda.Event] = {}
-        """Per slot, when its copy to the device is done."""
-
-    def guard(self, device: torch.device) -> None:
-        """Do not write over the batch just handed out before what is queued on `device` so far, its copies, is done."""
-        if device.type == "cuda":
-            self.copied[self.handed_out] = event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
+        self.arrived: dict[int, torch.cuda.Event | None] = {}
+        """Per slot, when what was sent from it last is on the device: before, it must not be written over."""
 
     def open(self, crops: CropReader, stores: list[StoreReader]) -> None:
         """Read from another view from now on; the shards of the one before are closed. No epoch may be running."""
@@ -262,8 +288,19 @@ class JoinedLoader:
                 store.close()  # how many may be open is counted by the process, not by the store
         self.stores = stores
 
-    def run(self, rows: np.ndarray, slot: int) -> RawBatch:
-        """Decode and copy one batch into ring buffer `slot`; raises for the first row that is damaged or missing."""
+    def run(self, rows: np.ndarray, slot: int, patches: np.ndarray | None = None) -> list[np.ndarray]:
+        """Decode and copy one batch into ring buffer `slot`: images and, if targets are wanted, records, as in RawBatch.
+
+        patches: int64 [B, N]; of a store of which K are kept the first K are read. Raises for the first row that is damaged or
+        missing.
+        """
+        places = {
+            place: places_of(patches[:, :n_patches], int(self.stores[place].teacher.has_cls))
+            for place, n_patches in enumerate(self.kept)
+            if n_patches
+        }
+        if self.fetch is not None:
+            self.fetch.choose(places)
         arguments = {"batch_indices": rows, "metadata": self.metadata, "storage_state": ()}
         for kind, prefix in (("operation", "memory"), ("shared", "shared_memory")):
             for node, buffers in self.memory[kind].items():
@@ -272,13 +309,18 @@ class JoinedLoader:
             for stage, defined in self.stages:
                 results = stage(**arguments)
                 arguments |= {f"result_{node}": result for node, result in zip(defined, results, strict=True)}
-        images, *records = (arguments[f"result_{node}"] for node in self.outputs)
+        arrays = [arguments[f"result_{node}"] for node in self.outputs]
         self.decode.check(rows)
         if self.fetch is not None:
             self.fetch.check(rows)
         elif self.read is not None:
-            records = [self.read(rows)]
-        return RawBatch(rows, images, records[0] if records else None)
+            arrays.append(self.read(rows, places))
+        for part in self.parts:
+            if part.array == "index":
+                index = arrays[1][:, part.offset : part.offset + part.n_bytes].view("<i4")
+                store = self.stores[part.store]
+                require_patches(index, store.teacher.n_patches, rows, store.path / part.array)
+        return arrays
 
     def announce(self, rows: np.ndarray) -> None:
         """Let the kernel begin to read a batch that is to be run soon. What is wrong with its rows, `run` will say."""
@@ -286,12 +328,13 @@ class JoinedLoader:
         for place, store in enumerate(self.stores):
             store.announce([part.array for part in self.parts if part.store == place], rows)
 
-    def batches(self, rows: np.ndarray) -> Iterator[RawBatch]:
+    def batches(self, rows: np.ndarray, patches_of: Callable[[int], np.ndarray] | None = None) -> Iterator[RawBatch]:
         """The batches whose rows are the lines of `rows` (int64 [n, B]), in order, prepared in the background.
 
-        An exception in the background is raised here, with its cause. Leaving the loop early ends the thread.
+        patches_of: called there with the number of a batch, gives its patches, those to be read first: int64 [B, N]. Needed where
+        a store has `kept`. An exception in the background is raised here, with its cause. Leaving the loop early ends the thread.
         """
-        thread = _Ahead(self, rows)
+        thread = _Ahead(self, rows, patches_of)
         try:
             yield from thread.results()
         finally:
@@ -303,8 +346,8 @@ class _Ahead:
 
     _END = object()
 
-    def __init__(self, loader: JoinedLoader, rows: np.ndarray):
-        self.loader, self.rows = loader, rows
+    def __init__(self, loader: JoinedLoader, rows: np.ndarray, patches_of: Callable[[int], np.ndarray] | None):
+        self.loader, self.rows, self.patches_of = loader, rows, patches_of
         self.ready: queue.Queue = queue.Queue()
         # a slot is free again when the consumer asks for the batch after the one that used it
         self.slots = threading.Semaphore(loader.n_slots)
@@ -320,14 +363,21 @@ class _Ahead:
                 self.slots.acquire()
                 if self.stopping.is_set():
                     return
-                slot = index % self.loader.n_slots
-                if slot in self.loader.copied:
-                    self.loader.copied.pop(slot).synchronize()
                 self._announce(index)
-                self.ready.put(self.loader.run(rows, slot))
+                self.ready.put((rows, self._send(index)))
             self.ready.put(self._END)
         except BaseException as error:  # handed over, and raised where somebody listens
             self.ready.put(error)
+
+    def _send(self, index: int) -> Sent:
+        slot = index % self.loader.n_slots
+        if arrived := self.loader.arrived.pop(slot, None):
+            arrived.synchronize()
+        patches = [] if self.patches_of is None else [self.patches_of(index)]
+        arrays = self.loader.run(self.rows[index], slot, *patches)
+        sent = self.loader.upload.send(patches + arrays)  # what is not pinned first: it waits for what is sent before
+        self.loader.arrived[slot] = sent.arrived
+        return sent
 
     def _announce(self, index: int) -> None:
         """Announce the batches that come soon, as long as this process reads from a disk; what is in memory needs no announcing,
@@ -341,14 +391,13 @@ class _Ahead:
             self.n_announced = end
 
     def results(self) -> Iterator[RawBatch]:
-        for index in range(len(self.rows) + 1):
-            result = self.ready.get()
-            if result is self._END:
-                return
+        while (result := self.ready.get()) is not self._END:
             if isinstance(result, BaseException):
                 raise result
-            self.loader.handed_out = index % self.loader.n_slots
-            yield result
+            rows, sent = result
+            tensors = list(sent.receive())
+            patches = tensors.pop(0) if self.patches_of else None
+            yield RawBatch(rows, tensors[0], tensors[1] if len(tensors) > 1 else None, patches)
             self.slots.release()
 
     def stop(self) -> None:
@@ -357,14 +406,9 @@ class _Ahead:
         self.thread.join()
 
 
-def _is_plain(store: StoreReader, array: str) -> bool:
-    """Whether compiled code can copy its rows as they lie on disk."""
-    return store.reader != "zarr" and dict(store.spec.codecs)[array] == "none"
-
-
 def _why_not_plain(stores: list[StoreReader], parts: list[Part]) -> str:
-    """The first reason for which `_is_plain` says no, as half a sentence."""
-    part = next(part for part in parts if not _is_plain(stores[part.store], part.array))
+    """The first reason for which `is_plain` says no, as half a sentence."""
+    part = next(part for part in parts if not stores[part.store].is_plain(part.array))
     store = stores[part.store]
     if store.reader == "zarr":
         return "zarr-python was asked for (--reader zarr)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from student.distributed import local_processes
+from student.masking import Mask, MasksAhead
 from teacher_cache.beton import CropReader, read_checksums
 from teacher_cache.cache import Cache, View
 from teacher_cache.durable import canonical_json
 from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
-from teacher_cache.race import require_patches
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import extract_command, read_manifest, shared_sha256
@@ -161,11 +161,23 @@ class CropSource:
         """The arrays that are read of each store."""
         return []
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
+    def _kept(self) -> list[int]:
+        """Of each store the patches of a row whose tokens are read, or 0 for all."""
+        return [0] * len(self.store_names)
+
+    def _patches_of(self, first_step: int, micro_rows: np.ndarray, stores: list[StoreReader]) -> Callable | None:
+        """JoinedLoader.batches' `patches_of` for micro-batches from step `first_step` on; None if all tokens are read."""
+        return None
+
+    def _targets(self, raw: RawBatch) -> tuple[Targets, ...]:
         return ()
+
+    def _mask(self, raw: RawBatch) -> Mask | None:
+        return None
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
+        step = first_step
         for epoch, rows in self.order.steps(first_step, last_step):
             view = self.views[epoch % len(self.views)]
             if view.number not in self._opened:  # once a run: readers remember which rows they have checked
@@ -174,19 +186,18 @@ class CropSource:
             own = rows.reshape(len(rows), self.world, -1)[:, self.rank]  # [steps, batch_size / world]
             micro_rows = own.reshape(-1, own.shape[1] // self.accumulate)
             if self._loader is None:
-                self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers)
+                self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers,
+                                            kept=self._kept(), device=self.device)  # fmt: skip
             else:
                 self._loader.open(crops, stores)
-            for raw in self._loader.batches(micro_rows):
+            for raw in self._loader.batches(micro_rows, self._patches_of(step, micro_rows, stores)):
                 yield self._batch(raw)
+            step += len(rows)
 
     def _batch(self, raw: RawBatch) -> Batch:
         """Rows and labels stay on the CPU: no loss reads them, and copying them would make the host wait."""
-        images_u8 = torch.from_numpy(raw.images).to(self.device, non_blocking=True)
         rows = torch.from_numpy(raw.rows)
-        batch = Batch(normalise(images_u8), rows, self._labels[rows], self._targets(raw, images_u8))
-        self._loader.guard(self.device)
-        return batch
+        return Batch(normalise(raw.images), rows, self._labels[rows], self._targets(raw), self._mask(raw))
 
 
 class _Stored:
@@ -221,36 +232,50 @@ class _Stored:
     def arrays(self) -> list[str]:
         return self.spec.arrays_read(self.layers, self.needs.attention)
 
-    def targets(self, record: Tensor, parts: list[Part]) -> Targets:
-        """Targets from records uint8 [B, record bytes] on the device; parts: of this teacher's arrays."""
+    def n_kept(self, masks: MasksAhead | None) -> int:
+        """The patches whose tokens are read where the masks of the run are drawn before; 0 if all are."""
+        are_all_wanted = self.needs.hidden or not self.layers or self.spec.visible
+        if masks is None or are_all_wanted or self.teacher.n_patches != masks.n_patches:
+            return 0
+        return masks.masker.n_keep
+
+    def targets(self, record: Tensor, parts: list[Part], index: Tensor | None) -> Targets:
+        """Targets from records uint8 [B, record bytes] on the device.
+
+        parts: of this teacher's arrays. index: int64 [B, K], the patches whose tokens were read; None: those that are stored.
+        """
+        n_tokens = None if index is None else index.shape[1] + int(self.teacher.has_cls)
         bytes_of = {part.array: record[:, part.offset : part.offset + part.n_bytes] for part in parts}
 
         def view(array: str) -> Tensor:
-            shape = self.spec.row_shape(array, self.teacher)
+            shape = self.spec.row_shape(array, self.teacher, n_tokens)
             return bytes_of[array].view(getattr(torch, self.spec.row_dtype(array))).unflatten(1, shape)
 
         attention = view("attention").clone() if self.needs.attention else None
-        index = view("index").long() if self.spec.visible else None
-        if not self.layers:
-            n_tokens = self.spec.n_tokens(self.teacher)
-            tokens = record.new_empty((len(record), 0, n_tokens, self.teacher.dim), dtype=torch.float32)
-        elif not self.spec.is_quantised:
-            tokens = torch.stack([view(ARRAY_NAME.format(layer)) for layer in self.layers], 1).float()
-        else:
-            scale = view("scale")  # [B, layers of the store, T, G]
-            tokens = torch.stack([
-                dequantise(view(ARRAY_NAME.format(layer)), scale[:, self.spec.layers.index(layer)], self._centre[i],
-                           self._spread[i], self.spec.group)
-                for i, layer in enumerate(self.layers)
-            ], 1)  # fmt: skip
+        if self.spec.visible:
+            index = view("index").long()
+        shape = (len(record), len(self.layers), n_tokens or self.spec.n_tokens(self.teacher), self.teacher.dim)
+        tokens = record.new_empty(shape, dtype=torch.float32)
+        scale = view("scale") if self.layers and self.spec.is_quantised else None  # [B, layers of the store, T, G]
+        for i, layer in enumerate(self.layers):
+            stored = view(ARRAY_NAME.format(layer))
+            if scale is None:
+                tokens[:, i] = stored
+            else:
+                dequantise(stored, scale[:, self.spec.layers.index(layer)], self._centre[i], self._spread[i], self.spec.group,
+                           out=tokens[:, i])  # fmt: skip
         return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head, index)
 
 
 class CachedSource(CropSource):
-    """Crops joined with the targets that a student needs of each of its teachers, from as many stores of the cache."""
+    """Crops joined with the targets that a student needs of each of its teachers, from as many stores of the cache.
+
+    masks: of the run. Given them, the source draws each batch's (Batch.mask), and of teachers whose hidden patches no loss looks
+    at it reads, sends and dequantises the tokens of visible patches alone.
+    """
 
     def __init__(self, cache: Cache, store_names: Sequence[str], needs: Sequence[Needs], *, reader: str = "mmap",
-                 check: str = "first", **options):  # fmt: skip
+                 check: str = "first", masks: MasksAhead | None = None, **options):  # fmt: skip
         self.reader, self.check = reader, check
         super().__init__(cache, store_names=store_names, **options)
         first = self.views[0]
@@ -259,6 +284,7 @@ class CachedSource(CropSource):
             for name, wanted in zip(store_names, needs, strict=True)
         ]
         self.identity["teachers"] = [stored.identity for stored in self.stored]
+        self.masks = masks if any(stored.n_kept(masks) for stored in self.stored) else None
 
     def _open(self, view: View) -> tuple[CropReader, list[StoreReader]]:
         crops, _ = super()._open(view)
@@ -267,32 +293,50 @@ class CachedSource(CropSource):
     def _arrays(self) -> list[list[str]]:
         return [stored.arrays for stored in self.stored]
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
-        """One transfer of the quantised record; tokens become float on the device."""
-        records = raw.records if raw.records is not None else np.zeros((len(raw.rows), 0), "u1")
-        for part in self._loader.parts:
-            if part.array == "index":
-                index = records[:, part.offset : part.offset + part.n_bytes].view("<i4")
-                store = self.stored[part.store]
-                require_patches(index, store.teacher.n_patches, raw.rows, f"{store.name}.zarr/index")
-        record = torch.from_numpy(records).to(self.device, non_blocking=True)  # uint8 [B, record bytes]
+    def _kept(self) -> list[int]:
+        return [stored.n_kept(self.masks) for stored in self.stored]
+
+    def _patches_of(self, first_step: int, micro_rows: np.ndarray, stores: list[StoreReader]) -> Callable | None:
+        if self.masks is None:
+            return None
+
+        def patches(index: int) -> np.ndarray:
+            step, own = divmod(index, self.accumulate)
+            attention = stores[0].read("attention", micro_rows[index]) if self.masks.masker.needs.attention else None
+            place = self.rank * self.accumulate + own
+            return self.masks.order(first_step + step, place, self.world * self.accumulate, attention)
+
+        return patches
+
+    def _mask(self, raw: RawBatch) -> Mask | None:
+        return None if raw.patches is None else self.masks.masker.mask(raw.patches)
+
+    def _targets(self, raw: RawBatch) -> tuple[Targets, ...]:
+        """The record has travelled as it is stored; tokens become float on the device."""
+        record = raw.records if raw.records is not None else raw.images.new_empty((len(raw.rows), 0))
         return tuple(
-            stored.targets(record, [part for part in self._loader.parts if part.store == place])
-            for place, stored in enumerate(self.stored)
-        )
+            stored.targets(record, [part for part in self._loader.parts if part.store == place],
+                           raw.patches[:, :n_kept] if n_kept else None)
+            for place, (stored, n_kept) in enumerate(zip(self.stored, self._kept(), strict=True))
+        )  # fmt: skip
 
 
-def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int) -> Tensor:
+def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int, out: Tensor | None = None) -> Tensor:
     """teacher_cache.quantize.dequantise on the device: int8 [B, T, D] or, two to a byte, uint8 [B, T, ceil(D / 2)], and float16
-    [B, T, G] -> float32 [B, T, D].
+    [B, T, G] -> float32 [B, T, D], in `out` if it is given.
+
+    As few passes over float32 values as can be: on a CPU or a GPU they take longer than the arithmetic.
     """
     dim = len(centre)
     if stored.dtype == torch.uint8:
-        levels = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)[..., :dim].float() - 8
+        levels = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)[..., :dim].view(torch.int8) - 8
     else:
-        levels = stored.float()
-    step = scale.float().repeat_interleave(group, dim=-1)[..., :dim]
-    return torch.addcmul(centre, levels * step, spread)
+        levels = stored
+    if dim % group == 0:
+        standardised = (levels.unflatten(-1, (-1, group)) * scale.float().unsqueeze(-1)).flatten(-2)
+    else:
+        standardised = levels * scale.float().repeat_interleave(group, dim=-1)[..., :dim]
+    return torch.addcmul(centre, standardised, spread, out=out)
 
 
 class LiveSource(CropSource):
@@ -312,9 +356,9 @@ class LiveSource(CropSource):
         ]
         self.heads = [teacher_head(teacher.head, self.device) for teacher in self.teachers]
 
-    def _targets(self, raw: RawBatch, images_u8: Tensor) -> tuple[Targets, ...]:
+    def _targets(self, raw: RawBatch) -> tuple[Targets, ...]:
         return tuple(
-            self._targets_of(teacher, needs, head, images_u8)
+            self._targets_of(teacher, needs, head, raw.images)
             for teacher, needs, head in zip(self.teachers, self.needs, self.heads, strict=True)
         )
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from .errors import RunError
+
+if TYPE_CHECKING:
+    from .masking import Mask
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Targets:
     def visible(self, which: int, keep: Tensor) -> Tensor:
         """The tokens of the visible patches `keep` of one block: int64 [B, n] -> [B, n, D].
 
-        Where only tokens of visible patches are there, `keep` is the beginning of `index`: masking.StoredRace sees to that.
+        Where only tokens of visible patches are there, `keep` is the beginning of `index`: StoredRace and MasksAhead of masking
+        see to that.
         """
         if self.index is not None:
             first = int(self.has_cls)
@@ -75,6 +79,7 @@ class Batch:
     rows: Tensor  # int64 [B], row of the crop in its view; on the CPU
     labels: Tensor | None  # int64 [B], on the CPU
     targets: tuple[Targets, ...]  # of each of the run's teachers, in order; empty for methods without one
+    mask: Mask | None = None  # where the source has drawn it already (masking.MasksAhead); else the student draws it
 
 
 @dataclass(frozen=True)

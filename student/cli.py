@@ -198,7 +198,7 @@ class _Lesson:
     names: tuple[str, ...]
     shapes: tuple
     source: Callable
-    """(cache, needs, reading options, other options) -> student.batch.BatchSource"""
+    """(cache, needs, reading options with the run's masks, other options) -> student.batch.BatchSource"""
 
 
 def _stored(cache: Cache, teachers: tuple[str, ...]) -> _Lesson:
@@ -237,6 +237,7 @@ def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
             f"cache of that size, or --set backbone.image_size={cache.plan.size}."
         )
     student = Student(config, lesson.shapes)
+    reading = {**reading, "masks": student.masks_ahead(config)}
     source = lesson.source(cache, student.needs, reading, {**data, "rank": rank(), "world": world_size()})
     if mismatches:
         source.identity["accepted_mismatch"] = mismatches

@@ -2,11 +2,13 @@
 
 A masker is a callable `masker(batch, noise) -> Mask`. Its randomness comes in from outside, one number a patch, so a
 mask is a function of (seed, step, row of the batch) alone: not of the device, the rank or the gradient accumulation.
-To add one: write the callable, add a line to `build_masker` and a kind to MaskConfig.
+To add one: write the callable, add a line to `build_masker` and a kind to MaskConfig. Where a masker looks at noise and attention
+alone, `MasksAhead` draws its masks before the teacher's tokens are read.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,11 +51,13 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+@functools.lru_cache(maxsize=2)  # a step may be cut into many micro-batches
 def draw_noise(seed: int, step: int, n_rows: int, n_patches: int) -> Tensor:
-    """The noise of one step: float32 [n_rows, n_patches] in (0, 1), on the CPU, for the whole global batch."""
+    """The noise of one step: float32 [n_rows, n_patches] in (0, 1), on the CPU, for the whole global batch. Not to be changed."""
     generator = torch.Generator().manual_seed(position_seed("mask", seed, step))
     noise = torch.rand(n_rows, n_patches, generator=generator)  # [0, 1), in steps of 2^-24
-    return noise.clamp_(min=2.0**-25)
+    np.maximum(noise.numpy(), 2.0**-25, out=noise.numpy())  # not by torch's threads: see MasksAhead
+    return noise
 
 
 class Masker(Protocol):
@@ -68,36 +72,69 @@ class Masker(Protocol):
 
 @dataclass(frozen=True)
 class ScoreMasker:
-    """Keeps the `n_keep` patches with the highest score; `score(batch, noise)` gives float [B, N]."""
+    """Keeps the `n_keep` patches with the highest score.
+
+    score: (attention, noise) -> [B, N], all three tensors or all three numpy arrays; attention is None unless `needs` has it.
+    """
 
     n_keep: int
-    score: Callable[[Batch, Tensor], Tensor]
+    score: Callable
     needs: Needs = Needs()
 
     def __call__(self, batch: Batch, noise: Tensor) -> Mask:
+        attention = batch.targets[0].attention if self.needs.attention else None
+        scores = self.score(attention, noise.to(batch.images.device))
         # Stable, because equal scores must fall the same way on every device.
-        order = torch.argsort(self.score(batch, noise.to(batch.images.device)), dim=1, descending=True, stable=True)  # [B, N]
+        order = torch.argsort(scores, dim=1, descending=True, stable=True)  # [B, N]
+        return self.mask(order)
+
+    def mask(self, order: Tensor) -> Mask:
+        """The mask of the patches from the highest score to the lowest, int64 [B, N]."""
         return Mask(keep=order[:, : self.n_keep], drop=order[:, self.n_keep :])
 
 
-def _random(batch: Batch, noise: Tensor) -> Tensor:
+def _random(attention, noise):
     """Uniform without replacement (MAE models_mae.py:123-148: the first patches of a random shuffle)."""
     return -noise
 
 
-def _attention_race(batch: Batch, noise: Tensor) -> Tensor:
+def _attention_race(attention, noise):
     """Drawn by the teacher's attention without replacement: the exponential race p / E, E ~ Exp(1).
 
     The same law as torch.multinomial(p, n, replacement=False), which MILAN and MaskAlign use, with the randomness
     from outside and without its host synchronisation. Patches without attention come last.
     """
     # In float64: float32 logarithms of two devices differ in the last bit, and a race could end the other way.
-    return batch.targets[0].attention.double() / -noise.double().log()
+    if isinstance(noise, np.ndarray):
+        return attention.astype("float64") / -np.log(noise.astype("float64"))
+    return attention.double() / -noise.double().log()
 
 
-def _attention_top(batch: Batch, noise: Tensor) -> Tensor:
+def _attention_top(attention, noise):
     """Always the patches with the most attention: the literal reading of "the most salient tokens" of MR-MAE."""
-    return batch.targets[0].attention
+    return attention
+
+
+@dataclass(frozen=True)
+class MasksAhead:
+    """The masks of a run, drawn where its batches are made: those that its student would draw, before any token is read.
+
+    So tokens of hidden patches need not be read, sent and dequantised where no loss looks at them.
+    """
+
+    masker: ScoreMasker
+    seed: int
+    batch_size: int
+    n_patches: int
+
+    def order(self, step: int, place: int, n_places: int, attention: np.ndarray | None) -> np.ndarray:
+        """int64 [B, N]: the patches of the crops of a micro-batch, the visible ones first; see ScoreMasker.mask.
+
+        place: of the micro-batch among the `n_places` of step `step`. attention: float32 [B, N], if the masker needs it.
+        """
+        # By numpy: torch would start as many threads as there are processors, on which the loader decodes crops.
+        noise = draw_noise(self.seed, step, self.batch_size, self.n_patches).chunk(n_places)[place].numpy()
+        return np.argsort(-self.masker.score(attention, noise), axis=1, kind="stable")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .backbones import build_backbone
 from .batch import Batch, Needs
 from .config import TrainConfig
 from .errors import ConfigError
-from .masking import Mask, build_masker
+from .masking import Mask, MasksAhead, ScoreMasker, build_masker
 from .objectives import build_objective
 from .objectives.objective import Teachers
 
@@ -50,6 +50,12 @@ class Student(nn.Module):
     def draw_mask(self, batch: Batch, noise: Tensor) -> Mask:
         """Which patches are visible in each crop; noise: float32 [B, N] in (0, 1), see `masking.draw_noise`."""
         return self.masker(batch, noise)
+
+    def masks_ahead(self, config: TrainConfig) -> MasksAhead | None:
+        """For a source that may draw the masks of a run itself; None where they depend on more than noise and attention."""
+        if not isinstance(self.masker, ScoreMasker):
+            return None
+        return MasksAhead(self.masker, config.seed, config.batch_size, self.n_patches)
 
     def forward(self, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, a float32 scalar, and its parts by name, detached and without their weights."""

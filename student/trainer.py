@@ -25,7 +25,7 @@ from .distributed import any_of, barrier, gathered, rank, world_size
 from .errors import ConfigError, NonFiniteLossError, RunError
 from .interrupts import deferred_interrupts
 from .logs import StepReport
-from .masking import draw_noise
+from .masking import Mask, draw_noise
 from .model import Student
 from .optim import build_optimizer, learning_rate
 from .progress import StepDisplay
@@ -67,11 +67,11 @@ class Trainer:
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
         """
-        n_parts = config.accumulate * world_size()
-        if config.batch_size % n_parts:
+        self.n_places = config.accumulate * world_size()  # micro-batches of a step, over all processes
+        if config.batch_size % self.n_places:
             raise ConfigError(
                 f"batch_size={config.batch_size} cannot be cut into equal parts for accumulate={config.accumulate} and "
-                f"{world_size()} processes. Take a multiple of {n_parts}."
+                f"{world_size()} processes. Take a multiple of {self.n_places}."
             )
         self.config = config
         self.device = torch.device(device)
@@ -188,17 +188,14 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
 
-        # The masks of a step are drawn for all its crops at once, so they do not depend on how it is cut up.
-        noise = draw_noise(self.config.seed, self.step, self.config.batch_size, self.student.n_patches)
-        noise = noise.chunk(world_size())[rank()]
         losses, rows, parts = [], [], {}
-        for index, micro_noise in enumerate(noise.chunk(self.config.accumulate)):
+        for index in range(self.config.accumulate):
             asked = time.perf_counter()
-            batch = self._next(batches, len(micro_noise))
+            batch = self._next(batches, self.config.batch_size // self.n_places)
             waited += time.perf_counter() - asked
 
-            mask = self.student.draw_mask(batch, micro_noise)
             place = rank() * self.config.accumulate + index  # among the micro-batches of the step, over all processes
+            mask = batch.mask or self._draw_mask(batch, place)
             torch.manual_seed(position_seed("drop path", self.config.seed, self.step, place))
             with self._gradients_shared(index == self.config.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -244,6 +241,11 @@ class Trainer:
             if self.directory:
                 self.directory.write(report)
         return report
+
+    def _draw_mask(self, batch: Batch, place: int) -> Mask:
+        # The masks of a step are drawn for all its crops at once, so they do not depend on how it is cut up.
+        noise = draw_noise(self.config.seed, self.step, self.config.batch_size, self.student.n_patches)
+        return self.student.draw_mask(batch, noise.chunk(self.n_places)[place])
 
     def _gradients_shared(self, last: bool):
         """Between processes gradients are exchanged in the last backward pass of a step."""

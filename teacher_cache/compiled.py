@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import platform
 
-from .pointers import load_u8, load_u64  # isort: skip - before numba, whose threading layer it chooses
+from .pointers import load_u8, load_u64, pointer_u8  # isort: skip - before numba, whose threading layer it chooses
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
 from .errors import CacheCorruptError, CropNotCachedError
@@ -184,26 +184,35 @@ def _judge_entry(offset, n_bytes, shard_bytes, row_bytes):
 
 
 @njit(nogil=True)
-def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
-    """Copy one uncompressed row out of a shard mapped at address `shard` to address `out`; returns a code.
+def _find(shard, shard_bytes, slot, n_slots, row_bytes):
+    """Of one uncompressed row of a shard mapped at address `shard`: a code, and the address of its bytes.
 
-    The last 16 * n_slots + 4 bytes of a shard are its index (shards.py). A row is followed by its CRC-32C.
+    The last 16 * n_slots + 4 bytes of a shard are its index (shards.py).
     """
     entry = shard + shard_bytes - np.uint64(4) - np.uint64(16) * np.uint64(n_slots - slot)
-    offset, n_bytes = load_u64(entry), load_u64(entry + np.uint64(8))
-    code = _judge_entry(offset, n_bytes, shard_bytes, row_bytes)
+    offset = load_u64(entry)
+    return _judge_entry(offset, load_u64(entry + np.uint64(8)), shard_bytes, row_bytes), shard + offset
+
+
+@njit(nogil=True)
+def _crc_behind(row, row_bytes):
+    """The CRC-32C that follows the row at address `row`."""
+    stored = np.uint64(0)
+    for i in range(4):
+        stored |= np.uint64(load_u8(row + row_bytes + np.uint64(i))) << np.uint64(8 * i)
+    return stored
+
+
+@njit(nogil=True)
+def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
+    """Copy one uncompressed row out of a shard mapped at address `shard` to address `out`; returns a code."""
+    code, source = _find(shard, shard_bytes, slot, n_slots, row_bytes)
     if code != OK:
         return code
-    source = shard + offset
     copy_bytes(np.uint64(out), source, row_bytes, check)
-    if check:
-        tail = source + row_bytes
-        stored = np.uint64(0)
-        for i in range(4):
-            stored |= np.uint64(load_u8(tail + np.uint64(i))) << np.uint64(8 * i)
-        # of the copy: what was handed out is what was checked, and it is in the processor's cache
-        if np.uint64(crc32c_at(np.uint64(out), row_bytes)) != stored:
-            return BAD_CRC
+    # of the copy: what was handed out is what was checked, and it is in the processor's cache
+    if check and np.uint64(crc32c_at(np.uint64(out), row_bytes)) != _crc_behind(source, row_bytes):
+        return BAD_CRC
     return OK
 
 
@@ -264,6 +273,50 @@ def copy_rows(rows, out, out_stride, handles, shard_sizes, by_pread, shard_rows,
             errors[i] = copy_one(handles[shard], shard_sizes[shard], slot, shard_rows, row_bytes, verify, target)
         if verify and errors[i] == OK:
             checked[row] = 1
+
+
+@njit(nogil=True)
+def _gather(row, out, places, n_parts, n_tokens, token_bytes):
+    """Copy to address `out` the tokens at `places` of each of the `n_parts` parts of a row (uint8 [n_parts * n_tokens *
+    token_bytes])."""
+    to = np.uint64(out)
+    for part in range(n_parts):
+        start = np.uint64(row.ctypes.data) + np.uint64(part) * n_tokens * token_bytes
+        for place in places:
+            _memcpy(to, start + np.uint64(place) * token_bytes, token_bytes)
+            to += token_bytes
+
+
+@njit(nogil=True, parallel=True)
+def copy_tokens(rows, places, n_parts, n_tokens, token_bytes, out, out_stride, handles, shard_sizes, by_pread, shard_rows,
+                checked, check, errors):  # fmt: skip
+    """Copy of each of `rows` only the tokens at its `places` (integer [len(rows), K], each below `n_tokens`; not looked at).
+
+    A row is `n_parts` x `n_tokens` x `token_bytes` (uint64); `out` gets n_parts x K x token_bytes. The rest as for `copy_rows`.
+    A checksum is that of a whole row: where it is to be compared all of the row is read, and by pread always.
+    """
+    row_bytes = n_parts * n_tokens * token_bytes
+    for i in prange(len(rows)):
+        row = rows[i]
+        shard, slot = row // shard_rows, row % shard_rows
+        handle, shard_bytes = handles[shard], shard_sizes[shard]
+        if handle == np.uint64(CLOSED):
+            errors[i] = NOT_OPEN
+            continue
+        verify = check == 2 or (check == 1 and checked[row] == 0)
+        if by_pread:
+            stored = np.empty(row_bytes, np.uint8)
+            code = read_one(handle, shard_bytes, slot, shard_rows, row_bytes, verify, np.uint64(stored.ctypes.data))
+        else:
+            code, source = _find(handle, shard_bytes, slot, shard_rows, row_bytes)
+            if verify and code == OK and np.uint64(crc32c_at(source, row_bytes)) != _crc_behind(source, row_bytes):
+                code = BAD_CRC
+            stored = carray(pointer_u8(source), row_bytes)
+        errors[i] = code
+        if code == OK:
+            _gather(stored, np.uint64(out) + np.uint64(i) * np.uint64(out_stride), places[i], n_parts, n_tokens, token_bytes)
+            if verify:
+                checked[row] = 1
 
 
 @njit(nogil=True)

@@ -61,3 +61,4 @@ def _pointer_to(kind):
 
 pointer_u8, pointer_u32 = _pointer_to(types.uint8), _pointer_to(types.uint32)
 pointer_u64, pointer_i64 = _pointer_to(types.uint64), _pointer_to(types.int64)
+pointer_i32 = _pointer_to(types.int32)

@@ -41,8 +41,12 @@ def require_patches(index: np.ndarray, n_patches: int, rows: np.ndarray, where) 
         )
 
 
+def places_of(patches: np.ndarray, n_cls: int) -> np.ndarray:
+    """Where CLS, if there is one (`n_cls`), and the given patches [B, K] stand among all tokens: int32 [B, C+K]."""
+    cls = np.broadcast_to(np.arange(n_cls), (len(patches), n_cls))
+    return np.concatenate([cls, patches + n_cls], axis=1, dtype="int32", casting="same_kind")
+
+
 def take_visible(tokens: np.ndarray, index: np.ndarray, n_cls: int) -> np.ndarray:
     """CLS, if there is one (`n_cls`), and the patches `index` [B, K] of tokens [B, L, C+N, D]: [B, L, C+K, D]."""
-    cls = np.broadcast_to(np.arange(n_cls), (len(index), n_cls))
-    places = np.concatenate([cls, index + n_cls], axis=1)
-    return np.take_along_axis(tokens, places[:, None, :, None], axis=2)
+    return np.take_along_axis(tokens, places_of(index, n_cls)[:, None, :, None], axis=2)

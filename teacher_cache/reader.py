@@ -24,7 +24,7 @@ from .errors import CacheCorruptError, CropNotCachedError, NotInCacheError, Teac
 from .quantize import dequantise
 from .race import require_patches
 from .shards import index_bytes
-from .spec import ARRAY_NAME
+from .spec import ARRAY_NAME, NOT_BY_TOKEN
 from .store import check_array_json, read_head, read_manifest, read_statistics
 from .window import ShardWindow
 
@@ -70,11 +70,11 @@ class StoreReader:
         """`gamma`, `beta` [D] and, where the teacher has one, `projection` [D, E]; float32."""
         return read_head(self.path, self.teacher)
 
-    def row_shape(self, array: str) -> tuple[int, ...]:
-        """Shape of one row; an array this store lacks raises NotInCacheError that names those it has."""
+    def row_shape(self, array: str, n_tokens: int | None = None) -> tuple[int, ...]:
+        """StoreSpec.row_shape; an array this store lacks raises NotInCacheError that names those it has."""
         if array not in self.columns:
             raise NotInCacheError(f"{self.path} has no {array}; it has {', '.join(self.columns)}.")
-        return self.spec.row_shape(array, self.teacher)
+        return self.spec.row_shape(array, self.teacher, n_tokens)
 
     @contextlib.contextmanager
     def opened(self, arrays: list[str], rows: np.ndarray) -> Iterator[None]:
@@ -106,28 +106,39 @@ class StoreReader:
         """Close what is open. Reading opens it again; which rows have been checked is remembered."""
         self.shards.close()
 
-    def read(self, array: str, rows, out: np.ndarray | None = None) -> np.ndarray:
+    def read(self, array: str, rows, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
         """Copy `rows` of `array` into `out` ([len(rows), *row_shape] of the stored dtype, C-contiguous), in that order.
 
-        Raises CropNotCachedError for a row that was never extracted, CacheCorruptError for damaged bytes.
+        places: integer [len(rows), K], to read only the tokens that stand there of each row, in that order: K for T in the shape
+        (row_shape). Raises CropNotCachedError for a row that was never extracted, CacheCorruptError for damaged bytes.
         """
         rows = np.ascontiguousarray(rows, "int64")
-        shape, dtype = (len(rows), *self.row_shape(array)), np.dtype(self.spec.row_dtype(array))
+        if places is not None:
+            places = self._require_places(array, places, len(rows))
+        n_tokens = None if places is None else places.shape[1]
+        shape, dtype = (len(rows), *self.row_shape(array, n_tokens)), np.dtype(self.spec.row_dtype(array))
         if out is None:
             out = np.empty(shape, dtype)
         if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
             raise UsageError(f"{array}: out must be C-contiguous {dtype} {shape}, not {out.dtype} {out.shape}.")
-        if self.reader == "zarr":
+        if self.is_plain(array):
+            with self.opened([array], rows):
+                self._copy(array, rows, out, places)
+        elif places is not None:
+            by_token = places.reshape(len(rows), *[1] * (len(shape) - 3), n_tokens, 1)
+            np.copyto(out, np.take_along_axis(self.read(array, rows), by_token, axis=-2))
+        elif self.reader == "zarr":
             self._read_zarr(array, rows, out)
         else:
             with self.opened([array], rows):
-                if dict(self.spec.codecs)[array] == "none":
-                    self._copy(array, rows, out)
-                else:
-                    self._decode(array, rows, out)
+                self._decode(array, rows, out)
         if array == "index":
             require_patches(out, self.teacher.n_patches, rows, self.path / array)
         return out
+
+    def is_plain(self, array: str) -> bool:
+        """Whether compiled code can copy its rows as they lie on disk."""
+        return self.reader != "zarr" and dict(self.spec.codecs)[array] == "none"
 
     def tokens(self, rows, layer: int) -> np.ndarray:
         """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
@@ -150,14 +161,30 @@ class StoreReader:
                 "Run teacher-cache extract to finish the store."
             )
 
-    def _copy(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:
-        from .compiled import check_rows, copy_rows
+    def _require_places(self, array: str, places: np.ndarray, n_rows: int) -> np.ndarray:
+        if array in NOT_BY_TOKEN:
+            raise UsageError(f"{array} has no tokens to choose from; it is read whole.")
+        places = np.ascontiguousarray(places)
+        if places.ndim != 2 or len(places) != n_rows or places.dtype.kind not in "iu":
+            raise UsageError(f"places must be integers [{n_rows}, K], not {places.dtype} {list(places.shape)}.")
+        n_tokens = self.spec.n_tokens(self.teacher)
+        if places.size and (places.min() < 0 or places.max() >= n_tokens):
+            raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
+        return places.astype("int32", copy=False)
+
+    def _copy(self, array: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> None:
+        from .compiled import check_rows, copy_rows, copy_tokens
 
         column, errors = self.columns[array], np.zeros(len(rows), "int64")
         shards, stride = self.shards, out.strides[0] if len(out) else 0
-        copy_rows(rows, np.uint64(out.ctypes.data), stride, shards.handles[column], shards.sizes[column], shards.by_pread,
-                  self.spec.shard_rows, np.uint64(self.spec.row_bytes(array, self.teacher)), shards.checked[column],
-                  CHECKS[self.check], errors)  # fmt: skip
+        target = np.uint64(out.ctypes.data), stride
+        source = shards.handles[column], shards.sizes[column], shards.by_pread, self.spec.shard_rows
+        check = shards.checked[column], CHECKS[self.check], errors
+        if places is None:
+            copy_rows(rows, *target, *source, np.uint64(self.spec.row_bytes(array, self.teacher)), *check)
+        else:
+            layout = map(np.uint64, self.spec.token_layout(array, self.teacher))
+            copy_tokens(rows, places, *layout, *target, *source, *check)
         check_rows(errors, rows, self.path / array)
 
     def _decode(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:

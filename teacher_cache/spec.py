@@ -130,6 +130,8 @@ class TeacherSpec:
 DTYPES = ("float16", "int8", "int4")
 CODECS = ("auto", "zstd", "lz4", "none")
 ARRAY_NAME = "tokens/{:02d}"
+NOT_BY_TOKEN = ("attention", "index")
+"""Row arrays that have no axis of tokens; the others have it last but one."""
 
 
 def array_names(layers: tuple[int, ...], dtype: str, attention: bool, visible: int) -> list[str]:
@@ -231,25 +233,34 @@ class StoreSpec:
         """T, stored tokens of a crop and layer: C + N, or C + K of visible tokens."""
         return self.visible + int(teacher.has_cls) if self.visible else teacher.n_tokens
 
-    def row_shape(self, array: str, teacher: TeacherSpec) -> tuple[int, ...]:
-        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]), scale [L, T, G], attention [N], index [K]."""
+    def row_shape(self, array: str, teacher: TeacherSpec, n_tokens: int | None = None) -> tuple[int, ...]:
+        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]), scale [L, T, G], attention [N], index [K].
+
+        n_tokens: T, where only some of the stored tokens are meant.
+        """
+        n_tokens = self.n_tokens(teacher) if n_tokens is None else n_tokens
         if array == "attention":
             return (teacher.n_patches,)
         if array == "index":
             return (self.visible,)
         if array == "scale":
-            return (len(self.layers), self.n_tokens(teacher), self.n_groups(teacher))
-        return (self.n_tokens(teacher), -(-teacher.dim // 2) if self.dtype == "int4" else teacher.dim)
+            return (len(self.layers), n_tokens, self.n_groups(teacher))
+        return (n_tokens, -(-teacher.dim // 2) if self.dtype == "int4" else teacher.dim)
 
     def row_dtype(self, array: str) -> str:
         """numpy name of the array's little-endian dtype."""
         of_tokens = "uint8" if self.dtype == "int4" else self.dtype
         return {"attention": "float32", "scale": "float16", "index": "int32"}.get(array, of_tokens)
 
-    def row_bytes(self, array: str, teacher: TeacherSpec) -> int:
-        """Bytes of one uncompressed row."""
+    def row_bytes(self, array: str, teacher: TeacherSpec, n_tokens: int | None = None) -> int:
+        """Bytes of one uncompressed row, or of `n_tokens` of its tokens."""
         itemsize = {"float32": 4, "int32": 4, "float16": 2, "int8": 1, "uint8": 1}[self.row_dtype(array)]
-        return math.prod(self.row_shape(array, teacher)) * itemsize
+        return math.prod(self.row_shape(array, teacher, n_tokens)) * itemsize
+
+    def token_layout(self, array: str, teacher: TeacherSpec) -> tuple[int, int, int]:
+        """How a row of tokens/NN or scale lies in memory: parts (scale has one a layer), tokens a part, bytes a token."""
+        n_parts = len(self.layers) if array == "scale" else 1
+        return n_parts, self.n_tokens(teacher), self.row_bytes(array, teacher, 1) // n_parts
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

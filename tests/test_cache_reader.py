@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -31,6 +32,7 @@ from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCac
 from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.quantize import ChannelStatistics, dequantise
 from teacher_cache.reader import READERS, StoreReader
+from teacher_cache.shards import HEADER_BYTES
 from teacher_cache.store import Manifest, read_manifest
 from teacher_cache.writer import missing_shards
 
@@ -84,6 +86,58 @@ def test_readers_are_equal(store_of, dtype, codec, shard_rows, layers, rows, che
         reader = StoreReader(path, name, check, window)
         for array in spec.array_names:
             assert same(reader.read(array, rows), arrays[array][rows])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["int8", "float16"]), st.sampled_from(CODECS), st.sampled_from([1, 3, 7]),
+    st.lists(st.integers(0, 6), max_size=8), st.integers(0, 6), st.integers(0, 99), st.sampled_from(["never", "first", "always"]),
+)  # fmt: skip
+def test_readers_are_equal_by_token(store_of, dtype, codec, shard_rows, rows, n_places, seed, check):
+    """Any tokens of any rows, in any order, repeated or none: all readers give what lies at those places of the whole rows."""
+    path, spec, arrays = store_of(dtype, codec, shard_rows)
+    places = np.random.default_rng(seed).integers(0, 5, (len(rows), n_places))
+    for name in READERS:
+        reader = StoreReader(path, name, check)
+        for array in spec.array_names[:-1]:
+            whole = arrays[array][rows]
+            found = reader.read(array, rows, places=places)
+            assert found.shape == (len(rows), *reader.row_shape(array, n_places)) and found.dtype == whole.dtype
+            assert all(same(found[i], whole[i].take(places[i], -2)) for i in range(len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("array", "places", "words"),
+    [
+        ("tokens/01", [[0, 5], [0, 1]], "places 0 to 5 asked for; tokens stand at 0 to 4"),
+        ("tokens/01", [[0, -1], [0, 1]], "places -1 to 1 asked for"),
+        ("tokens/01", [[0, 1]], r"places must be integers \[2, K\], not int64 \[1, 2\]"),
+        ("scale", [[0.0], [1.0]], r"places must be integers \[2, K\], not float64"),
+        ("attention", [[0], [1]], "attention has no tokens to choose from"),
+    ],
+)
+def test_places_that_are_not_there(store_of, array, places, words):
+    """Tokens that a row does not have are refused before anything is read."""
+    with pytest.raises(UsageError, match=words):
+        StoreReader(store_of()[0]).read(array, [0, 1], places=np.array(places))
+
+
+@pytest.mark.parametrize("check", ["never", "first", "always"])
+@pytest.mark.parametrize("reader", READERS)
+def test_damage_beside_the_wanted_tokens(store, reader, check):
+    """Where a row's checksum is compared, it is that of the whole row: damage to a token that nobody asked for is found too."""
+    path, arrays = store
+    places = np.zeros((2, 1), int)
+    opened = StoreReader(path, reader, check)
+    before = opened.read("tokens/01", [0, 1], places=places)
+    flip_bit(shard_of(path, "tokens/01", 0), 8 * (HEADER_BYTES + arrays["tokens/01"][0].nbytes - 1))  # in the last token of row 0
+    if reader == "zarr" or check == "always":
+        with pytest.raises(CacheCorruptError, match="row 0 is damaged"):
+            opened.read("tokens/01", [0, 1], places=places)
+    else:
+        assert same(opened.read("tokens/01", [0, 1], places=places), before)
+    with contextlib.nullcontext() if check == "never" and reader != "zarr" else pytest.raises(CacheCorruptError, match="row 0"):
+        StoreReader(path, reader, check).read("tokens/01", [0, 1], places=places)
 
 
 @pytest.mark.parametrize("codec", CODECS)

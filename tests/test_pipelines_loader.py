@@ -48,7 +48,7 @@ def without_padding(loader, records) -> np.ndarray:
 
 
 def copies(loader, rows) -> list:
-    return [(raw.rows.copy(), raw.images.copy(), without_padding(loader, raw.records)) for raw in loader.batches(rows)]
+    return [(raw.rows, raw.images.numpy().copy(), without_padding(loader, raw.records.numpy())) for raw in loader.batches(rows)]
 
 
 @pytest.mark.parametrize("batch_rows, workers", [(1, 1), (3, 2), (24, 1)])
@@ -64,6 +64,26 @@ def test_pixel_identity(shared_cache, batch_rows, workers):
 
 WAYS = [("fake", {}), ("fake", {"reader": "pread"}), ("fake", {"window": 2}), ("fake", {"reader": "pread", "window": 1}),
         ("fake", {"reader": "zarr"}), ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
+
+
+@pytest.mark.parametrize("store, options", WAYS, ids=str)
+def test_only_the_wanted_tokens(shared_cache, store, options):
+    """Of a store of which K patches are kept a record holds CLS and the first K patches of each row's list, in its order."""
+    view, kept = shared_cache.view(0), 5
+    stores, plain = [StoreReader(view.store_path(store), **options)], StoreReader(view.store_path("fake"))
+    loader = JoinedLoader(CropReader(view.path), stores, [ARRAYS], 4, 2, kept=[kept])
+    draws = np.random.default_rng(0)
+    order = draws.permutation(24).reshape(-1, 4)
+    patches = [draws.permuted(np.tile(np.arange(plain.teacher.n_patches), (4, 1)), axis=1) for _ in order]
+    for index, raw in enumerate(loader.batches(order, patches.__getitem__)):
+        assert np.array_equal(raw.patches, patches[index])
+        wanted = np.concatenate([np.zeros((4, 1), int), patches[index][:, :kept] + 1], 1)
+        for part in loader.parts:
+            whole = plain.read(part.array, raw.rows)
+            if part.array != "attention":
+                whole = np.stack([row.take(places, -2) for row, places in zip(whole, wanted, strict=True)])
+            found = raw.records[:, part.offset : part.offset + part.n_bytes]
+            assert np.array_equal(found, whole.reshape(4, -1).view("u1"))
 
 
 @pytest.mark.parametrize("store, options", WAYS, ids=str)
@@ -104,7 +124,7 @@ def test_an_exception_reaches_the_consumer(loader, monkeypatch):
     """An operation that raises in the background raises in the consumer, with its cause, instead of hanging."""
     calls = []
 
-    def fail_at_third(rows, slot, run=loader.run):
+    def fail_at_third(rows, slot, *patches, run=loader.run):
         calls.append(slot)
         if len(calls) == 3:
             raise ZeroDivisionError("the cause")
@@ -197,7 +217,7 @@ def test_damaged_shards_raise(shared_loaders, cache, damage, store, reader):
     loader, seen = swapped_in(shared_loaders, cache, store, reader), []
     with pytest.raises(CacheCorruptError, match=SHARD):
         for raw in loader.batches(rows):
-            seen.append(without_padding(loader, raw.records))
+            seen.append(without_padding(loader, raw.records.numpy()))
     assert np.array_equal(seen, reference)
 
 

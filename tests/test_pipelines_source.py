@@ -13,7 +13,7 @@ from cache_fakes import crop_folder
 from fakes import FakeTeacher
 
 from pipelines.presets import PRESETS, recipe
-from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, teacher_shape
+from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
 from student.batch import Batch, Needs
 from student.masking import draw_noise
 from student.model import Student
@@ -116,6 +116,64 @@ def test_processes_share_a_step(shared_cache):
     assert torch.equal(one, torch.cat([first, second], 1)) and first.shape == (4, 4)
 
 
+AHEAD = ["maskalign-b16", "maskalign-b16-random", "mr-mae-b16", "mr-mae-b16-clip-dino", "mr-mcmae-b"]
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread", "zarr"])
+@pytest.mark.parametrize("preset", AHEAD)
+def test_visible_tokens_alone_teach_the_same(shared_cache, preset, reader):
+    """Where no loss looks at hidden patches, only visible tokens are read; masks, loss and gradients are those of whole rows."""
+    names = ["fake", "fake-zstd"][: len(recipe(preset).teachers)]
+    shapes = tuple(stored_shape(shared_cache, name) for name in names)
+    config = replace(recipe(preset).tiny(shapes).config, batch_size=8, accumulate=2)
+    student = Student(config, shapes)
+    options = {"batch_size": 8, "accumulate": 2, "reader": reader}
+    whole = CachedSource(shared_cache, names, student.needs, **options)
+    ahead = CachedSource(shared_cache, names, student.needs, masks=student.masks_ahead(config), **options)
+    assert whole.identity == ahead.identity
+    for place, batches in enumerate(zip(whole.micro_batches(2, 7), ahead.micro_batches(2, 7), strict=True)):  # over two views
+        assert batches[0].mask is None
+        noise = draw_noise(config.seed, 2 + place // 2, 8, student.n_patches).chunk(2)[place % 2]
+        masks = [student.draw_mask(batches[0], noise), batches[1].mask]
+        assert torch.equal(masks[0].keep, masks[1].keep) and torch.equal(masks[0].drop, masks[1].drop)
+        n_keep = masks[0].keep.shape[1]
+        for all_, visible in zip(batches[0].targets, batches[1].targets, strict=True):
+            assert visible.tokens.shape[2] == 1 + n_keep < all_.tokens.shape[2]
+        results = []
+        for batch, mask in zip(batches, masks, strict=True):
+            student.zero_grad()
+            torch.manual_seed(0)  # drop path
+            loss, _ = student(batch, mask)
+            loss.backward()
+            results.append([loss, *(p.grad.clone() for p in student.parameters() if p.grad is not None)])
+        assert len(results[0]) == len(results[1]) > 5
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["milan-b16", "cae-v2-b16", "mimco-b16", "mr-mae-b16-joint-decoder"])
+def test_whole_rows_where_hidden_tokens_teach(shared_cache, preset):
+    """A loss on hidden patches gets the tokens of all, and its student draws the masks."""
+    shapes = (stored_shape(shared_cache, "fake"),)
+    config = recipe(preset).tiny(shapes).config
+    student = Student(config, shapes)
+    source = CachedSource(shared_cache, ["fake"], student.needs, batch_size=8, masks=student.masks_ahead(config))
+    batch = next(iter(source.micro_batches(0, 1)))
+    assert batch.mask is None and batch.targets[0].tokens.shape[2] == 17
+
+
+def test_processes_share_the_masks_of_a_step(shared_cache):
+    """Every process draws the masks of its own slice, together those that one process draws."""
+    shapes = (stored_shape(shared_cache, "fake"),)
+    config = replace(recipe("maskalign-b16").tiny(shapes).config, batch_size=8, accumulate=2)
+    student = Student(config, shapes)
+    options = {"batch_size": 8, "accumulate": 2, "masks": student.masks_ahead(config)}
+    whole = CachedSource(shared_cache, ["fake"], student.needs, **options)
+    parts = [CachedSource(shared_cache, ["fake"], student.needs, rank=rank, world=2, **options) for rank in (0, 1)]
+    keeps = [[batch.mask.keep for batch in source.micro_batches(1, 5)] for source in (whole, *parts)]
+    one, first, second = (torch.stack(of).reshape(4, -1, keeps[0][0].shape[1]) for of in keeps)
+    assert torch.equal(one, torch.cat([first, second], 1)) and first.shape[:2] == (4, 4)
+
+
 def test_mae_has_the_same_pixels(shared_cache, teacher):
     """A method without a teacher reads the very crops that the others read, in the same order, and nothing else."""
     plain = CropSource(shared_cache, batch_size=8)
@@ -151,15 +209,21 @@ def test_batches_stay_what_they_were(shared_cache):
         assert torch.equal(batch.targets[0].attention, again.targets[0].attention)
 
 
-def test_dequantise_equals_the_reference():
-    """The device's dequantisation equals teacher_cache.quantize's, also where the last group is short."""
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("group", [16, 100, 128])
+@pytest.mark.parametrize("dim", [199, 200, 256])
+def test_dequantise_equals_the_reference(dim, group, dtype):
+    """The device's dequantisation equals teacher_cache.quantize's, also where the last group or byte is short."""
     generator = np.random.default_rng(0)
-    tokens = generator.normal(size=(3, 5, 200)).astype("float32") * generator.lognormal(size=200).astype("float32")
-    statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, 200))
-    q, scale = quantize.quantise(tokens, statistics, "int8", 128)
-    reference = quantize.dequantise(q, scale, statistics, "int8", 128)
-    ours = dequantise(*map(torch.from_numpy, (q, scale, statistics.centre, statistics.spread)), 128)
-    np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-6, atol=1e-6)
+    tokens = generator.normal(size=(3, 5, dim)).astype("float32") * generator.lognormal(size=dim).astype("float32")
+    statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, dim))
+    q, scale = quantize.quantise(tokens, statistics, dtype, group)
+    reference = quantize.dequantise(q, scale, statistics, dtype, group)
+    given = *map(torch.from_numpy, (q, scale, statistics.centre, statistics.spread)), group
+    np.testing.assert_allclose(dequantise(*given).numpy(), reference, rtol=1e-6, atol=1e-6)
+    out = torch.full((3, 2, 5, dim), 7.0)
+    dequantise(*given, out=out[:, 1])
+    assert torch.equal(out[:, 1], dequantise(*given)) and (out[:, 0] == 7).all()
 
 
 @pytest.mark.parametrize(

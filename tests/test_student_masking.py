@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from student_fakes import TEACHER, fake_batch
 
 from student import Batch, ConfigError, MaskConfig, SwinConfig, Targets, TeacherShape, ViTConfig
-from student.masking import BlockMasker, build_masker, draw_noise, take
+from student.masking import BlockMasker, MasksAhead, build_masker, draw_noise, take
 
 BACKBONE = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
 KINDS = typing.get_args(typing.get_type_hints(MaskConfig)["kind"])
@@ -189,3 +189,20 @@ def test_attention_must_be_there(teachers, words):
     """A masker that looks at attention refuses a teacher that cannot give it, and says what is there."""
     with pytest.raises(ConfigError, match=words):
         build_masker(MaskConfig("attention"), BACKBONE, teachers)
+
+
+@pytest.mark.parametrize("kind", ["random", "attention", "attention-top"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_masks_ahead_are_those_of_the_student(kind, place):
+    """Drawn by numpy before the tokens are read, masks are to the bit those that the masker draws of the whole batch."""
+    masker = build_masker(MaskConfig(kind, 0.75), BACKBONE, (TEACHER,))
+    attention = torch.rand(4 * 256, 16, generator=torch.Generator().manual_seed(0)).softmax(1)
+    attention[::3, ::2] = attention[::3, :1]  # ties
+    attention[1::5, 3:9] = 0
+    masks = [masker(attention_batch(attention), draw_noise(5, step, len(attention), 16)) for step in (0, 7)]
+    ahead = MasksAhead(masker, seed=5, batch_size=len(attention), n_patches=16)
+    own = slice(place * 256, (place + 1) * 256)
+    for step, mask in zip((0, 7), masks, strict=True):
+        drawn = masker.mask(torch.from_numpy(ahead.order(step, place, 4, attention[own].numpy())))
+        assert torch.equal(drawn.keep, mask.keep[own]) and torch.equal(drawn.drop, mask.drop[own])
+    assert kind == "attention-top" or not torch.equal(masks[0].keep, masks[1].keep)

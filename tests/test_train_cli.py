@@ -229,8 +229,8 @@ def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
 
     sound = CachedSource._targets
 
-    def with_infinity(source, raw, images_u8):
-        targets = sound(source, raw, images_u8)
+    def with_infinity(source, raw):
+        targets = sound(source, raw)
         if 7 in raw.rows:
             targets[0].tokens[list(raw.rows).index(7)] = float("inf")
         return targets
@@ -313,14 +313,14 @@ def test_list_and_show():
 )
 def test_signals_save_the_last_step(shared_cache, tmp_path, monkeypatch, number, code, how, step, said):
     """Ctrl-C and SIGTERM in the middle of a step save the one before it, say so, and have exit codes of their own."""
-    draw_noise = student.trainer.draw_noise
+    position_seed = student.trainer.position_seed
 
-    def disturbed(seed, step_now, *arguments):
+    def disturbed(purpose, seed, step_now, *position):
         if step_now == step:
             os.kill(os.getpid(), number)
-        return draw_noise(seed, step_now, *arguments)
+        return position_seed(purpose, seed, step_now, *position)
 
-    monkeypatch.setattr(student.trainer, "draw_noise", disturbed)
+    monkeypatch.setattr(student.trainer, "position_seed", disturbed)
     result = maskalign(shared_cache, tmp_path / "run")
     assert result.exit_code == code and f"\n{how}. {said}" in result.output
     monkeypatch.undo()
