@@ -37,8 +37,8 @@ class Upload:
     """Sends arrays to one device. Any thread may send."""
 
     def __init__(self, device: torch.device):
-        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = self.stream.device if self.stream else device  # "cuda" means another one in another thread
 
     def send(self, arrays: Sequence[np.ndarray]) -> Sent:
         """Begin to copy `arrays`. From pinned memory it goes on beside other work; they must not change until it is done."""

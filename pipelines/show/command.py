@@ -16,7 +16,7 @@ from ..source import teacher_shape
 from .crops import LookedAt, look, open_store
 from .laws import hidden_patches, laws_for, one_a_kind
 from .panels import require_format
-from .picture import Scene, picture_of_one, sheet
+from .picture import Scene, picture_of_one, sheet, sheet_layers
 
 MOST_ROWS = 64
 """Of one sheet: about 60 million pixels."""
@@ -42,7 +42,7 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     finished = Cache(cache_dir).finished_view(view)
     store = open_store(finished, teacher)
     index = None if patch is None else _index(patch, store.teacher)
-    crops = look(finished, store, rows, images)
+    crops = look(finished, store, rows, images, store.spec.layers if len(rows) == 1 else sheet_layers(store.spec.layers))
 
     if store.spec.visible:
         kept = f"{store.spec.visible} of {store.teacher.n_patches} patches"

@@ -94,15 +94,19 @@ def finished_ranges(store: StoreReader, most: int = 5) -> str:
     return "rows " + " and ".join([", ".join(runs[:-1]), runs[-1]] if runs[1:] else runs)
 
 
-def look(view: View, store: StoreReader, rows: Sequence[int], images_dir: Path | None = None) -> list[LookedAt]:
-    """What is stored of `rows` of a view, each a crop of its own. images_dir: the originals, if they are at hand."""
+def look(view: View, store: StoreReader, rows: Sequence[int], images_dir: Path | None = None,
+         layers: Sequence[int] | None = None) -> list[LookedAt]:  # fmt: skip
+    """What is stored of `rows` of a view, each a crop of its own.
+
+    images_dir: the originals, if they are at hand. layers: those whose tokens are read; None: all that are stored.
+    """
     require_rows(view, store, rows)
     reader, images = CropReader(view.path), view.cache.images()
     pixels, first_patch = reader.read(rows), int(store.teacher.has_cls)
     index = store.read("index", rows) if store.spec.visible else None
     tokens = {
         layer: _on_all_patches(store.tokens(rows, layer)[:, first_patch:], index, store.teacher.n_patches)
-        for layer in store.spec.layers
+        for layer in layers or store.spec.layers
     }  # [rows, N, D]
     attention = store.read("attention", rows) if store.spec.attention else None
     return [

@@ -85,10 +85,14 @@ def picture_of_one(scene: Scene) -> Panels:
     return panels
 
 
+def sheet_layers(stored: Sequence[int]) -> list[int]:
+    """The layers that a sheet has room for: the first and the last stored, and some between."""
+    return [stored[i] for i in np.unique(np.linspace(0, len(stored) - 1, SHEET_LAYERS).round().astype(int))]
+
+
 def sheet(scene: Scene) -> Panels:
-    """A line for each crop of a scene: pixels, attention, some layers, likeness in the last of them, masks."""
+    """A line for each crop of a scene: pixels, attention, the layers that were read, likeness in the last of them, masks."""
     layers = list(scene.crops[0].tokens)
-    layers = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, SHEET_LAYERS).round().astype(int))]
     n_pixels = _n_pixel_panels(scene.crops[0])
     tops = [0.98 + line * (SIDE + 0.1) for line in range(len(scene.crops))]
     panels = Panels(tops, n_pixels + len(layers) + 1 + len(scene.laws), height=tops[-1] + SIDE + MARGIN, left=1.3)
