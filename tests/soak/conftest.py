@@ -100,24 +100,30 @@ LINES: dict[str, Line] = {}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """Let the report say what it is a case of: with `-n` it is read in another process."""
     report = yield
-    marker = item.get_closest_marker("soak")
-    if marker is None or (report.when != "call" and report.passed):
-        return report
-    line = LINES.setdefault(marker.args[0], Line(marker.args[0], item.nodeid.split("[")[0]))
+    if marker := item.get_closest_marker("soak"):
+        report.user_properties.append(("soak", marker.args[0]))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    what = dict(report.user_properties).get("soak")
+    if what is None or (report.when != "call" and report.passed):
+        return
+    line = LINES.setdefault(what, Line(what, report.nodeid.split("[")[0]))
     line.seconds += report.duration
     for name, how in report.user_properties:
         if name == "fell":
             line.fell[how] = line.fell.get(how, 0) + 1
     if report.failed:
         line.failed += 1
-        line.failures.append(f"python -m pytest --full '{item.nodeid}'")
+        line.failures.append(f"python -m pytest --full '{report.nodeid}'")
     elif report.skipped:
         line.skipped += 1
         line.why_skipped = report.longrepr[2]
     else:
         line.passed += 1
-    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -133,7 +139,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_sessionfinish(session):
     folder = session.config.getoption("--soak-report", default=None)
-    if folder and LINES:
+    if folder and LINES and not hasattr(session.config, "workerinput"):  # which a process has that works for another, by `-n`
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "soak.json").write_text(json.dumps(report(session.config), indent=1) + "\n")
         (Path(folder) / "soak.md").write_text(markdown(report(session.config)))
