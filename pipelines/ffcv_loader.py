@@ -272,8 +272,14 @@ class JoinedLoader:
         # prepared ahead: the one that the consumer works on.
         self.n_slots = ahead + 1
         self.memory = self.graph.allocate_memory(batch_rows, self.n_slots)
-        self.arrived: dict[int, torch.cuda.Event | None] = {}
-        """Per slot, when what was sent from it last is on the device: before, it must not be written over."""
+        self.sent: dict[int, torch.cuda.Event | None] = {}
+        """Per slot, `Sent.done` of what was sent from it last: before, it must not be written over."""
+        buffers = [buffer for of_kind in self.memory.values() for buffer in of_kind.values() if buffer is not None]
+        if not self.upload.is_quick(buffers):  # FFCV pins its buffers where there is a GPU, and says nothing where it cannot
+            log.warning(
+                "Batches cannot be kept in pinned memory, so that copying them to the GPU holds up the loader. Raise the limit "
+                "of locked memory (ulimit -l)."
+            )
 
     def open(self, crops: CropReader, stores: list[StoreReader]) -> None:
         """Read from another view from now on; the shards of the one before are closed. No epoch may be running."""
@@ -295,8 +301,8 @@ class JoinedLoader:
         missing.
         """
         places = {
-            place: places_of(patches[:, :n_patches], int(self.stores[place].teacher.has_cls))
-            for place, n_patches in enumerate(self.kept)
+            place: store.require_places(places_of(patches[:, :n_patches], int(store.teacher.has_cls)), len(rows))
+            for place, (store, n_patches) in enumerate(zip(self.stores, self.kept, strict=True))
             if n_patches
         }
         if self.fetch is not None:
@@ -359,6 +365,7 @@ class _Ahead:
     def _work(self) -> None:
         try:
             use_threads(self.loader.workers)  # numba's count is per thread
+            self.loader.upload.enter()
             for index, rows in enumerate(self.rows):
                 self.slots.acquire()
                 if self.stopping.is_set():
@@ -371,12 +378,12 @@ class _Ahead:
 
     def _send(self, index: int) -> Sent:
         slot = index % self.loader.n_slots
-        if arrived := self.loader.arrived.pop(slot, None):
-            arrived.synchronize()
+        if done := self.loader.sent.pop(slot, None):
+            done.synchronize()
         patches = [] if self.patches_of is None else [self.patches_of(index)]
         arrays = self.loader.run(self.rows[index], slot, *patches)
-        sent = self.loader.upload.send(patches + arrays)  # what is not pinned first: it waits for what is sent before
-        self.loader.arrived[slot] = sent.arrived
+        sent = self.loader.upload.send(patches + arrays)
+        self.loader.sent[slot] = sent.done
         return sent
 
     def _announce(self, index: int) -> None:
@@ -398,6 +405,7 @@ class _Ahead:
             tensors = list(sent.receive())
             patches = tensors.pop(0) if self.patches_of else None
             yield RawBatch(rows, tensors[0], tensors[1] if len(tensors) > 1 else None, patches)
+            sent.used()
             self.slots.release()
 
     def stop(self) -> None:

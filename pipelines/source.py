@@ -162,8 +162,8 @@ class CropSource:
         return []
 
     def _kept(self) -> list[int]:
-        """Of each store the patches of a row whose tokens are read, or 0 for all."""
-        return [0] * len(self.store_names)
+        """Of each store that is opened the patches of a row whose tokens are read, or 0 for all."""
+        return []
 
     def _patches_of(self, first_step: int, micro_rows: np.ndarray, stores: list[StoreReader]) -> Callable | None:
         """JoinedLoader.batches' `patches_of` for micro-batches from step `first_step` on; None if all tokens are read."""
@@ -233,11 +233,11 @@ class _Stored:
         return self.spec.arrays_read(self.layers, self.needs.attention)
 
     def n_kept(self, masks: MasksAhead | None) -> int:
-        """The patches whose tokens are read where the masks of the run are drawn before; 0 if all are."""
-        are_all_wanted = self.needs.hidden or not self.layers or self.spec.visible
-        if masks is None or are_all_wanted or self.teacher.n_patches != masks.n_patches:
+        """The patches whose tokens are read where the masks of the run are drawn before; 0 if those of all are, or none."""
+        if masks is None or self.needs.hidden or not self.layers or self.spec.visible:
             return 0
-        return masks.masker.n_keep
+        is_fewer = masks.masker.n_keep < self.teacher.n_patches == masks.n_patches
+        return masks.masker.n_keep if is_fewer else 0
 
     def targets(self, record: Tensor, parts: list[Part], index: Tensor | None) -> Targets:
         """Targets from records uint8 [B, record bytes] on the device.
@@ -270,8 +270,8 @@ class _Stored:
 class CachedSource(CropSource):
     """Crops joined with the targets that a student needs of each of its teachers, from as many stores of the cache.
 
-    masks: of the run. Given them, the source draws each batch's (Batch.mask), and of teachers whose hidden patches no loss looks
-    at it reads, sends and dequantises the tokens of visible patches alone.
+    masks: of the run. Given them, and a teacher whose hidden patches no loss looks at, the source draws each batch's (Batch.mask)
+    and copies, sends and dequantises of that teacher the tokens of visible patches alone. (A compressed row is decoded whole.)
     """
 
     def __init__(self, cache: Cache, store_names: Sequence[str], needs: Sequence[Needs], *, reader: str = "mmap",
@@ -304,7 +304,7 @@ class CachedSource(CropSource):
             step, own = divmod(index, self.accumulate)
             attention = stores[0].read("attention", micro_rows[index]) if self.masks.masker.needs.attention else None
             place = self.rank * self.accumulate + own
-            return self.masks.order(first_step + step, place, self.world * self.accumulate, attention)
+            return self.masks.order(first_step + step, self.order.batch_size, place, self.world * self.accumulate, attention)
 
         return patches
 

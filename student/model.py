@@ -55,7 +55,7 @@ class Student(nn.Module):
         """For a source that may draw the masks of a run itself; None where they depend on more than noise and attention."""
         if not isinstance(self.masker, ScoreMasker):
             return None
-        return MasksAhead(self.masker, config.seed, config.batch_size, self.n_patches)
+        return MasksAhead(self.masker, config.seed, self.n_patches)
 
     def forward(self, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, a float32 scalar, and its parts by name, detached and without their weights."""

@@ -293,7 +293,8 @@ def copy_tokens(rows, places, n_parts, n_tokens, token_bytes, out, out_stride, h
     """Copy of each of `rows` only the tokens at its `places` (integer [len(rows), K], each below `n_tokens`; not looked at).
 
     A row is `n_parts` x `n_tokens` x `token_bytes` (uint64); `out` gets n_parts x K x token_bytes. The rest as for `copy_rows`.
-    A checksum is that of a whole row: where it is to be compared all of the row is read, and by pread always.
+    A checksum is that of a whole row: where it is to be compared all of the row is read, and by pread always. Of a map it is
+    taken where the row lies, not of a copy.
     """
     row_bytes = n_parts * n_tokens * token_bytes
     for i in prange(len(rows)):

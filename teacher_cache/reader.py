@@ -114,7 +114,9 @@ class StoreReader:
         """
         rows = np.ascontiguousarray(rows, "int64")
         if places is not None:
-            places = self._require_places(array, places, len(rows))
+            if array in NOT_BY_TOKEN:
+                raise UsageError(f"{array} has no tokens to choose from; it is read whole.")
+            places = self.require_places(places, len(rows))
         n_tokens = None if places is None else places.shape[1]
         shape, dtype = (len(rows), *self.row_shape(array, n_tokens)), np.dtype(self.spec.row_dtype(array))
         if out is None:
@@ -140,6 +142,16 @@ class StoreReader:
         """Whether compiled code can copy its rows as they lie on disk."""
         return self.reader != "zarr" and dict(self.spec.codecs)[array] == "none"
 
+    def require_places(self, places: np.ndarray, n_rows: int) -> np.ndarray:
+        """`places` as int32 [n_rows, K], C-contiguous; UsageError unless they are that and each a token of a row."""
+        places = np.ascontiguousarray(places)
+        if places.ndim != 2 or len(places) != n_rows or places.dtype.kind not in "iu":
+            raise UsageError(f"places must be integers [{n_rows}, K], not {places.dtype} {list(places.shape)}.")
+        n_tokens = self.spec.n_tokens(self.teacher)
+        if places.size and (places.min() < 0 or places.max() >= n_tokens):
+            raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
+        return places.astype("int32", copy=False)
+
     def tokens(self, rows, layer: int) -> np.ndarray:
         """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
 
@@ -160,17 +172,6 @@ class StoreReader:
                 f"{self.path}: row {missing[0]} was never extracted ({len(missing)} of {len(rows)} asked for). "
                 "Run teacher-cache extract to finish the store."
             )
-
-    def _require_places(self, array: str, places: np.ndarray, n_rows: int) -> np.ndarray:
-        if array in NOT_BY_TOKEN:
-            raise UsageError(f"{array} has no tokens to choose from; it is read whole.")
-        places = np.ascontiguousarray(places)
-        if places.ndim != 2 or len(places) != n_rows or places.dtype.kind not in "iu":
-            raise UsageError(f"places must be integers [{n_rows}, K], not {places.dtype} {list(places.shape)}.")
-        n_tokens = self.spec.n_tokens(self.teacher)
-        if places.size and (places.min() < 0 or places.max() >= n_tokens):
-            raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
-        return places.astype("int32", copy=False)
 
     def _copy(self, array: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> None:
         from .compiled import check_rows, copy_rows, copy_tokens

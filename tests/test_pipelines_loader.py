@@ -20,7 +20,7 @@ from pipelines.ffcv_loader import JoinedLoader
 from teacher_cache import compiled
 from teacher_cache.beton import CropReader
 from teacher_cache.commits import write_commit
-from teacher_cache.errors import CacheCorruptError, CropNotCachedError
+from teacher_cache.errors import CacheCorruptError, CropNotCachedError, UsageError
 from teacher_cache.reader import StoreReader
 
 ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
@@ -84,6 +84,24 @@ def test_only_the_wanted_tokens(shared_cache, store, options):
                 whole = np.stack([row.take(places, -2) for row, places in zip(whole, wanted, strict=True)])
             found = raw.records[:, part.offset : part.offset + part.n_bytes]
             assert np.array_equal(found, whole.reshape(4, -1).view("u1"))
+
+
+@pytest.mark.parametrize(
+    ("patches", "words"),
+    [
+        (np.full((4, 16), 40), "places 0 to 41 asked for"),
+        (np.full((4, 16), -3), "places -2 to 0 asked for"),
+        (np.full((4, 16), 1 << 28), "places 0 to 268435457 asked for"),
+        (np.zeros((2, 16), int), r"places must be integers \[4, K\], not int32 \[2, 6\]"),
+    ],
+    ids=["beyond", "negative", "far away", "few"],
+)
+def test_tokens_that_are_not_there(shared_cache, patches, words):
+    """Compiled code follows places without a look at them: what no row has, or not for every row, is refused before."""
+    view = shared_cache.view(0)
+    loader = JoinedLoader(CropReader(view.path), [StoreReader(view.store_path("fake"))], [ARRAYS], 4, 2, kept=[5])
+    with pytest.raises(UsageError, match=words):
+        next(loader.batches(np.arange(4)[None], lambda index: patches))
 
 
 @pytest.mark.parametrize("store, options", WAYS, ids=str)

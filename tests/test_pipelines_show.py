@@ -24,6 +24,7 @@ from teacher_cache.cache import Cache
 from teacher_cache.cli import main
 from teacher_cache.crops import CROP_DTYPE, CropPlan, cut, draw
 from teacher_cache.extract import ExtractPlan, extract_view
+from teacher_cache.reader import StoreReader
 
 VIT = TeacherShape("t", (14, 14), 768, 12, True, True, None)
 
@@ -174,6 +175,16 @@ def test_a_picture_and_a_sheet_are_written(shared_cache, image_folder, tmp_path)
         assert run(*arguments)[0] == 0 and out.read_bytes() == before
         with Image.open(out) as picture:
             assert min(picture.size) > 500 and len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 100
+
+
+@pytest.mark.parametrize(("rows", "layers"), [(["3"], [2, 3, 4, 5, 6]), (["3", "7"], [2, 4, 6])], ids=["picture", "sheet"])
+def test_only_layers_that_are_drawn_are_read(shared_cache, tmp_path, monkeypatch, rows, layers):
+    """A picture has every stored layer; a sheet reads and draws the first, the last and one between."""
+    asked, tokens = [], StoreReader.tokens
+    monkeypatch.setattr(StoreReader, "tokens", lambda store, rows, layer: asked.append(layer) or tokens(store, rows, layer))
+    chosen = [word for row in rows for word in ("--row", row)]
+    assert run(shared_cache.path, *chosen, "--teacher", "fake", "-o", tmp_path / "a.png")[0] == 0
+    assert asked == layers
 
 
 def test_rows_that_are_not_there_yet(shared_cache, teacher, tmp_path):

@@ -200,9 +200,9 @@ def test_masks_ahead_are_those_of_the_student(kind, place):
     attention[::3, ::2] = attention[::3, :1]  # ties
     attention[1::5, 3:9] = 0
     masks = [masker(attention_batch(attention), draw_noise(5, step, len(attention), 16)) for step in (0, 7)]
-    ahead = MasksAhead(masker, seed=5, batch_size=len(attention), n_patches=16)
+    ahead = MasksAhead(masker, seed=5, n_patches=16)
     own = slice(place * 256, (place + 1) * 256)
     for step, mask in zip((0, 7), masks, strict=True):
-        drawn = masker.mask(torch.from_numpy(ahead.order(step, place, 4, attention[own].numpy())))
+        drawn = masker.mask(torch.from_numpy(ahead.order(step, len(attention), place, 4, attention[own].numpy())))
         assert torch.equal(drawn.keep, mask.keep[own]) and torch.equal(drawn.drop, mask.drop[own])
     assert kind == "attention-top" or not torch.equal(masks[0].keep, masks[1].keep)

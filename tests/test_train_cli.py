@@ -21,7 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import student.trainer
+from pipelines.ffcv_loader import JoinedLoader
 from student.cli import evaluate, train
+from student.model import Student
 from teacher_cache.extract import ExtractPlan, extract_view
 
 FIT = ["--set", "backbone.image_size=32", "--set", "backbone.patch_size=8", "--set", "batch_size=8"]
@@ -221,6 +223,25 @@ def test_two_teachers(shared_cache, tmp_path):
     assert {"mimic", "mimic-2", "reconstruct"} <= set(line["parts"])
     identity = json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
     assert [teacher["store"] for teacher in identity["teachers"]] == ["fake", "fake16"]
+
+
+def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
+    """MaskAlign looks at no hidden patch, so of 16 patches a run reads the tokens of 4; it is that of whole rows to the bit."""
+    kept = []
+
+    class Noted(JoinedLoader):
+        def __init__(self, *arguments, **options):
+            kept.append(options["kept"])
+            super().__init__(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.source.JoinedLoader", Noted)
+        assert maskalign(shared_cache, tmp_path / "ahead").exit_code == 0
+        patch.setattr(Student, "masks_ahead", lambda student, config: None)
+        assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
+    assert kept == [[4], [0]]
+    first, second = tensors(tmp_path / "ahead"), tensors(tmp_path / "whole")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
