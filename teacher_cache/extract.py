@@ -32,21 +32,12 @@ from .commits import count_commits, fold, is_complete, is_folded
 from .encode import Encoder, require_finite
 from .errors import MismatchError, NotInCacheError
 from .estimate import full_disk_explained, human
+from .fitting import Sample
 from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
 from .progress import note, progress, waiting
-from .quantize import ChannelStatistics, dequantise, quantise, token_errors
-from .race import race, take_visible
-from .spec import ARRAY_NAME, LayerFidelity, StoreSpec
+from .spec import StoreSpec
 from .store import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
 
-FIT_ROWS = 2048
-"""Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
-FIT_TOKENS = 32
-"""Tokens drawn from each of these rows."""
-TRIAL_ROWS = 16
-"""Whole rows on which codecs are tried."""
-CODEC_GAIN = 0.15
-"""`auto` compresses an array if that saves this share of its bytes."""
 DECODE_AHEAD = 2
 """Batches that are decoded while the teacher works on another."""
 SLOW_SHARE, SLOW_S = 0.1, 60.0
@@ -201,12 +192,18 @@ def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device)
 
 def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite or BadInputError naming the row."""
+    tokens, attention = _finite_output(teacher, images, rows, layers)
+    return tokens.cpu().numpy(), None if attention is None else attention.cpu().numpy()
+
+
+def _finite_output(teacher, images, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same on the teacher's device."""
     output = teacher(torch.as_tensor(images, device=teacher.device), layers)
-    tokens = output.tokens.cpu().numpy()
-    attention = None if output.attention is None else output.attention.cpu().numpy()
-    finite = np.isfinite(tokens).all((1, 2, 3))
-    require_finite(finite if attention is None else finite & np.isfinite(attention).all(1), rows, teacher.spec.name)
-    return tokens, attention
+    finite = output.tokens.isfinite().flatten(1).all(1)
+    if output.attention is not None:
+        finite &= output.attention.isfinite().all(1)
+    require_finite(finite.cpu().numpy(), rows, teacher.spec.name)
+    return output.tokens, output.attention
 
 
 def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
@@ -290,56 +287,19 @@ def software() -> dict[str, str]:
 
 
 def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
-    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
-
-    Rows are in random order (images.py), so the first ones are a fair sample.
-    """
-    n_rows = min(FIT_ROWS, max(TRIAL_ROWS, len(crops) // 8), len(crops))
-    draws = np.random.Philox(key=0)
-    samples, trial = [], []
-    with progress("fitting the quantiser", n_rows, "crops") as advance:
-        batches = _cut(range(n_rows), plan.batch_size)
+    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array."""
+    sample = Sample(spec, teacher.spec, plan.codec)
+    with progress("fitting the quantiser", sample.plan.n_rows, "crops") as advance:
+        batches = _cut(range(sample.plan.n_rows), plan.batch_size)
         for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
-            tokens, attention = run_teacher(teacher, images, rows, spec.layers)
-            if spec.visible:
-                tokens = take_visible(tokens, race(attention, rows, 0, spec.visible), int(teacher.spec.has_cls))
-            for row, row_tokens in zip(rows, tokens, strict=True):
-                drawn = np.argsort(draws.random_raw(row_tokens.shape[1]), kind="stable")[:FIT_TOKENS]
-                samples.append(row_tokens[:, drawn])  # [L, FIT_TOKENS, D]
-                if row < TRIAL_ROWS:
-                    trial.append(row_tokens)
+            tokens, attention = _finite_output(teacher, images, rows, spec.layers)
+            places = sample.places(rows, None if attention is None else attention.cpu().numpy())
+            sample.keep(rows, *(_tokens_at(tokens, of_rows) for of_rows in places))
             advance(len(rows))
-
-    by_layer, trial = np.concatenate(samples, axis=1), np.stack(trial, axis=1)  # [L, n, D], [L, TRIAL_ROWS, T, D]
-    statistics, fidelity = {}, []
-    codecs = dict.fromkeys(spec.array_names, "none" if plan.codec == "auto" else plan.codec)
-    for i, layer in enumerate(spec.layers):
-        channel = ChannelStatistics.fit(by_layer[i])
-        if spec.is_quantised:
-            statistics[layer] = channel
-        _, read_back = _round_trip(by_layer[i], channel, spec)
-        errors = token_errors(by_layer[i], read_back, channel)
-        median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
-        fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
-        if plan.codec == "auto":
-            codecs[ARRAY_NAME.format(layer)] = _choose_codec(_round_trip(trial[i], channel, spec)[0])
-    return statistics, tuple(fidelity), codecs
+    return sample.fit()
 
 
-def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [..., D] as they are stored, and as float32 [..., D] read back."""
-    if not spec.is_quantised:
-        stored = tokens.astype("float16")
-        return stored, stored.astype("float32")
-    stored, scale = quantise(tokens, channel, spec.dtype, spec.group)
-    return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)
-
-
-def _choose_codec(rows: np.ndarray) -> str:
-    """What `auto` means for stored tokens: zstd if it saves CODEC_GAIN of the bytes of these rows, else none.
-
-    Scales and attention are a hundredth of the bytes: compressing them would save nothing and cost the compiled read.
-    """
-    encode = writer.encoder("zstd")
-    compressed = sum(len(encode(row.tobytes())) for row in rows)
-    return "zstd" if compressed <= (1 - CODEC_GAIN) * rows.nbytes else "none"
+def _tokens_at(tokens: torch.Tensor, places: np.ndarray) -> np.ndarray:
+    """Of tokens [B, L, T, D] those at `places`, int64 [b, n], of the first b rows: float32 [b, L, n, D] on the host."""
+    index = torch.from_numpy(np.ascontiguousarray(places)).to(tokens.device)[:, None, :, None]
+    return tokens[: len(places)].take_along_dim(index, dim=2).cpu().numpy()

@@ -26,6 +26,9 @@ SPREAD_FLOOR = 0.1
 LEAST_SPREAD = 1e-3
 """Absolute floor, for features that are constant altogether. Whitened values are at most sqrt(D), so scales stay finite."""
 
+COLUMNS = 32
+"""Channels whose statistics are worked out at a time: a copy of all tokens would not fit beside them."""
+
 
 @dataclass(frozen=True)
 class ChannelStatistics:
@@ -37,13 +40,22 @@ class ChannelStatistics:
     @classmethod
     def fit(cls, tokens: np.ndarray) -> ChannelStatistics:
         """tokens: float [n, D]. centre = median, spread = max(1.4826 MAD, a tenth of the median spread)."""
-        centre = np.median(tokens, axis=0)
-        spread = 1.4826 * np.median(np.abs(tokens - centre), axis=0)
+        columns = [_median_and_mad(tokens[:, i : i + COLUMNS]) for i in range(0, tokens.shape[1], COLUMNS)]
+        centre, deviation = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        spread = 1.4826 * deviation
         floor = max(SPREAD_FLOOR * float(np.median(spread)), LEAST_SPREAD)
         return cls(centre.astype("float32"), np.maximum(spread, floor).astype("float32"))
 
     def standardise(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens.astype("float32") - self.centre) / self.spread
+
+
+def _median_and_mad(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each channel of float [n, c] the median, and the median distance from it."""
+    by_channel = np.array(tokens.T, order="C")  # [c, n], a copy that may be reordered
+    centre = np.median(by_channel, axis=1, overwrite_input=True)
+    by_channel -= centre[:, None]
+    return centre, np.median(np.abs(by_channel, out=by_channel), axis=1, overwrite_input=True)
 
 
 def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:
