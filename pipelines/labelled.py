@@ -40,17 +40,33 @@ class LabelledImages:
             self.classes, self.labels = self.images.classes, self.images.labels
         if not self.classes:
             raise BadInputError(f"{path} has no classes, and evaluation needs labels. Give a folder of class folders.")
+        self._rows = np.arange(len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def only(self, classes: tuple[str, ...]) -> None:
+        """From now on have the images of `classes` alone, with labels that count through these.
+
+        Raises MismatchError for classes that are not there.
+        """
+        if missing := sorted(set(classes) - set(self.classes)):
+            raise MismatchError(
+                f"{self.path} lacks {len(missing)} of the {len(classes)} classes that are asked for: {', '.join(missing[:5])}"
+                f"{' ...' * (len(missing) > 5)}. Classes are compared by the names of their folders."
+            )
+        label_of = {self.classes.index(name): label for label, name in enumerate(classes)}
+        kept = np.array([i for i, label in enumerate(self.labels) if int(label) in label_of], dtype="int64")
+        self._rows, self.classes = self._rows[kept], tuple(classes)
+        self.labels = np.array([label_of[int(self.labels[i])] for i in kept], dtype="int64")
+
     def pixels(self) -> Iterator[np.ndarray]:
         """uint8 [B, size, size, 3], in the order of `labels`."""
         for start in range(0, len(self), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(self)))
+            rows = self._rows[start : start + self.batch_size]
             yield self._crops.read(rows) if self._crops is not None else self._cut(rows)
 
-    def _cut(self, rows: range) -> np.ndarray:
+    def _cut(self, rows: np.ndarray) -> np.ndarray:
         plan = CropPlan.center(self.size)
 
         def one(row: int) -> np.ndarray:
@@ -65,13 +81,3 @@ class LabelledImages:
         for start, pixels in zip(range(0, len(self), self.batch_size), self.pixels(), strict=True):
             labels = self.labels[start : start + len(pixels)]
             yield normalise(torch.from_numpy(pixels)), torch.from_numpy(np.array(labels))
-
-
-def require_same_classes(train: LabelledImages, val: LabelledImages) -> None:
-    """Raise MismatchError unless label i means the same class in both."""
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise MismatchError(
-            f"{train.path} has {len(train.classes)} classes, {val.path} {len(val.classes)}"
-            + (f"; only one of them has {', '.join(odd[:5])}." if odd else ", in another order.")
-        )

@@ -311,14 +311,15 @@ def evaluate():
 def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str, as_json: bool):
     """k-nearest-neighbour accuracy of frozen features, by DINO's protocol (weighted votes, temperature .07).
 
-    Folders are cut in the middle (short side resized to 8/7 of the student's size); of a cache, view 0 is read as it is.
+    Folders are cut in the middle (short side resized to 8/7 of the student's size); of a cache, view 0 is read as it is. The
+    classes of --val may be some of those of --train, by name (ImageNet-A, ImageNet-R): then only images of these vote.
 
     \b
     Example:
       student-eval knn runs/a --train imagenet/train --val imagenet/val
     """
     with one_line_errors("", COMMAND_AT_FAULT, (StudentError,)):
-        from pipelines.labelled import LabelledImages, require_same_classes
+        from pipelines.labelled import LabelledImages
         from teacher_cache.device import pick_device
 
         from .checkpoint import latest_checkpoint, load_backbone
@@ -331,14 +332,24 @@ def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str
         backbone, config = load_backbone(checkpoint, averaged)
         size = config.backbone.image_size
         voters, asked = LabelledImages(train_path, size), LabelledImages(val_path, size)
-        require_same_classes(voters, asked)
+        n_classes = len(voters.classes)
+        voters.only(asked.classes)
         results = dict(KNNEvaluator(voters, asked, device=device).run(backbone.to(device)))
         if as_json:
             click.echo(
-                json.dumps({"checkpoint": str(checkpoint), "n_train": len(voters), "n_val": len(asked), "accuracy": results})
+                json.dumps(
+                    {
+                        "checkpoint": str(checkpoint),
+                        "n_train": len(voters),
+                        "n_val": len(asked),
+                        "n_classes": len(asked.classes),
+                        "accuracy": results,
+                    }
+                )
             )
             return
-        click.echo(f"{checkpoint}: {len(asked):,} images by {len(voters):,} neighbours")
+        of = f" of the {len(asked.classes):,} of {n_classes:,} classes they have" if len(asked.classes) < n_classes else ""
+        click.echo(f"{checkpoint}: {len(asked):,} images by {len(voters):,} neighbours{of}")
         for name, accuracy in results.items():
             _, readout, n = name.split("/")
             click.echo(f"  {readout:<5} k={n:<4} {accuracy:.2%}")

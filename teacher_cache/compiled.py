@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
+from .crc_instruction import crc_instruction
 from .errors import CacheCorruptError, CropNotCachedError
 from .shards import EMPTY_SLOT
 from .window import CLOSED
@@ -42,22 +43,20 @@ def _table(polynomial: int = 0x82F63B78) -> np.ndarray:
 
 
 _TABLE = _table()
-_HARDWARE = {"x86_64": "llvm.x86.sse42.crc32.64.64", "AMD64": "llvm.x86.sse42.crc32.64.64"}.get(platform.machine())
+_INSTRUCTION = crc_instruction()
 
 
 @intrinsic
 def _crc32c_word(typingctx, crc, word):
-    """CRC-32C of 8 bytes in one instruction (SSE 4.2)."""
+    """CRC-32C of 8 bytes in one instruction."""
 
     def codegen(context, builder, signature, arguments):
-        i64 = ir.IntType(64)
-        function = builder.module.declare_intrinsic(_HARDWARE, fnty=ir.FunctionType(i64, [i64, i64]))
-        return builder.call(function, arguments)
+        return _INSTRUCTION.call(builder, *arguments)
 
     return types.uint64(types.uint64, types.uint64), codegen
 
 
-if _HARDWARE:
+if _INSTRUCTION:
 
     @njit(nogil=True)
     def crc32c_at(address, n_bytes):
@@ -75,7 +74,7 @@ else:
 
     @njit(nogil=True)
     def crc32c_at(address, n_bytes):
-        """CRC-32C of `n_bytes` at `address`, a byte at a time (this processor has no instruction that we use)."""
+        """CRC-32C of `n_bytes` at `address`, a byte at a time (what is compiled for has no instruction that we use)."""
         crc = np.uint64(0xFFFFFFFF)
         for i in range(n_bytes):
             byte = np.uint64(load_u8(address + np.uint64(i)))
@@ -127,7 +126,7 @@ def _store_fence(typingctx):
     return types.void(), codegen
 
 
-if _HARDWARE:
+if platform.machine() in ("x86_64", "AMD64"):
 
     @njit(nogil=True)
     def copy_bytes(target, source, n_bytes, is_read_soon):

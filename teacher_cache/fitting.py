@@ -28,8 +28,12 @@ TRIAL_BYTES = 50_000_000
 """Of these rows; at least one is taken."""
 CODEC_GAIN = 0.15
 """`auto` compresses an array if that saves this share of its bytes."""
-PIECE_BYTES = 4 << 20
-"""Of one of the arrays that stand beside the sample while it is looked at."""
+PIECE_BYTES = 1 << 20
+"""Of the tokens that are looked at at a time; some copies of them stand beside the sample."""
+FIT_MEMORY = 1_100_000_000
+"""Bytes that the fit takes at most, beside the teacher and its batch: benchmarks/fit_memory.py measures it."""
+BESIDE = FIT_MEMORY - SAMPLE_BYTES - TRIAL_BYTES
+"""Of these, what is neither sample nor trial."""
 
 # B batch, L layers, T tokens that are kept, D channels
 
@@ -44,7 +48,7 @@ class FitPlan:
     n_trial: int
     """Rows that are kept whole; 0 if no codec is tried."""
     n_bytes: int
-    """That the sample and the trial take in memory."""
+    """Of memory that the fit takes at most."""
 
     @classmethod
     def of(cls, spec: StoreSpec, teacher: TeacherSpec, codec: str) -> FitPlan:
@@ -54,7 +58,7 @@ class FitPlan:
         n_rows = min(FIT_ROWS, max(TRIAL_ROWS, spec.n_rows // 8), spec.n_rows, max(1, SAMPLE_BYTES // token_bytes))
         n_tokens = min(FIT_TOKENS, n_all, max(1, SAMPLE_BYTES // (token_bytes * n_rows)))
         n_trial = min(TRIAL_ROWS, n_rows, max(1, TRIAL_BYTES // (token_bytes * n_all))) if codec == "auto" else 0
-        return cls(n_rows, n_tokens, n_trial, token_bytes * (n_rows * n_tokens + n_trial * n_all))
+        return cls(n_rows, n_tokens, n_trial, token_bytes * (n_rows * n_tokens + n_trial * n_all) + BESIDE)
 
 
 class Sample:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from fakes import image_of
 
 from pipelines.labelled import LabelledImages
-from teacher_cache.errors import BadInputError
+from teacher_cache.errors import BadInputError, MismatchError
 
 
 def test_a_pipe_is_not_waited_for(image_folder, tmp_path):
@@ -17,3 +20,41 @@ def test_a_pipe_is_not_waited_for(image_folder, tmp_path):
     os.mkfifo(images / "class-1" / "pipe.jpg")
     with pytest.raises(BadInputError, match="class-1/pipe.jpg: is a pipe"):
         list(LabelledImages(images, 32))
+
+
+def folder_of(parent, name, classes):
+    for number, label in enumerate(classes):
+        for image in range(2):
+            path = parent / name / label / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_of(10 * number + image).save(path)
+    return parent / name
+
+
+def test_some_of_the_classes_can_be_asked(tmp_path):
+    """Where a validation set has some classes of the training set, in any order, labels follow the names, only images of these
+    classes are left to vote, and pixels and labels go on belonging together."""
+    train = LabelledImages(folder_of(tmp_path, "train", ["ant", "bee", "cat", "dog"]), 32, batch_size=3)
+    whole = np.concatenate(list(train.pixels()))
+    train.only(("dog", "bee"))
+    assert train.classes == ("dog", "bee") and train.labels.tolist() == [1, 1, 0, 0] and len(train) == 4
+    pixels, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+    assert labels.tolist() == [1, 1, 0, 0]
+    np.testing.assert_array_equal(np.concatenate(list(train.pixels())), whole[[2, 3, 6, 7]])
+    assert len(pixels) == 4
+
+
+def test_of_a_cache_too(shared_cache):
+    """The crops of a cache can be limited to some classes as a folder's images can."""
+    all_of_it, some = LabelledImages(shared_cache.path, 32), LabelledImages(shared_cache.path, 32)
+    some.only(some.classes[1:2])
+    rows = np.flatnonzero(all_of_it.labels == 1)
+    assert len(some) == len(rows) == 8 and set(some.labels.tolist()) == {0}
+    np.testing.assert_array_equal(np.concatenate(list(some.pixels())), np.concatenate(list(all_of_it.pixels()))[rows])
+
+
+def test_a_class_that_nobody_voted_for_is_named(tmp_path):
+    """A class of the validation set that the training set has not is refused by its name."""
+    train = LabelledImages(folder_of(tmp_path, "train", ["ant", "bee"]), 32)
+    with pytest.raises(MismatchError, match="lacks 1 of the 2 classes that are asked for: wasp"):
+        train.only(("bee", "wasp"))
