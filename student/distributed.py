@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConfigError
+from .launch import launch_of
 
 
 @contextmanager
@@ -18,9 +19,10 @@ def processes(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did, for the length of the block; gives this one's device.
 
     One process alone keeps `device` as it is; of several, `auto` and `cuda` become the GPU of this process's own. Raises
-    ConfigError if it was asked for another one.
+    ConfigError if it was asked for another one, or if the environment says half of how the processes meet (launch.py).
     """
-    n_processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    launch = launch_of()
+    n_processes, local_rank = launch.n_processes, launch.local_rank
     if n_processes == 1:
         yield device
         return

@@ -208,6 +208,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from .share import Share
 
         share = Share.of_this_process(shards, repair)
+        share.require_own_device(device)
         from . import sigbus  # what follows imports numba, which asks once how many threads it may have
         from .cache import Cache, view_path
         from .device import pick_device
@@ -238,7 +239,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
             say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
             return
         n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
-        _say_space(cache, n_bytes)
+        _say_space(cache, n_bytes, of_all=" by all shards, whoever makes them" if shards is not None else "")
         if dry_run:
             return
         if may_make:
@@ -328,15 +329,18 @@ def _say_new(images: Path, new) -> None:
 
 
 def _say_targets(stores: list[Path], spec, teacher, own: range) -> int:
-    """Say what targets will be made, of the shards `own` of each store; returns their bytes."""
-    from .writer import missing_bytes
+    """Say what targets will be made, of the shards `own` of each store; returns the bytes that all shards still take.
+
+    All of them, because they come to lie on one disk: processes that each looked at their own share would all begin, and fill it.
+    """
+    from .writer import bytes_under_way, missing_bytes
 
     n_bytes = sum(missing_bytes(store, spec, teacher, own) for store in stores)
     share = f" for shards {own.start}:{own.stop}" if len(own) < spec.n_shards else ""
     say(f"targets  {len(stores)} view{'s' * (len(stores) > 1)} of {spec.n_rows:,} crops in {spec.n_shards:,} shards, "
         f"layers {', '.join(map(str, spec.layers))}, {spec.dtype}{', attention' * spec.attention}: "
         f"{human(n_bytes)} to write{share}")  # fmt: skip
-    return n_bytes
+    return sum(max(0, missing_bytes(store, spec, teacher) - bytes_under_way(store)) for store in stores)
 
 
 def _say_missing(stores: list[Path]) -> bool:
@@ -365,10 +369,10 @@ def _make_crops(cache: Path, job, skip_bad: bool, workers: int | None) -> None:
         say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
 
 
-def _say_space(cache: Path, needed: int) -> None:
+def _say_space(cache: Path, needed: int, of_all: str = "") -> None:
     from .estimate import free_bytes
 
-    say(f"space    {human(needed)} needed, {human(free_bytes(cache))} free")
+    say(f"space    {human(needed)} needed{of_all}, {human(free_bytes(cache))} free")
     require_space(cache, needed)
 
 

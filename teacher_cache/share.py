@@ -38,6 +38,14 @@ class Share:
             os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // share.local_world)))
         return share
 
+    def require_own_device(self, device: str) -> None:
+        """Raise UsageError for a GPU by its number where several processes would all take it."""
+        if self.local_world > 1 and device.startswith("cuda:"):
+            raise UsageError(
+                f"--device {device}: torchrun started {self.local_world} processes on this machine, and all of them would take "
+                "that one GPU. Give auto or cuda, and each takes its own; CUDA_VISIBLE_DEVICES says which there are."
+            )
+
     def shards(self, asked: range | None, n_shards: int) -> range | None:
         """The shards of this process: those asked for, or of all of them as many as any other rank, or one less."""
         if self.world == 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .commits import FILE_DTYPE, read_commits, write_commit
-from .durable import crc32c, create_aside, sync_folder
+from .durable import ASIDE, crc32c, create_aside, sync_folder
 from .errors import UsageError
 from .estimate import shard_bytes, store_bytes
 from .shards import EMPTY_SLOT, header, shard_file
@@ -160,6 +160,15 @@ def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec, shards: ra
         return sum(shard_bytes(spec, teacher, shard) for shard in shards if shard < spec.n_shards)
     begun = read_manifest(store).store
     return sum(shard_bytes(begun, teacher, shard) for shard in missing_shards(store, begun) if shards is None or shard in shards)
+
+
+def bytes_under_way(store: Path) -> int:
+    """Bytes of shard files that others are writing just now: on the disk already, though no shard is finished by them."""
+    n_bytes = 0
+    for aside in store.glob(f"**/c.*{ASIDE}"):
+        with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
+            n_bytes += aside.stat().st_size
+    return n_bytes
 
 
 def missing_shards(store: Path, spec: StoreSpec) -> list[int]:

@@ -261,6 +261,17 @@ def test_torchrun(tmp_path, image_folder, made, monkeypatch):
     assert "First run: teacher-cache crop" in said
 
 
+def test_one_gpu_for_all_of_them(made, monkeypatch):
+    """Under torchrun a GPU by its number would be everybody's: refused, where one process may have it."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(numba.config.NUMBA_NUM_THREADS))
+    assert "all of them would take that one GPU" in run(*FAKE, "--device", "cuda:0", made, code=2).stderr
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert "all of them would take" not in run(*FAKE, "--device", "cuda:0", made, code=2).stderr
+
+
 def test_other_launchers(tmp_path, image_folder, made, monkeypatch):
     """RANK and WORLD_SIZE set by something else than torchrun mean nothing; torchrun's that are no numbers are refused."""
     for name in ("RANK", "WORLD_SIZE"):
@@ -306,13 +317,21 @@ def test_shards(tmp_path, image_folder, made):
     assert "already holds these targets" in run(*FAKE, *SMALL, "--shards", ":2", tmp_path / "c").stderr
 
 
-def test_shards_need_space_for_their_own_part_only(tmp_path, image_folder, teacher, monkeypatch):
-    """A process asks the disk for its own shards, not for the whole store."""
+def test_shards_need_space_for_all_of_them(tmp_path, image_folder, teacher, monkeypatch):
+    """Processes that share a store share its disk: each asks it for what all shards still take, less what others have written of
+    theirs, so that they do not all begin where only one fits."""
     run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
     spec = ExtractPlan("last2", shard_rows=8).store_spec(teacher.spec, 24)
-    monkeypatch.setattr(estimate, "free_bytes", lambda path: shard_bytes(spec, teacher.spec, 1))
-    assert " short. Make room" in run(*FAKE, *SMALL, "--shards", "1:3", tmp_path / "c", code=1).stderr
-    run(*FAKE, *SMALL, "--shards", "1:2", tmp_path / "c")
+    own, free = ["--shards", "1:2", tmp_path / "c"], shard_bytes(spec, teacher.spec, 1)
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: free)
+    said = run(*FAKE, *SMALL, *own, code=1).stderr
+    assert "for shards 1:2" in said and "needed by all shards, whoever makes them" in said and " short. Make room" in said
+    free *= 3
+    run(*FAKE, *SMALL, "--shards", "0:1", tmp_path / "c")
+    free = shard_bytes(spec, teacher.spec, 1) * 3 // 2
+    assert " short. Make room" in run(*FAKE, *SMALL, *own, code=1).stderr
+    (tmp_path / "c" / "view-000" / "fake.zarr" / "tokens" / "05" / "c.2.0.0.partial").write_bytes(bytes(free))
+    run(*FAKE, *SMALL, *own)
 
 
 @pytest.mark.parametrize("begun", [False, True])
