@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from ..errors import BadInputError, UsageError
 from ..spec import TeacherSpec
 
-RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation; position table likewise"
-"""`TeacherSpec.resize` of every teacher. Code bases follow at least four different rules for the position table alone;
-this one is MaskAlign's (and Hugging Face's), and it is the same for pixels and positions."""
+RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
+"""`TeacherSpec.resize` of every teacher."""
+POSITIONS = "bicubic, align_corners=False, no antialias, in float32"
+"""`TeacherSpec.positions`. Code bases follow at least four different rules; this one is MaskAlign's (and Hugging Face's), and it
+is the same for pixels and positions."""
+NO_POSITIONS = "none: there is no table of absolute positions"
+"""The same of a teacher whose blocks know them by other means, if at all."""
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -73,6 +77,14 @@ class Anatomy:
     """[D, E] behind the final norm (CLIP)."""
 
 
+def activation_name(module: nn.Module) -> str:
+    """`TeacherSpec.activation` of an MLP's activation: `gelu`, `gelu_tanh`, `quick_gelu`, `silu` ..., by its class."""
+    name = type(module).__name__.removeprefix("Quick")
+    quick = "quick_" * (name != type(module).__name__)
+    tanh = "_tanh" * (getattr(module, "approximate", None) == "tanh" or name == "GELUTanh")
+    return quick + name.removesuffix("Tanh").lower() + tanh
+
+
 def whiten(tokens: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine over the last axis, per token, in float32: (x - mean) / sqrt(biased variance + eps)."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
@@ -100,7 +112,7 @@ def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> 
 
 
 def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid, by RESIZE's rule, in float32; returned unchanged when the grid is the same.
+    """A position table for another grid, by POSITIONS' rule; returned unchanged when the grid is the same.
 
     table: [..., n_prefix + rows, D] with a square grid; the first `n_prefix` rows (CLS, registers) are kept
     as they are.

@@ -21,7 +21,17 @@ from torch import nn
 from ..errors import BadInputError, UnknownNameError, UsageError
 from ..spec import TeacherSpec
 from . import OPEN_CLIP_PREFIX
-from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .base import (
+    POSITIONS,
+    RESIZE,
+    Anatomy,
+    AttentionParts,
+    Teacher,
+    activation_name,
+    check_precision,
+    grid_for,
+    resize_position_table,
+)
 from .weights import Layout, LoadedWeights, load_weights
 
 _OTHER_PARTS = (
@@ -81,6 +91,8 @@ def as_teacher(
         norm_eps=tower.ln_post.eps,
         projection_dim=tower.proj.shape[1],
         resize=RESIZE,
+        activation=activation_name(block.mlp.gelu),
+        positions=POSITIONS,
     )
     anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, tower.proj)
     return Teacher(spec, anatomy, device, precision, loaded.ignored)

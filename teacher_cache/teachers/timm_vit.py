@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from ..errors import BadInputError, UnknownNameError, UsageError
 from ..spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
-from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .base import (
+    NO_POSITIONS,
+    POSITIONS,
+    RESIZE,
+    Anatomy,
+    AttentionParts,
+    Teacher,
+    activation_name,
+    check_precision,
+    grid_for,
+    resize_position_table,
+)
 from .weights import Layout, LoadedWeights, load_weights, sha256_tensors
 
 
@@ -119,6 +130,8 @@ def as_teacher(
         norm_eps=final_norm(model).eps,
         projection_dim=None if projection is None else projection.shape[1],
         resize=RESIZE,
+        activation=activation_name(model.blocks[-1].mlp.act),
+        positions=NO_POSITIONS if model.pos_embed is None else POSITIONS,
     )
     anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts, projection)
     return Teacher(spec, anatomy, device, precision, loaded.ignored)
