@@ -12,8 +12,8 @@ hybrids, rotary positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInputError, UsageError
 from ..spec import TeacherSpec
+from .float32 import full_float32
 
 RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
 """`TeacherSpec.resize` of every teacher."""
@@ -83,6 +84,16 @@ def activation_name(module: nn.Module) -> str:
     quick = "quick_" * (name != type(module).__name__)
     tanh = "_tanh" * (getattr(module, "approximate", None) == "tanh" or name == "GELUTanh")
     return quick + name.removesuffix("Tanh").lower() + tanh
+
+
+def activation_of(mlps: Iterable[nn.Module]) -> str:
+    """`TeacherSpec.activation`, read off the MLPs of all blocks as they were built; `gated_silu` of a SwiGLU."""
+    names = set()
+    for mlp in mlps:
+        gated = "gated_" * ("glu" in type(mlp).__name__.lower())
+        parts = [part for part in mlp.modules() if not [*part.children(), *part.parameters()]]
+        names |= {gated + activation_name(part) for part in parts if not isinstance(part, nn.Dropout | nn.Identity)}
+    return " and ".join(sorted(names))
 
 
 def whiten(tokens: Tensor, eps: float) -> Tensor:
@@ -164,8 +175,9 @@ class Teacher:
     head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
                        final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
-    precision:         fp32 (on CUDA as the process's TF32 settings have it), or bf16 by autocast (CUDA only), where the
-                       residual stream, the attention map and all outputs stay float32
+    precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (CUDA only), where the residual
+                       stream, the attention map and all outputs stay float32
+    weights_read:      what about the weights file is worth saying: the part that was taken, `stored as float16`; may be empty
     """
 
     def __init__(
@@ -175,8 +187,9 @@ class Teacher:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         ignored_weights: tuple[str, ...] = (),
+        weights_read: str = "",
     ):
-        self.spec, self.precision, self.ignored_weights = spec, precision, ignored_weights
+        self.spec, self.precision, self.ignored_weights, self.weights_read = spec, precision, ignored_weights, weights_read
         self._anatomy = anatomy
         anatomy.model.eval().requires_grad_(False)
         norm = anatomy.final_norm
@@ -223,7 +236,9 @@ class Teacher:
         layers = self._check_layers(layers)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
-        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
+        is_fp32 = self.precision == "fp32"
+        exact = full_float32() if is_fp32 else nullcontext()
+        with exact, self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=not is_fp32):
             self._anatomy.forward(images)
 
         tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]
