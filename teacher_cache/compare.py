@@ -10,6 +10,7 @@ import numpy as np
 from .cache import Cache
 from .commits import read_commits
 from .inspect import describe, ranges
+from .spec import comparable
 from .store import manifest_sha256, read_manifest
 
 MOST_RANGES = 6
@@ -81,10 +82,10 @@ def _crops(a: dict, b: dict) -> Iterator[Line]:
 def _stores(name: str, a: dict, b: dict) -> Iterator[Line]:
     """Teacher, what is kept, quantiser: the same in all views of a cache."""
     differing = []
-    for part, what in (("teacher", "teacher's "), ("store", "")):
-        for key in a[part]:
-            if key not in ("weights", "codecs") and a[part][key] != b[part].get(key):
-                differing.append(_differs(f"{name}: {what}{key}", a[part][key], b[part].get(key)))
+    for what, (of_a, of_b) in (("teacher's ", comparable(a["teacher"], b["teacher"])), ("", (a["store"], b["store"]))):
+        for key in of_a:
+            if key not in ("weights", "codecs") and of_a[key] != of_b.get(key):
+                differing.append(_differs(f"{name}: {what}{key}", of_a[key], of_b.get(key)))
     codecs = [dict(store["store"]["codecs"]) for store in (a, b)]
     for array in sorted(codecs[0].keys() & codecs[1].keys()):
         if codecs[0][array] != codecs[1][array]:

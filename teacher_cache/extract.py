@@ -35,7 +35,7 @@ from .estimate import full_disk_explained, human
 from .fitting import Sample
 from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
 from .progress import note, progress, waiting
-from .spec import StoreSpec
+from .spec import STORE_VERSIONS, StoreSpec, comparable
 from .store import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
 
 DECODE_AHEAD = 2
@@ -125,10 +125,9 @@ def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> N
 
 def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
     found = read_manifest(store)
-    mine = {**replace(teacher.spec, weights=found.teacher.weights).to_json(), "precision": teacher.precision,
-            "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}  # fmt: skip
-    theirs = {**found.teacher.to_json(), "precision": found.precision, "crops_id": found.crops_id,
-              "crops_sha256": found.crops_sha256}  # fmt: skip
+    mine, theirs = comparable(replace(teacher.spec, weights=found.teacher.weights).to_json(), found.teacher.to_json())
+    mine |= {"precision": teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
+    theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
     if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
         for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
             values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
@@ -257,11 +256,12 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
     """Create the store with the quantiser of a view that has it; else, on view 0, with a freshly fitted one."""
     store = view.store_path(name)
     having = [other for other in view.cache.views() if is_begun(other.store_path(name))]
-    spec = plan.store_spec(teacher.spec, len(crops))
+    spec, described, version = plan.store_spec(teacher.spec, len(crops)), teacher.spec, STORE_VERSIONS[-1]
     if having:
         _require_same(first := having[0].store_path(name), having[0], teacher, plan)
         original = read_manifest(first)
-        spec, fidelity = original.store, original.fidelity
+        spec, fidelity, version = original.store, original.fidelity, original.format_version
+        described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
         statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
         probe = read_small_array(first, "probe")
     elif view.number == 0:
@@ -273,9 +273,9 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
             f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
         )
     manifest = Manifest(
-        teacher=teacher.spec, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
+        teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
         precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
-        software=software(),
+        software=software(), format_version=version,
     )  # fmt: skip
     create_store(store, manifest, statistics, head, probe)
 

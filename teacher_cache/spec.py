@@ -14,8 +14,9 @@ from .errors import CacheCorruptError, UsageError
 
 FORMAT_VERSION = 1
 """Of a cache and its crops."""
-STORE_VERSIONS = (1, 2)
-"""Of stores; 2 came with int4 and visible tokens, and says nothing else otherwise than 1."""
+STORE_VERSIONS = (1, 2, 3)
+"""Of stores, the last being that of new ones. 2 came with int4 and visible tokens; 3 with the teacher's activation and position
+rule."""
 
 MAX_SIDE = 1 << 14
 """Of images and patches in pixels, of grids in patches."""
@@ -52,6 +53,12 @@ def _are_numbers(values) -> bool:
     return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
+NOT_BEFORE_3 = ("activation", "positions")
+"""What of a teacher stores of versions 1 and 2 do not say."""
+LIKEWISE = "; position table likewise"
+"""How `resize` of these ends, where the rule for pixels was the one for positions."""
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """A frozen teacher, described by data: enough to read its targets without ever loading it."""
@@ -86,10 +93,15 @@ class TeacherSpec:
     projection_dim: int | None
     """Width E of the projection behind the final norm (CLIP), else None."""
     resize: str
-    """How a crop of another size becomes `image_size`, and how the position table follows."""
+    """How a crop of another size becomes `image_size`; in stores before version 3 also how the position table follows."""
+    activation: str | None
+    """Of the MLP of its blocks: `gelu`, `quick_gelu`, `gelu_tanh` ... None: not on record, as in stores before version 3."""
+    positions: str | None
+    """How its position table follows another grid, in words. None: not on record."""
 
     def __post_init__(self):
-        for name in ("name", "weights", "weights_sha256", "resize"):
+        unknown = [name for name in NOT_BEFORE_3 if getattr(self, name) is None]
+        for name in {"name", "weights", "weights_sha256", "resize", *NOT_BEFORE_3}.difference(unknown):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} must be text, not {getattr(self, name)!r}")
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
@@ -125,6 +137,15 @@ class TeacherSpec:
     @classmethod
     def from_json(cls, value: dict) -> TeacherSpec:
         return from_json(cls, value)
+
+
+def comparable(a: dict, b: dict) -> tuple[dict, dict]:
+    """Two teachers (TeacherSpec.to_json) as far as both are on record: what one does not say differs from nothing."""
+    unknown = [name for name in NOT_BEFORE_3 if a[name] is None or b[name] is None]
+    a, b = ({key: value for key, value in teacher.items() if key not in unknown} for teacher in (a, b))
+    if "positions" in unknown:
+        a, b = ({**teacher, "resize": teacher["resize"].removesuffix(LIKEWISE)} for teacher in (a, b))
+    return a, b
 
 
 DTYPES = ("float16", "int8", "int4")
@@ -214,8 +235,8 @@ class StoreSpec:
         return self.dtype != "float16"
 
     @property
-    def version(self) -> int:
-        """The oldest format version of stores that can say this."""
+    def least_version(self) -> int:
+        """The oldest format version of stores that can say this. Until 3 came, every store had it."""
         return 2 if self.visible or self.dtype == "int4" else 1
 
     @property

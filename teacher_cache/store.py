@@ -39,7 +39,7 @@ from .durable import (
 from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
 from .spare import SPARE, pack_members
-from .spec import STORE_VERSIONS, LayerFidelity, StoreSpec, TeacherSpec
+from .spec import NOT_BEFORE_3, STORE_VERSIONS, LayerFidelity, StoreSpec, TeacherSpec
 
 FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
 """Values that are never written (of uint8: that never fill a group), so that plain zarr readers can tell a hole."""
@@ -68,6 +68,7 @@ class Manifest:
     probe_sha256: str
     """Of the teacher's mean token per layer on the probe image (array `probe`)."""
     software: dict
+    format_version: int = STORE_VERSIONS[-1]
 
     def __post_init__(self):
         if type(self.view) is not int or not 0 <= self.view < 2**31:
@@ -80,27 +81,35 @@ class Manifest:
         if not isinstance(self.software, dict) or not all(isinstance(v, str) for pair in self.software.items() for v in pair):
             raise ValueError(f"software must give versions by name, not {self.software!r}")
         self.store.require_fit(self.teacher)
+        is_new = self.format_version >= 3
+        if not is_new and self.format_version != self.store.least_version:
+            raise ValueError(f"format version {self.format_version} of a store of version {self.store.least_version}")
+        for name in NOT_BEFORE_3:
+            if is_new == (getattr(self.teacher, name) is None):
+                raise ValueError(f"{name} of the teacher is {getattr(self.teacher, name)!r} in version {self.format_version}")
 
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
-        if self.store.version == 1:
+        version = value.pop("format_version")
+        if version < 3:
+            value["teacher"] = {key: item for key, item in value["teacher"].items() if key not in NOT_BEFORE_3}
+        if version < 2:
             del value["store"]["visible"]
-        return {"format_version": self.store.version, **value}
+        return {"format_version": version, **value}
 
     @classmethod
     def from_json(cls, value: dict) -> Manifest:
         try:
             value = dict(value)
-            version = value.pop("format_version")
+            version = value["format_version"]
             if type(version) is not int or version not in STORE_VERSIONS:
                 raise BadInputError(
                     f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
                     "Use the version of teacher-cache that wrote it."
                 )
-            value["teacher"] = TeacherSpec.from_json(value["teacher"])
-            value["store"] = StoreSpec.from_json(_as_version_2(value["store"]) if version == 1 else value["store"])
-            if value["store"].version != version:
-                raise ValueError(f"format version {version} of a store of version {value['store'].version}")
+            teacher = _with_words(value["teacher"], NOT_BEFORE_3, None) if version < 3 else value["teacher"]
+            store = _with_words(value["store"], ("visible",), 0) if version < 2 else value["store"]
+            value["teacher"], value["store"] = TeacherSpec.from_json(teacher), StoreSpec.from_json(store)
             value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
             return cls(**value)
         except BadInputError:
@@ -109,11 +118,11 @@ class Manifest:
             raise CacheCorruptError(f"manifest: {error!r}.") from error
 
 
-def _as_version_2(store: dict) -> dict:
-    """The `store` of a manifest of version 1, which knows no visible tokens."""
-    if "visible" in store:
-        raise ValueError("version 1 has no visible tokens")
-    return {**store, "visible": 0}
+def _with_words(value: dict, names: tuple[str, ...], then) -> dict:
+    """A part of an old manifest with the keys that its version has no words for; `then` is what they were."""
+    if known := [name for name in names if name in value]:
+        raise ValueError(f"{', '.join(known)}: its version has no such key")
+    return {**value, **dict.fromkeys(names, then)}
 
 
 def is_begun(store: Path) -> bool:

@@ -47,7 +47,7 @@ class FakeTeacher:
         self.spec = TeacherSpec(
             name="fake", weights=f"random:{seed}", weights_sha256=digest, image_size=32, patch_size=8, grid=(4, 4), dim=24,
             depth=6, heads=2, has_cls=has_cls, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=10,
-            resize="none",
+            resize="none", activation="none", positions="none",
         )  # fmt: skip
         self.head = {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
         self.device, self.precision = torch.device("cpu"), "fp32"

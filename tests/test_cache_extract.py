@@ -224,6 +224,8 @@ OTHER = {
     ),
     "teacher": (PLAN, {"name": "other"}, "name: fake in the store, other given"),
     "resize": (PLAN, {"resize": "bilinear"}, "resize: none in the store, bilinear given"),
+    "activation": (PLAN, {"activation": "quick_gelu"}, "activation: none in the store, quick_gelu given"),
+    "positions": (PLAN, {"positions": "antialiased"}, "positions: none in the store, antialiased given"),
 }
 
 

@@ -5,13 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from teacher_fakes import crops_u8
 
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher, weights
-from teacher_cache.teachers.base import RESIZE, resize_position_table, whiten
+from teacher_cache.teachers.base import POSITIONS, RESIZE, activation_name, resize_position_table, whiten
 from teacher_cache.teachers.weight_files import STAND_INS
 
 
@@ -40,7 +42,7 @@ def test_position_table_keeps_its_prefix_and_follows_the_recorded_rule():
     assert torch.equal(resized[:, 2:], expected.permute(0, 2, 3, 1).reshape(1, 9, 3))
     antialiased = F.interpolate(as_image, (3, 3), mode="bicubic", align_corners=False, antialias=True)
     assert not torch.allclose(expected, antialiased, atol=1e-3)
-    assert "bicubic" in RESIZE and "no antialias" in RESIZE
+    assert all("bicubic" in rule and "no antialias" in rule for rule in (RESIZE, POSITIONS))
     assert resize_position_table(table, 2, (4, 4)) is table
     assert resize_position_table(table[0], 2, (3, 3)).shape == (11, 3)
     with pytest.raises(BadInputError, match="15 patch rows"):
@@ -201,3 +203,13 @@ def test_on_a_gpu_both_precisions_agree_with_the_cpu(name):
         assert output.tokens.dtype == torch.float32 and (output.attention is None or output.attention.dtype == torch.float32)
         for found, wanted in ((output.tokens, expected.tokens), (output.attention, expected.attention)):
             assert wanted is None or (found.cpu() - wanted).norm() < bound * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(torch.nn.GELU(), "gelu"), (torch.nn.GELU("tanh"), "gelu_tanh"), (torch.nn.SiLU(), "silu"), (QuickGELU(), "quick_gelu"),
+     (timm.layers.create_act_layer("gelu_tanh"), "gelu_tanh"), (timm.layers.create_act_layer("quick_gelu"), "quick_gelu")],
+)  # fmt: skip
+def test_activations_have_one_name_each(module, name):
+    """An activation is called the same, whichever library it comes from."""
+    assert activation_name(module) == name

@@ -62,7 +62,7 @@ class TeacherEntry:
         return TeacherSpec(
             name=self.name, weights="", weights_sha256="", image_size=self.image_size, patch_size=self.patch_size, grid=self.grid,
             dim=self.dim, depth=self.depth, heads=self.heads, has_cls=self.has_cls, n_registers=0, mean=self.mean, std=self.std,
-            norm_eps=self.norm_eps, projection_dim=self.projection_dim, resize="",
+            norm_eps=self.norm_eps, projection_dim=self.projection_dim, resize="", activation="", positions="",
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def load_teacher(
     name:       one of TEACHERS, `timm:NAME`, or `open_clip:ARCH/TAG`
     weights:    path of a weights file, or `random:SEED` for a trial without one; None where they are built in, or for
                 timm or open_clip to download
-    image_size: side of the teacher's input, pixels; None is its own. Position tables are resized (`TeacherSpec.resize`)
+    image_size: side of the teacher's input, pixels; None is its own. Position tables follow (`TeacherSpec.positions`)
     precision:  `fp32` or, on CUDA, `bf16`
     Raises UnknownNameError, UsageError, or BadInputError for weights that cannot be used.
     """

@@ -12,8 +12,8 @@ hybrids, rotary positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,15 @@ from torch import Tensor, nn
 
 from ..errors import BadInputError, UsageError
 from ..spec import TeacherSpec
+from .float32 import full_float32
 
-RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation; position table likewise"
-"""`TeacherSpec.resize` of every teacher. Code bases follow at least four different rules for the position table alone;
-this one is MaskAlign's (and Hugging Face's), and it is the same for pixels and positions."""
+RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
+"""`TeacherSpec.resize` of every teacher."""
+POSITIONS = "bicubic, align_corners=False, no antialias, in float32"
+"""`TeacherSpec.positions`. Code bases follow at least four different rules; this one is MaskAlign's (and Hugging Face's), and it
+is the same for pixels and positions."""
+NO_POSITIONS = "none: there is no table of absolute positions"
+"""The same of a teacher whose blocks know them by other means, if at all."""
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -73,6 +78,24 @@ class Anatomy:
     """[D, E] behind the final norm (CLIP)."""
 
 
+def activation_name(module: nn.Module) -> str:
+    """`TeacherSpec.activation` of an MLP's activation: `gelu`, `gelu_tanh`, `quick_gelu`, `silu` ..., by its class."""
+    name = type(module).__name__.removeprefix("Quick")
+    quick = "quick_" * (name != type(module).__name__)
+    tanh = "_tanh" * (getattr(module, "approximate", None) == "tanh" or name == "GELUTanh")
+    return quick + name.removesuffix("Tanh").lower() + tanh
+
+
+def activation_of(mlps: Iterable[nn.Module]) -> str:
+    """`TeacherSpec.activation`, read off the MLPs of all blocks as they were built; `gated_silu` of a SwiGLU."""
+    names = set()
+    for mlp in mlps:
+        gated = "gated_" * ("glu" in type(mlp).__name__.lower())
+        parts = [part for part in mlp.modules() if not [*part.children(), *part.parameters()]]
+        names |= {gated + activation_name(part) for part in parts if not isinstance(part, nn.Dropout | nn.Identity)}
+    return " and ".join(sorted(names))
+
+
 def whiten(tokens: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine over the last axis, per token, in float32: (x - mean) / sqrt(biased variance + eps)."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
@@ -100,7 +123,7 @@ def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> 
 
 
 def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid, by RESIZE's rule, in float32; returned unchanged when the grid is the same.
+    """A position table for another grid, by POSITIONS' rule; returned unchanged when the grid is the same.
 
     table: [..., n_prefix + rows, D] with a square grid; the first `n_prefix` rows (CLS, registers) are kept
     as they are.
@@ -152,8 +175,9 @@ class Teacher:
     head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
                        final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
-    precision:         fp32 (on CUDA as the process's TF32 settings have it), or bf16 by autocast (CUDA only), where the
-                       residual stream, the attention map and all outputs stay float32
+    precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (CUDA only), where the residual
+                       stream, the attention map and all outputs stay float32
+    weights_read:      what about the weights file is worth saying: the part that was taken, `stored as float16`; may be empty
     """
 
     def __init__(
@@ -163,8 +187,9 @@ class Teacher:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         ignored_weights: tuple[str, ...] = (),
+        weights_read: str = "",
     ):
-        self.spec, self.precision, self.ignored_weights = spec, precision, ignored_weights
+        self.spec, self.precision, self.ignored_weights, self.weights_read = spec, precision, ignored_weights, weights_read
         self._anatomy = anatomy
         anatomy.model.eval().requires_grad_(False)
         norm = anatomy.final_norm
@@ -211,7 +236,9 @@ class Teacher:
         layers = self._check_layers(layers)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
-        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
+        is_fp32 = self.precision == "fp32"
+        exact = full_float32() if is_fp32 else nullcontext()
+        with exact, self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=not is_fp32):
             self._anatomy.forward(images)
 
         tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]

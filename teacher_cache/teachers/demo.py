@@ -29,8 +29,9 @@ def load(
     """The teacher of its line of the table; see `load_teacher`. Without `weights`, the built-in ones."""
     check_precision(precision, device)
     model = build_vit(entry)
-    loaded = load_weights(model, BUILT_IN if weights is None else weights, [Layout(ignore=("head.*",))])
+    expected = "Leave out --weights for those that come with it; a file must have the names of timm's VisionTransformer."
+    loaded = load_weights(model, BUILT_IN if weights is None else weights, [Layout(ignore=("head.*",))], expected=expected)
     if weights is None:
-        loaded = dataclasses.replace(loaded, source="built-in")
+        loaded = dataclasses.replace(loaded, source="built-in", how="")
     at_image_size(model, entry.name, image_size or entry.image_size)
     return as_teacher(entry.name, model, loaded, entry.mean, entry.std, device, precision)

@@ -10,26 +10,44 @@ Gives up: towers of timm or torchvision kinds, attentional pooling, blocks with 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
+from pathlib import Path
 
 import open_clip
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from ..errors import BadInputError, UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError
 from ..spec import TeacherSpec
 from . import OPEN_CLIP_PREFIX
-from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .base import (
+    POSITIONS,
+    RESIZE,
+    Anatomy,
+    AttentionParts,
+    Teacher,
+    activation_of,
+    check_precision,
+    grid_for,
+    resize_position_table,
+)
+from .offline import downloaded
 from .weights import Layout, LoadedWeights, load_weights
 
 _OTHER_PARTS = (
     "transformer.*", "token_embedding.*", "positional_embedding", "ln_final.*", "text_projection",  # CLIP's text tower
     "text.*", "text_decoder.*",  # the text towers of other configurations
     "logit_scale", "logit_bias",  # of the contrastive loss
-    "input_resolution", "context_length", "vocab_size",  # integers in OpenAI's archive
+    "input_resolution", "context_length", "vocab_size",  # _OPENAI_INTEGERS
 )  # fmt: skip
+_OPENAI_INTEGERS = {"input_resolution", "context_length", "vocab_size"}
+"""Beside the towers in OpenAI's archives, also where one was saved as a state dict; in nobody else's files."""
+_OPENAI_TAG = "openai"
+_OPENAI_IN_THE_TABLE = {"ViT-B-16": "clip-b16", "ViT-L-14": "clip-l14"}
+"""open_clip's architecture -> our own name of OpenAI's weights for it."""
 _CUSTOM_BLOCK = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 LAYOUTS = (
     Layout(keep=(("visual.", ""),), ignore=_OTHER_PARTS, inside=("state_dict",)),
@@ -81,9 +99,11 @@ def as_teacher(
         norm_eps=tower.ln_post.eps,
         projection_dim=tower.proj.shape[1],
         resize=RESIZE,
+        activation=activation_of(block.mlp for block in tower.transformer.resblocks),
+        positions=POSITIONS,
     )
     anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, tower.proj)
-    return Teacher(spec, anatomy, device, precision, loaded.ignored)
+    return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 
 def at_image_size(tower: VisionTransformer, name: str, image_size: int) -> None:
@@ -136,10 +156,13 @@ def load_open_clip(
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
     if weights is None:
         path, source = _download(name, tag, published)
-        loaded = load_weights(tower, path, LAYOUTS)
-        loaded = LoadedWeights(f"open_clip pretrained: {source}", loaded.sha256, loaded.ignored)
+        loaded = dataclasses.replace(load_weights(tower, path, LAYOUTS), source=f"open_clip pretrained: {source}")
     else:
-        loaded = load_weights(tower, weights, LAYOUTS)
+        source = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
+        of_tag = f", such as the file of {source}" if source else ""
+        expected = f"Give a file with the names that open_clip gives to its {arch}{of_tag}."
+        loaded = load_weights(tower, weights, LAYOUTS, expected=expected)
+    _require_not_openais(name, arch, tag, weights, loaded)
     at_image_size(tower, name, image_size or vision.image_size)
     mean, std = published.get("mean", open_clip.OPENAI_DATASET_MEAN), published.get("std", open_clip.OPENAI_DATASET_STD)
     return as_teacher(name, tower, loaded, mean, std, device, precision)
@@ -162,24 +185,39 @@ def _config_of(name: str, arch: str, tag: str) -> tuple[dict, dict]:
     quick = config.get("quick_gelu", False)
     if tag and quick != published.get("quick_gelu", False):
         other = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
-        there = f" Ask for {OPEN_CLIP_PREFIX}{other}/{tag}." if open_clip.get_pretrained_cfg(other, tag) else ""
+        is_there = other != arch and open_clip.get_pretrained_cfg(other, tag)
         raise UsageError(
             f"{name}: the weights {tag} were trained with {'GELU' if quick else 'QuickGELU'}, and the architecture {arch} has "
-            f"{'QuickGELU' if quick else 'GELU'}.{there}"
-        )
+            f"{'QuickGELU' if quick else 'GELU'}."
+            + (f" Ask for {OPEN_CLIP_PREFIX}{other}/{tag}." if is_there else " open_clip has no architecture with theirs; where "
+               f"you know better, {OPEN_CLIP_PREFIX}{arch} --weights PATH runs their file with the architecture's own.")
+        )  # fmt: skip
     return config, published
+
+
+def _require_not_openais(name: str, arch: str, tag: str, weights: str | os.PathLike | None, loaded: LoadedWeights) -> None:
+    """Raise UsageError if a file is OpenAI's, whose activation is QuickGELU, and the name is not that of OpenAI's weights."""
+    is_openais = {name_in_file.rpartition(".")[2] for name_in_file in loaded.ignored} >= _OPENAI_INTEGERS
+    family = arch.removesuffix("-quickgelu")
+    quick = open_clip.get_model_config(arch).get("quick_gelu", False)
+    if not is_openais or (quick and tag in ("", _OPENAI_TAG)):
+        return
+    right = [_OPENAI_IN_THE_TABLE[family]] if family in _OPENAI_IN_THE_TABLE else []
+    if open_clip.get_pretrained_cfg(f"{family}-quickgelu", _OPENAI_TAG):
+        right.append(f"{OPEN_CLIP_PREFIX}{family}-quickgelu/{_OPENAI_TAG}")
+    raise UsageError(
+        f"--weights {weights}: this is OpenAI's file ({', '.join(sorted(_OPENAI_INTEGERS))} are in it), trained with QuickGELU; "
+        f"{name} is {f'the weights {tag}' if tag else 'a tower'} with {'QuickGELU' if quick else 'GELU'}. "
+        + (f"Ask for {' or '.join(right)}." if right else "open_clip has no architecture with QuickGELU for it.")
+    )
 
 
 def _download(name: str, tag: str, published: dict) -> tuple[str, str]:
     """The tag's file on this machine, and where it came from."""
     if not tag:
         raise UsageError(f"{name} names no weights: ask for {name}/TAG, or add --weights PATH (or random:0, for a trial).")
-    source = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
-    try:
-        return open_clip.download_pretrained(published), source
-    except Exception as error:  # hubs and plain addresses have their own exceptions for no network, no file, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInputError(
-            f"The weights of {name} could not be downloaded ({reason}). Fetch the file of {source} on a machine with network "
-            "and pass --weights PATH; for a trial without one: --weights random:0."
-        ) from error
+    hub, address = published.get("hf_hub", "").rstrip("/"), published.get("url", "")
+    source = hub or address
+    what, advice = f"the file of {source}", "any with the names that open_clip gives to this architecture"
+    cached_at = None if hub else Path("~/.cache/clip").expanduser() / Path(address).name
+    return downloaded(name, what, advice, lambda: open_clip.download_pretrained(published), cached_at), source

@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 
 import timm
+import torch
 from timm.layers import PatchEmbed
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import BadInputError, UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError
 from ..spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
-from .base import RESIZE, Anatomy, AttentionParts, Teacher, check_precision, grid_for, resize_position_table
+from .base import (
+    NO_POSITIONS,
+    POSITIONS,
+    RESIZE,
+    Anatomy,
+    AttentionParts,
+    Teacher,
+    activation_of,
+    check_precision,
+    grid_for,
+    resize_position_table,
+)
+from .offline import downloaded
 from .weights import Layout, LoadedWeights, load_weights, sha256_tensors
+
+_NOT_IN_TIMM = ("mask_token", "dino_head.*", "ibot_head.*")
+"""What DINOv2's files have beside the ViT: all of them the first, checkpoints of its trainer the heads too."""
+_QUICK_ELSEWHERE = {"vit_base_patch16_clip_224.dfn2b": "open_clip:ViT-B-16-quickgelu/dfn2b"}
+"""timm's names whose weights were trained with QuickGELU by open_clip's table, while timm has no note -> the right name."""
 
 
 def build_vit(entry: TeacherEntry, weight_init: str = "") -> VisionTransformer:
@@ -119,9 +139,11 @@ def as_teacher(
         norm_eps=final_norm(model).eps,
         projection_dim=None if projection is None else projection.shape[1],
         resize=RESIZE,
+        activation=activation_of(block.mlp for block in model.blocks),
+        positions=NO_POSITIONS if model.pos_embed is None else POSITIONS,
     )
     anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts, projection)
-    return Teacher(spec, anatomy, device, precision, loaded.ignored)
+    return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 
 def load_timm(
@@ -133,9 +155,10 @@ def load_timm(
 ) -> Teacher:
     """The teacher `timm:NAME`; see `load_teacher`.
 
-    mean and std are those of timm's configuration of NAME. A weights file must hold exactly timm's names, alone or in a
-    checkpoint of timm's trainer; only the classifier is left out, and named in `ignored_weights`. Without `weights`, timm
-    downloads its own; their sha256 is then that of the tensors, because timm may rename them on the way from the file.
+    mean and std are those of timm's configuration of NAME, whose note on the activation has to be true of the model too. A
+    weights file must hold exactly timm's names (wrapped or not: file_parts.py); only the classifier and DINOv2's mask token and
+    heads are left out, and named in `ignored_weights`. Without `weights`, timm downloads its own; their sha256 is then that of
+    the tensors, because timm may rename them on the way from the file. Raises UsageError for another activation than theirs.
     """
     check_precision(precision, device)
     model = _create(name)
@@ -146,14 +169,15 @@ def load_timm(
             f"{TIMM_PREFIX}vit_small_patch14_dinov2."
         )
     config = model.pretrained_cfg
+    _require_native_activation(name, model)
     if weights is None:
-        model = _download(name)
+        model = _download(name, config)
         source = config.get("hf_hub_id") or config.get("url") or "timm"
         loaded = LoadedWeights(f"timm pretrained: {source}", sha256_tensors(model.state_dict()))
     else:
         classifier = config.get("classifier") or "head"
-        layout = Layout(ignore=(f"{classifier}.*",), inside=("state_dict", "model"))
-        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",))
+        layout = Layout(ignore=(f"{classifier}.*", *_NOT_IN_TIMM), inside=("state_dict", "model"))
+        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), f"Give {_in_timms_names(name)}.")
     if image_size is not None:
         at_image_size(model, name, image_size)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)
@@ -176,13 +200,40 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
         raise UnknownNameError(f"{name}: {error}") from error
 
 
-def _download(name: str) -> VisionTransformer:
-    try:
-        return _create(name, pretrained=True)
-    except Exception as error:  # each of timm's sources has its own exceptions for no network, no file, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInputError(
-            f"The weights of {name} could not be downloaded ({reason}). Fetch the file on a machine with network "
-            f"(`timm.create_model(...).state_dict()` saved as safetensors will do) and pass --weights PATH; for a trial "
-            "without one: --weights random:0."
-        ) from error
+def _require_native_activation(name: str, model: VisionTransformer) -> None:
+    """Raise UsageError if timm's entry says that these weights were trained with QuickGELU and the model has another activation.
+
+    timm notes it as "natively QuickGELU, use quickgelu model variant for original results", at both variants alike, and builds
+    the plain one with GELU.
+    """
+    config, built = model.pretrained_cfg, activation_of(block.mlp for block in model.blocks)
+    arch, tag = config["architecture"], config.get("tag") or ""
+    full_name = f"{arch}.{tag}" if tag else arch
+    noted = any("quickgelu" in note.lower() for note in config.get("notes") or ())
+    if built == "quick_gelu" or not (noted or full_name in _QUICK_ELSEWHERE):
+        return
+    right = full_name.replace("_clip_", "_clip_quickgelu_")
+    there = full_name != right and timm.is_model(right.partition(".")[0]) and get_pretrained_cfg(right, allow_unregistered=False)
+    other = _QUICK_ELSEWHERE.get(full_name) or (f"{TIMM_PREFIX}{right}" if there else None)
+    raise UsageError(
+        f"{name}: the weights {tag or arch} were trained with QuickGELU, and this model of timm's has {built}."
+        + (f" Ask for {other}." if other else " timm has no variant of it with QuickGELU.")
+    )
+
+
+def _in_timms_names(name: str) -> str:
+    """Which file `--weights` takes for a name of timm, and how to make it."""
+    wanted = name.removeprefix(TIMM_PREFIX)
+    return (
+        "a file with timm's own names, which on a machine with network this makes: python -c \"import timm, "
+        f"safetensors.torch as s; s.save_file(timm.create_model('{wanted}', pretrained=True).state_dict(), "
+        "'teacher.safetensors')\""
+    )
+
+
+def _download(name: str, config: dict) -> VisionTransformer:
+    hub, address = config.get("hf_hub_id"), config.get("url")
+    file = config.get("hf_hub_filename") or "model.safetensors"
+    what = f"{file} of {hub} on the Hugging Face hub" if hub else f"the file of {address}"
+    cached_at = Path(torch.hub.get_dir(), "checkpoints", Path(address).name) if address and not hub else None
+    return downloaded(name, what, _in_timms_names(name), lambda: _create(name, pretrained=True), cached_at)
