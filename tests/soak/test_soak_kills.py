@@ -21,7 +21,7 @@ PHASES = (
     ("crop stage, parts", r" crops\.partial/view-"),
     ("crop stage, beginning", r" crops\.partial"),
     ("crop stage, a view aside", r" view-\d+\.\w+\.partial/"),
-    ("crop stage, publishing", r" (view-\d+(\.\w+\.partial)?|\.\.?|(cache\.json|\w+\.txt|labels\.npy|spare\.tar)(\.\w+\.partial)?)$"),
+    ("crop stage, publishing", r" (view-\d+(\.\w+\.partial)?|\.\.?|\w+\.(json|txt|npy|tar)(\.\w+\.partial)?)$"),
     ("store, beginning", r"\.zarr\.[0-9a-f]{16}\.partial| view-\d+/\w+\.zarr$"),
     ("store, clearing up", r"(unlink|rmdir) .*\.zarr/commits"),
     ("store, commit records", r"\.zarr/commits"),
