@@ -30,7 +30,7 @@ from .backbones import build_backbone
 from .batch import TeacherShape
 from .config import TrainConfig
 from .errors import ConfigError, RunError
-from .files import LARGEST_JSON, aside, publish, require_own
+from .files import LARGEST_JSON, aside, publish, refusal_explained, remove, require_own, require_readable
 from .model import Student
 from .provenance import require_same
 
@@ -59,7 +59,10 @@ class _Damage(Exception):
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints in a run's directory, the one of the most steps last."""
-    return sorted((path for path in Path(out_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)), key=_step_in_name)
+    out_dir = Path(out_dir)
+    with refusal_explained(out_dir):  # glob would find nothing where one may not look
+        entries = list(out_dir.iterdir()) if out_dir.is_dir() else []
+    return sorted((path for path in entries if CHECKPOINT.fullmatch(path.name)), key=_step_in_name)
 
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
@@ -106,7 +109,7 @@ def save_checkpoint(
         ) from error
 
     for old in checkpoints(path.parent)[:-keep]:
-        old.unlink()
+        remove(old)
     return path
 
 
@@ -210,6 +213,7 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
 def _read_sound(path: Path) -> tuple[Description, dict[str, Tensor]]:
     require_own(path)
     try:
+        require_readable(path)
         with safe_open(path, framework="pt") as file:
             description = _unseal((file.metadata() or {}).get("student", ""))
             tensors = {}

@@ -12,6 +12,7 @@ import click
 
 from student.errors import ConfigError, RunMismatchError, StudentError
 from teacher_cache.cache import Cache
+from teacher_cache.claims import taking_over
 from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import UnknownNameError, UsageError
 from teacher_cache.estimate import human
@@ -67,11 +68,13 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, beside one an epoch.")
 @click.option("--keep-checkpoints", type=click.IntRange(1), default=2, show_default=True, help="How many stay: the newest.")
+@click.option("--take-over", is_flag=True, help="Say that whoever holds the run is gone: do not watch its claim for minutes "
+              "first. A locked one is refused all the same.")  # fmt: skip
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch, max_steps, device, workers, reader, check, live,
-          weights, compiled, checkpoint_every, keep_checkpoints, list_presets, show, as_json):  # fmt: skip
+          weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -85,7 +88,7 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
     stopped by SIGTERM, 130 interrupted.
     """
     run = _Run()
-    with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)):
+    with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)), taking_over(take_over):
         if list_presets:
             _list_presets(as_json)
             return

@@ -18,8 +18,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from teacher_cache.durable import sync_folder
+
 from .errors import RunError
-from .files import aside, publish, require_own, sync_folder
+from .files import aside, publish, require_own
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"

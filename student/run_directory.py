@@ -1,43 +1,43 @@
 """The directory of one run: what it is, and who is training in it.
 
 config.json          written first: the config and the identity of the data; what a directory is checked by
-trainer.lock         locked while a trainer works here, and says which; empty when none does
+trainer.lock/        the claim of the trainer that works here (teacher_cache/claims.py); gone when none does
 metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed
 tensorboard/         the same scalars
 checkpoint-NNNNNNNN.safetensors
-*.partial            being written; a trainer that was killed may leave one, the next removes it
+*.partial            being written, each by a trainer of its own; a trainer that was killed may leave one, the next removes it
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
-import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import timm
 import torch
 
+from teacher_cache.claims import ClaimHeldError, claimed, is_name_of
+from teacher_cache.durable import make_folder
+
 from .checkpoint import CHECKPOINT
 from .config import TrainConfig
 from .errors import RunError, RunMismatchError
-from .files import LARGEST_JSON, PARTIAL, make_folder, require_own, write_whole
-from .logs import StepLogs, StepReport
+from .files import LARGEST_JSON, PARTIAL, refusal_explained, require_held, require_own, write_whole
+from .logs import METRICS, StepLogs, StepReport
 from .provenance import require_same
 
 CONFIG = "config.json"
 LOCK = "trainer.lock"
-BEFORE_CONFIG = {LOCK, CONFIG + PARTIAL}
-"""All that a trainer killed in its first moments can leave."""
 
 
 class RunDirectory:
     """Creates `path`, or opens it again if it holds the same run, for this trainer alone until `close`.
 
-    Raises RunMismatchError if it holds another run or other files or if another trainer is at work in it, RunError if its
-    config.json is damaged.
+    A trainer of another host, which cannot be seen, is watched for some minutes, and then taken for dead if its claim has not
+    moved. Raises RunMismatchError if the directory holds another run or other files or if another trainer is at work in it,
+    RunError if its config.json is damaged.
     """
 
     def __init__(self, path: Path, config: TrainConfig, identity: dict):
@@ -51,22 +51,36 @@ class RunDirectory:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):  # ENOENT: below /proc
                 raise
             raise RunError(f"{self.path}: cannot be made ({error.strerror}). Choose an --out that can be written to.") from error
-        self._lock = _TrainerLock(self.path)
+        self._claim = ExitStack()
+        try:
+            self._claim.enter_context(claimed(self.path / LOCK, f"The run {self.path}"))
+        except ClaimHeldError as error:
+            raise RunMismatchError(
+                f"{self.path} is in use: {error.holder} is training there. Wait for it, or stop it: after kill -TERM its "
+                "last step is saved, and the same command goes on from there."
+            ) from error
+        self._is_held = True
         try:
             if (self.path / CONFIG).exists():
                 self._require_same_run()
             for leftover in self.path.glob(f"*{PARTIAL}"):
-                leftover.unlink()
+                if not is_name_of(leftover.name, LOCK):  # somebody asks for the run, and is about to be refused
+                    leftover.unlink()
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
+
+    def _let_go(self) -> None:
+        self._is_held = False
+        self._claim.close()
 
     def _require_run_or_nothing(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunMismatchError(f"{self.path} is a file. Choose a directory.")
-        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        with refusal_explained(self.path):
+            names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         is_run = CONFIG in names or any(map(CHECKPOINT.fullmatch, names))
-        if not is_run and names - BEFORE_CONFIG:
+        if not is_run and not all(map(_is_left_before_config, names)):
             raise RunMismatchError(f"{self.path} is not empty and holds no run of a student. Choose another directory.")
 
     def _require_same_run(self) -> None:
@@ -90,12 +104,13 @@ class RunDirectory:
 
     def open_logs(self, step: int) -> None:
         """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off."""
-        if not self._lock.is_held:
+        if not self._is_held:
             raise RunError(f"This trainer has let go of {self.path}. Make another one to go on.")
         self._logs = StepLogs(self.path, step)
 
     def write(self, report: StepReport) -> None:
-        """Log one step."""
+        """Log one step. RunError if another trainer has taken the run over."""
+        require_held(self.path / METRICS)
         self._logs.write(report)
 
     def sync(self) -> None:
@@ -108,7 +123,12 @@ class RunDirectory:
             if self._logs is not None:
                 self._logs.close()
         finally:
-            self._lock.release()
+            self._let_go()
+
+
+def _is_left_before_config(name: str) -> bool:
+    """Whether this is all that a trainer killed in its first moments can leave."""
+    return is_name_of(name, LOCK) or name.startswith(CONFIG) and name.endswith(PARTIAL)
 
 
 def read_description(folder: Path) -> dict:
@@ -119,7 +139,7 @@ def read_description(folder: Path) -> dict:
     path = Path(folder) / CONFIG
     try:
         require_own(path)
-        with open(path, "rb") as file:
+        with refusal_explained(path), open(path, "rb") as file:
             there = json.loads(file.read(LARGEST_JSON))
         if not isinstance(there["config"], dict) or not isinstance(there["identity"], dict):
             raise TypeError("config and identity must be objects")
@@ -143,50 +163,3 @@ def _instead(folder: Path) -> str:
         return "it is a cache"
     names = sorted(entry.name for entry in folder.iterdir())
     return f"it has no {CONFIG}; it holds {', '.join(names[:3])}{' ...' * (len(names) > 3)}" if names else "it is empty"
-
-
-class _TrainerLock:
-    """The claim of one trainer on a folder. The lock is the kernel's and ends with the process, however that ends; what stands in
-    the file is for people, and for file systems whose locks do not reach other hosts.
-    """
-
-    def __init__(self, folder: Path):
-        path = folder / LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        self.is_held = True
-        host = socket.gethostname()
-        try:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunMismatchError(
-                    f"{folder} is in use: {self._holder()[1]} is training there. Wait for it, or stop it: after kill -TERM its "
-                    "last step is saved, and the same command goes on from there."
-                ) from None
-            there, who = self._holder()
-            if there not in (None, host):
-                raise RunMismatchError(
-                    f"{folder} is in use: {who} is training there, and whether it still does cannot be seen from host {host}. "
-                    f"Wait for it; if it is gone, delete {path} and give the same command again."
-                )
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-
-    def _holder(self) -> tuple[str | None, str]:
-        """The host that is written into the lock, if any, and the trainer in words."""
-        try:
-            value = json.loads(os.pread(self._descriptor, 4096, 0))
-            return str(value["host"]), f"process {int(value['pid'])} on host {value['host']}"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None, "another trainer"
-
-    def release(self) -> None:
-        if self.is_held:
-            self.is_held = False
-            try:
-                os.ftruncate(self._descriptor, 0)
-            finally:
-                os.close(self._descriptor)

@@ -18,8 +18,8 @@ import numpy as np
 
 from . import sigbus
 from .crops import CROP_DTYPE, CROP_FORMATS
-from .durable import crc32c, create_aside, is_sha256, listed_files, open_plain, read_npy, read_sealed, sha256_file, sync_folder
-from .errors import CacheCorruptError, MismatchError, NotInCacheError
+from .durable import crc32c, create_aside, is_sha256, listed_files, open_plain, publish, read_npy, read_sealed, sha256_file
+from .errors import CacheCorruptError, MismatchError, NotAllowedError, NotInCacheError
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
 MAX_CROP_SIZE = 4096
@@ -102,8 +102,7 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
         file.write(allocations.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
-    sync_folder(path.parent)
+    publish(Path(file.name), path)
 
 
 DECODER_CHECKS = 64
@@ -158,6 +157,8 @@ class CropReader:
         except FileNotFoundError:
             mend = f"teacher-cache crop --repair --images DIR {self.path.parent.parent}"
             raise CacheCorruptError(f"{self.path}: is missing. Its crops are cut again by: {mend}") from None
+        except NotAllowedError:
+            raise
         except (OSError, ValueError) as error:
             raise CacheCorruptError(f"{self.path}: cannot be read ({error}).") from error
         self.bytes = np.frombuffer(self._map, "u1")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from .claims import taking_over
 from .command import one_line_errors, say
 from .crops import CROP_FORMATS
 from .errors import UsageError
@@ -47,6 +48,8 @@ CROP_OPTIONS = _options(
 )  # fmt: skip
 
 
+TAKE_OVER = click.option("--take-over", is_flag=True, help="Say that whoever holds CACHE is gone: do not watch its claim for "
+                         "minutes first. A locked one is refused all the same.")  # fmt: skip
 REPAIR = click.option("--repair", is_flag=True, help="Mend what verify finds in CACHE, and say what was mended.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be made and how large it is; write nothing.")
 
@@ -121,8 +124,9 @@ def main():
 @CACHE
 @CROP_OPTIONS
 @REPAIR
+@TAKE_OVER
 @DRY_RUN
-def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int | None, **options):
+def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bool, workers: int | None, **options):
     """Draw, cut and store the crops of CACHE, without a teacher.
 
     Needs the originals once; `extract` then reads the crops. Interrupted, it goes on where it stopped. With --repair it mends the
@@ -133,7 +137,7 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
       teacher-cache crop --images imagenet/train --views 2 CACHE
       teacher-cache crop --repair --images imagenet/train CACHE
     """
-    with one_line_errors(KEPT):
+    with one_line_errors(KEPT), taking_over(take_over):
         from .planning import CropRequest, plan_crops
 
         if repair:
@@ -174,10 +178,11 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
               help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Run the teacher's blocks through torch.compile.")
 @REPAIR
+@TAKE_OVER
 @DRY_RUN
 def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int | None, codec, shard_rows,
-            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, dry_run: bool,
-            skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
+            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, take_over: bool,
+            dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
@@ -204,7 +209,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
       I=$SLURM_ARRAY_TASK_ID
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
     """
-    with one_line_errors(KEPT):
+    with one_line_errors(KEPT), taking_over(take_over):
         from .share import Share
 
         share = Share.of_this_process(shards, repair)

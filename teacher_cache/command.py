@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import click
 
+from .durable import allowed_by
 from .errors import TeacherCacheError, UsageError
 from .signals import INTERRUPTED, STOPPED, Stopped, signals_raise
 
@@ -49,6 +50,9 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
             raise
         advice = "Take smaller batches (--batch-size, or --set accumulate=N) or another --device."
         _say_error(f"The GPU's memory is full. {advice}", as_json)
+        sys.exit(1)
+    except PermissionError as error:
+        _say_error(allowed_by(error), as_json)
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from . import spare
-from .durable import inside, make_folder, npy_bytes, read_npy, read_sealed, seal, sha256_file, sync_folder, write_whole
+from . import guard, spare
+from .durable import inside, make_folder, npy_bytes, read_npy, read_sealed, remove, seal, sha256_file, write_whole
 from .errors import CacheCorruptError
 from .spec import StoreSpec
 
@@ -134,7 +134,9 @@ def fold(store: Path, spec: StoreSpec) -> None:
         write_whole(store / "complete.json", seal(complete))
     if not spare.is_current(store):
         spare.write_spare(store)
-    shutil.rmtree(store / "commits", ignore_errors=True)  # with complete.json there, nobody reads what may be left of it
+    if (store / "commits").exists():
+        guard.require_held(store)
+        shutil.rmtree(store / "commits", ignore_errors=True)  # with complete.json there, nobody reads what may be left of it
 
 
 def unfold(store: Path, spec: StoreSpec, sound: np.ndarray) -> None:
@@ -149,22 +151,22 @@ def unfold(store: Path, spec: StoreSpec, sound: np.ndarray) -> None:
             return
         files = _read_table(store, (spec.n_shards, len(spec.array_names)))
         if (store / "commits").exists():  # a fold or unfold was killed; beside complete.json these records do not count
-            shutil.rmtree(store / "commits")
+            remove(store / "commits")
         make_folder(store / "commits")
         for shard in np.flatnonzero(sound).tolist():
             write_commit(store, shard, files[shard])
         # the spare loses complete.json first, so that nobody ever takes it from there for an unfinished store
         spare.write_spare(store, [name for name in spare.spare_names(store) if name not in spare.FOLDED])
-        _remove(store / "complete.json")
+        remove(store / "complete.json")
     else:
         make_folder(store / "commits")
         for path in _records(store):
             if not _is_sound(path, spec, sound):
-                _remove(path)
+                remove(path)
         if not spare.is_current(store):
             spare.write_spare(store)
     if (store / "shards.npy").exists():
-        _remove(store / "shards.npy")
+        remove(store / "shards.npy")
 
 
 def _is_sound(record: Path, spec: StoreSpec, sound: np.ndarray) -> bool:
@@ -173,8 +175,3 @@ def _is_sound(record: Path, spec: StoreSpec, sound: np.ndarray) -> bool:
     except CacheCorruptError:
         return False
     return bool(sound[shard])
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
-    sync_folder(path.parent)

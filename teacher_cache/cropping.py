@@ -20,9 +20,9 @@ import numpy as np
 
 from .beton import CropReader, tables_sha256, write_beton
 from .cache import Cache, CropsIdentity, View, view_path, write_cache
-from .claims import ClaimHeldError, claimed
+from .claims import ClaimHeldError, claimed, is_claimed_or_left, is_name_of
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
-from .durable import ASIDE, crc32c, make_folder, npy_bytes, read_sealed, seal, sha256_file, sync_folder, write_whole
+from .durable import clear_aside, crc32c, make_folder, npy_bytes, publish, read_sealed, remove, seal, sha256_file, write_whole
 from .errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from .estimate import full_disk_explained, human
 from .images import ImageList, read_image, scan
@@ -104,7 +104,7 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
         entries = {entry.name for entry in cache_dir.iterdir()} if cache_dir.exists() else set()
         if SPARE in entries and WORK not in entries:
             Cache(cache_dir)  # raises, because it has lost its cache.json
-        if entries - {CLAIM} and WORK not in entries:
+        if any(not is_name_of(entry, CLAIM) for entry in entries) and WORK not in entries:
             raise UsageError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
         views = tuple(range(n_views))
     if images_dir is None:
@@ -186,10 +186,10 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
 
 def remove_left_over(cache_dir: Path) -> None:
     """Remove the claim and the work folder of a crop stage that was killed after its last view was published."""
-    if is_left_over(cache_dir) or (cache_dir / CLAIM).exists():
+    if is_left_over(cache_dir) or is_claimed_or_left(cache_dir / CLAIM):
         with suppress(ClaimHeldError), _claimed(cache_dir):  # a stage that is at work clears up itself
             if is_left_over(cache_dir):
-                shutil.rmtree(cache_dir / WORK)
+                remove(cache_dir / WORK)
 
 
 def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
@@ -322,12 +322,11 @@ def _publish(job: CropJob, bad: dict[str, str]) -> None:
 def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, crops_id: str) -> None:
     """Write the files of a view into a folder aside, then rename it into place."""
     path = view_path(job.cache_dir, view)
-    aside = path.with_name(path.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = clear_aside(path)
     if path.exists():  # an interrupted run came this far; with other bad images than now, its crops are others
         if read_sealed(path / "checksums.json")["crops_id"] == crops_id:
             return
-        os.rename(path, aside)
+        publish(path, aside)  # half removed it must not be taken for a view
         shutil.rmtree(aside)
     aside.mkdir()
     crops = job.work.records(view)[ok]
@@ -339,5 +338,4 @@ def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, c
     write_whole(aside / "checksums.json", seal(checksums))
     write_whole(aside / "checksums.json", seal({**checksums, "decoded": CropReader(aside).decoded()}))
     write_spare(aside)
-    os.rename(aside, path)
-    sync_folder(path.parent)
+    publish(aside, path)

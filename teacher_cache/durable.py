@@ -13,7 +13,9 @@ import io
 import json
 import math
 import os
+import pwd
 import re
+import shutil
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -21,12 +23,14 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
-from .errors import BadInputError, CacheCorruptError
+from . import guard
+from .errors import BadInputError, CacheCorruptError, ClaimLostError, NotAllowedError
 
 ASIDE = ".partial"
-"""Suffix of a file or folder that is still being written. Nothing reads one; a new writer replaces it."""
+"""End of the name of a file or folder that is still being written. Nothing reads one; a new writer replaces it."""
 MAX_JSON = 32 << 20
 """Bytes of a JSON file. The largest that are written list the classes of a cache, a few hundred thousand would fit."""
+_LEFT = re.compile(r"(.+)\.[0-9a-f]{16}\.partial")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -79,12 +83,15 @@ def link_fault(path: Path) -> str | None:
 def open_plain(path: Path) -> BinaryIO:
     """Open a file of a cache for reading, unbuffered.
 
-    Raises FileNotFoundError if there is none, CacheCorruptError if it is a symlink, a folder, a pipe or cannot be read.
+    Raises FileNotFoundError if there is none, NotAllowedError if this user may not read it, CacheCorruptError if it is
+    a symlink, a folder, a pipe or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not make us wait
     except (FileNotFoundError, NotADirectoryError):
         raise
+    except PermissionError as error:
+        raise NotAllowedError(not_allowed(path)) from error
     except OSError as error:
         reason = "it is a symlink" if error.errno == errno.ELOOP else error.strerror
         raise CacheCorruptError(f"{path}: cannot be read ({reason}).") from error
@@ -102,6 +109,57 @@ def read_plain(path: Path, most: int) -> bytes:
             raise CacheCorruptError(f"{path}: has {size} bytes; a sound one has at most {most}.")
         with io.BufferedReader(file) as whole:
             return whole.read()
+
+
+def _may(path: Path, how: int) -> bool:
+    return os.access(path, how, effective_ids=True)
+
+
+def not_allowed(path: Path) -> str:
+    """What to say where `path`, which is there or may be, was refused to this user: whose it is, and what to do."""
+    path = Path(path).absolute()
+    place = next((folder for folder in reversed(path.parents) if not _may(folder, os.X_OK)), path)
+    right = "x" if place != path else "r"
+    status = place.stat()
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = f"user {status.st_uid}"
+    where = "it" if place == path else place
+    return (
+        f"{path}: permission denied: {where} belongs to {owner} and has mode {stat.S_IMODE(status.st_mode):03o}. Ask {owner} for "
+        f"chmod g+{right} (or o+{right}) {place}, or do this as {owner}."
+    )
+
+
+def allowed_by(error: OSError) -> str:
+    """What an error says that may be a refusal to read: whose the file is, if it is one; else its own words."""
+    path = error.filename
+    refused = error.errno == errno.EACCES and isinstance(path, str | Path) and error.strerror == os.strerror(errno.EACCES)
+    if not refused or _may(path, os.R_OK) or _is_missing(Path(path)):
+        return f"{path}: {error.strerror}" if path else str(error)
+    return not_allowed(Path(path))
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether `path` was to be made: nothing is there, as far as one may look."""
+    try:
+        return not os.path.lexists(path) and _may(path.parent, os.X_OK)
+    except OSError:
+        return False
+
+
+def _umask() -> int:
+    """The process's umask, without changing it for an instant, in which another thread might make a file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    raise OSError(errno.ENOSYS, "the kernel does not tell the umask (Linux before 4.7)", "/proc/self/status")
+
+
+def obey_umask(path: Path) -> None:
+    """Give a file that a library made, perhaps for its owner alone, the mode that `open` would have given it."""
+    path.chmod(0o666 & ~_umask())
 
 
 def sync_folder(path: Path) -> None:
@@ -125,14 +183,79 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def aside_path(path: Path) -> Path:
+    """Where to write what is to become `path`: beside it, under its name and ASIDE.
+
+    Under a claim the claim's token stands between the two, so that a writer that was stopped and woke, and the one that has taken
+    over from it, never write into one file.
+    """
+    path = Path(path)
+    claims = guard.claims_on(path)
+    return path.with_name(f"{path.name}.{claims[0].token}{ASIDE}" if claims else f"{path.name}{ASIDE}")
+
+
+def clear_aside(path: Path) -> Path:
+    """`aside_path`, where nothing is now; what earlier writers of `path` left under such a name is gone too.
+
+    A claim on `path` is what makes them earlier writers: without one only the very name is cleared. Raises ClaimLostError if it
+    has been taken over.
+    """
+    path = Path(path)
+    aside = aside_path(path)
+    for left in {aside.name, f"{path.name}{ASIDE}", *_left_by_others(path)}:
+        place = path.with_name(left)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    return aside
+
+
+def _left_by_others(path: Path) -> list[str]:
+    """Names beside `path` that end in ASIDE and that dead writers of it have left. Each folder is listed once a claim."""
+    found = []
+    for claim in guard.claims_on(path)[:1]:
+        folder = path.parent.absolute()
+        if folder not in claim.leftovers:
+            left = [entry.name for entry in folder.iterdir() if _LEFT.fullmatch(entry.name)]
+            claim.require()  # so nobody who has taken over from us can have left any of these
+            claim.leftovers[folder] = left
+        found = [name for name in claim.leftovers[folder] if _LEFT.fullmatch(name)[1] == path.name]
+    return found
+
+
 def create_aside(path: Path, buffering: int = -1) -> BinaryIO:
-    """A new file for writing beside `path`, under the name that `path` + ASIDE; what stood there before is gone.
+    """A new file for writing, at `aside_path`; what stood there before is gone.
 
     Never follows a symlink that somebody left under that name.
     """
-    aside = path.with_name(path.name + ASIDE)
-    aside.unlink(missing_ok=True)
-    return open(aside, "xb", buffering=buffering)
+    return open(clear_aside(path), "xb", buffering=buffering)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Give a file or folder that was written aside, and is on the disk, its name; it survives a power cut from then on.
+
+    A file that was there under that name is replaced. Raises ClaimLostError if another process has taken over meanwhile; what
+    was written aside is gone then.
+    """
+    try:
+        guard.require_held(path)
+    except ClaimLostError:
+        if aside != path and aside.name.endswith(ASIDE):
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        raise
+    os.replace(aside, path)
+    sync_folder(Path(path).parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, all that is in it too; it stays removed after a power cut. ClaimLostError as for `publish`."""
+    guard.require_held(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    sync_folder(path.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -142,8 +265,7 @@ def write_whole(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
-    sync_folder(path.parent)
+    publish(Path(file.name), path)
 
 
 # --- arrays ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
     │   ├── UnknownNameError             no such teacher, preset, layer ...; the message lists the known ones
     │   └── MismatchError                something exists already and was made differently
     ├── BadInputError (ValueError)       the images or the weights are wrong: mend the files
+    ├── NotAllowedError (OSError)        a file is there and this user may not read it: ask its owner, or be another user
+    ├── ClaimLostError                   another process has taken the work over: leave it to that one
     ├── NoSpaceError (OSError)           the disk is too small: make room, or store less
     ├── CacheCorruptError (OSError)      bytes on disk are not those that were written: restore or redo
     └── NotInCacheError (KeyError)       the cache is sound but does not hold it: extract it
@@ -35,6 +37,14 @@ class MismatchError(UsageError):
 
 class BadInputError(TeacherCacheError, ValueError):
     """Images or weights that cannot be used."""
+
+
+class NotAllowedError(TeacherCacheError, OSError):
+    """A file or folder is there, but not for this user."""
+
+
+class ClaimLostError(TeacherCacheError):
+    """What this process was working on is no longer its own."""
 
 
 class NoSpaceError(TeacherCacheError, OSError):

@@ -27,10 +27,10 @@ from . import writer
 from .background import BackgroundWriter
 from .beton import CropReader
 from .cache import View
-from .claims import claimed, claimed_range, store_claim, store_claims
+from .claims import claimed, claimed_range, is_claimed_or_left, store_claim, store_claims
 from .commits import count_commits, fold, is_complete, is_folded
 from .encode import Encoder, require_finite
-from .errors import MismatchError, NotInCacheError
+from .errors import ClaimLostError, MismatchError, NotInCacheError
 from .estimate import full_disk_explained, human
 from .fitting import Sample
 from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
@@ -59,7 +59,7 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
     own = own_shards(shards, plan.store_spec(teacher.spec, view.cache.n_images))
     if is_begun(store):
         _require_same(store, view, teacher, plan)
-        if is_folded(store) and not (store_claim(store).exists() or store_claims(store).exists()):
+        if is_folded(store) and not any(map(is_claimed_or_left, (store_claim(store), store_claims(store)))):
             return False  # else what follows clears away the claims of the dead
     wait = None if shards is None else waiting(f"view {view.number}: {name}")
     with full_disk_explained(store, lambda: _kept(store, teacher, plan, view, own)):
@@ -106,7 +106,7 @@ def _loss_explained(store: Path) -> Iterator[None]:
     """Say so if a store goes away under the hands of its writer."""
     try:
         yield
-    except (OSError, NotInCacheError) as error:
+    except (OSError, NotInCacheError, ClaimLostError) as error:
         gone = next((folder for folder in (store.parent.parent, store.parent, store) if not folder.exists()), None)
         if gone is None:
             raise

@@ -14,7 +14,8 @@ class Finding:
 
     kind: str
     """`damaged`; `unfinished`: not all there yet; `unknown`: nothing that this program wrote; `foreign`: sound, but this machine
-    decodes it to other pixels than the teacher saw; `unchecked`: a comparison that was asked for and cannot be made (again.py);
+    decodes it to other pixels than the teacher saw; `unchecked`: a comparison that was asked for and cannot be made (again.py),
+    or a file that this user may not read;
     `sound` while a check is at work."""
     path: str
     message: str

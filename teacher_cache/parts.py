@@ -10,7 +10,6 @@ vouches for the records, which vouch for the crops.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from .cache import CropsIdentity, differences
 from .crops import CROP_DTYPE
-from .durable import crc32c, inside, make_folder, npy_bytes, read_npy, read_sealed, seal, sha256_file, write_whole
+from .durable import crc32c, inside, make_folder, npy_bytes, read_npy, read_sealed, remove, seal, sha256_file, write_whole
 from .errors import CacheCorruptError, MismatchError
 
 WORK = "crops.partial"
@@ -95,7 +94,7 @@ class WorkFolder:
         return {**identity.to_json(), "part_rows": PART_ROWS}
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        remove(self.path)
 
     # --- what is in the parts ---
 
@@ -119,7 +118,7 @@ class WorkFolder:
 
     def take_back(self, part: int, view: int) -> None:
         """Declare a part unfinished."""
-        self._commit(view, part).unlink()
+        remove(self._commit(view, part))
 
     def bad_of(self, part: int, view: int) -> dict[str, str]:
         """Name -> `name: reason` of the images of a finished part that cannot be used."""

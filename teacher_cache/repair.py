@@ -22,7 +22,7 @@ from .claims import claimed, claimed_range, store_claim, store_claims
 from .commits import is_complete, unfold
 from .cropping import CLAIM
 from .crops import CROP_DTYPE
-from .durable import ASIDE, inside, make_folder, open_plain, read_npy, write_whole
+from .durable import aside_path, inside, make_folder, open_plain, read_npy, write_whole
 from .errors import BadInputError, CacheCorruptError, UsageError
 from .estimate import full_disk_explained
 from .small_files import SmallFiles
@@ -121,7 +121,7 @@ def _rebuild_crops(view: View, images_dir: Path | None) -> Iterator[str]:
         data = _salvaged(view, images_dir, images.names, crops, pointers, lost)
         write_beton(beton, crops, images.labels, cache.plan.size, cache.identity.crop_format, data)
     except BaseException:
-        beton.with_name(beton.name + ASIDE).unlink(missing_ok=True)
+        aside_path(beton).unlink(missing_ok=True)
         raise
     if not _is_whole(beton, sums["crops.beton"]):
         raise CacheCorruptError(f"{beton}: written again from sound crops, it is not the file that checksums.json describes.")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .decompress import decompress
-from .durable import crc32c, link_fault
-from .errors import CacheCorruptError
+from .durable import crc32c, link_fault, not_allowed
+from .errors import CacheCorruptError, NotAllowedError
 from .shards import EMPTY_SLOT, HEADER_BYTES, header, header_fault, index_bytes, open_shard, shard_file
 from .store import Manifest
 
@@ -59,6 +59,8 @@ class ArrayCheck:
                 return self._content_fault(file, size, shard, int(committed["crc32"]))
         except FileNotFoundError:
             return "is missing."
+        except PermissionError as error:
+            raise NotAllowedError(not_allowed(path)) from error
         except OSError as error:
             return link_fault(path) or f"cannot be read ({error.strerror or error})."
 

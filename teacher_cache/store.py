@@ -15,21 +15,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .durable import (
-    ASIDE,
     MAX_JSON,
+    clear_aside,
     crc32c,
     inside,
     is_sha256,
     listed_files,
+    publish,
     read_plain,
     read_sealed,
     seal,
@@ -280,16 +279,14 @@ def create_store(
     files["store.json"] = seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}})
     files[SPARE] = pack_members(files)
 
-    aside = path.with_name(path.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = clear_aside(path)
     (aside / "commits").mkdir(parents=True)
     for name, data in files.items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(aside / name, data)
     for folder in [aside, *(entry for entry in aside.rglob("*") if entry.is_dir())]:
         sync_folder(folder)
-    os.rename(aside, path)
-    sync_folder(path.parent)
+    publish(aside, path)
 
 
 def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:

@@ -18,8 +18,8 @@ from .cache import Cache, View, view_path
 from .checking import check_small_files, check_spare
 from .claims import holder_of
 from .cropping import CLAIM, WORK
-from .durable import ASIDE, link_fault
-from .errors import CacheCorruptError, TeacherCacheError, UsageError
+from .durable import ASIDE, allowed_by, link_fault
+from .errors import CacheCorruptError, NotAllowedError, TeacherCacheError, UsageError
 from .findings import Checked, Finding, without
 from .progress import progress
 from .small_files import SmallFiles
@@ -75,6 +75,8 @@ def verify(cache: Cache, sample: int | None = None, seed: int | None = None) -> 
                     seen.add(finding.path)
                     if finding.kind != "sound":
                         findings.append(finding)
+            except (NotAllowedError, PermissionError) as error:  # of bytes that may not be read nothing is known
+                findings.append(Finding("unchecked", str(folder), f"could not be checked: {allowed_by(error)}"))
             except (TeacherCacheError, OSError) as error:
                 findings.append(Finding("damaged", str(folder), without(folder, error)))
     findings += _rest(sizes, seen, findings)

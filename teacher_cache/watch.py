@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .claims import holder_of
+from .claims import Observer, holder_of
 from .cropping import CLAIM
 from .findings import Finding
 
@@ -44,7 +44,7 @@ def _unless_gone(error: OSError) -> None:
 def part_of(root: Path, path: str | Path) -> str:
     """`view-000/fake.zarr` for all that belongs to that store, its claims and what is aside; WHOLE for lists and crops."""
     parts = Path(path).relative_to(root).parts
-    store = re.fullmatch(r"(.+\.zarr)(\.claim|\.claims|\.partial)?", parts[1]) if len(parts) > 1 else None
+    store = re.fullmatch(r"(.+?\.zarr)(\.claims?)?((\.[0-9a-f]{16})?\.partial)?", parts[1]) if len(parts) > 1 else None
     return f"{parts[0]}/{store[1]}" if store else WHOLE
 
 
@@ -53,6 +53,7 @@ class Watch:
 
     def __init__(self, root: Path):
         self.root = root
+        self._observer = Observer()
         self.sizes, self._before = self._look()
         self._holders = self._held()
 
@@ -66,7 +67,7 @@ class Watch:
         """Part -> who works on it -> whether on more than the shards that are missing."""
         held: dict[str, dict[str, bool]] = {}
         for claim in [self.root / CLAIM, *self.root.glob("view-*/*.claim"), *self.root.glob("view-*/*.claims/*.claim")]:
-            if holder := holder_of(claim):
+            if holder := self._observer.holder_of(claim):
                 of_part = held.setdefault(part_of(self.root, claim), {})
                 of_part[holder] = of_part.get(holder, False) or not claim.parent.name.endswith(".claims")
         return held

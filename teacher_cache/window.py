@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from . import sigbus
-from .durable import crc32c, inside
-from .errors import CacheCorruptError
+from .durable import crc32c, inside, not_allowed
+from .errors import CacheCorruptError, NotAllowedError
 from .shards import HEADER_BYTES, header, index_bytes, open_shard, require_header, shard_file
 from .store import Manifest, manifest_sha256
 
@@ -56,6 +56,8 @@ def open_committed(path: Path, n_bytes: int, expected_header: bytes, shard_rows:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             message = f"{error.strerror}; allow more (ulimit -n), take smaller batches, or read with --reader mmap"
             raise OSError(error.errno, message, str(path)) from error
+        if isinstance(error, PermissionError):
+            raise NotAllowedError(not_allowed(path)) from error
         why = "it is a symlink" if error.errno == errno.ELOOP else error.strerror
         raise CacheCorruptError(f"{path}: a committed shard cannot be opened ({why}).") from error
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .commits import FILE_DTYPE, read_commits, write_commit
-from .durable import ASIDE, crc32c, create_aside, sync_folder
+from .durable import ASIDE, crc32c, create_aside, publish
 from .errors import UsageError
 from .estimate import shard_bytes, store_bytes
 from .shards import EMPTY_SLOT, header, shard_file
@@ -84,8 +84,7 @@ class _ShardFile:
         return self.n_bytes, self.crc
 
     def publish(self) -> None:
-        os.replace(self.aside, self.path)
-        sync_folder(self.path.parent)
+        publish(self.aside, self.path)
 
     def abandon(self) -> None:
         """Remove what is still aside."""

@@ -224,7 +224,7 @@ def killing_at(function, calls, call: int):
     """`function`, but raising KeyboardInterrupt when the shared count of `calls` comes to `call`; claims are let go as ever."""
 
     def wrapper(path, *arguments, **options):
-        if not str(path).endswith((".claim", "gate")) and next(calls) == call:
+        if ".claim" not in str(path) and next(calls) == call:
             raise KeyboardInterrupt
         return function(path, *arguments, **options)
 

@@ -21,6 +21,7 @@ from teacher_cache.cropping import CLAIM
 from teacher_cache.extract import ExtractPlan, extract_view
 from teacher_cache.repair import repair_lists, repair_store, repair_view
 from teacher_cache.verify import verify, verify_folder
+from teacher_cache.watch import Watch
 
 ME = f"process {os.getpid()} on host {socket.gethostname()}"
 PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
@@ -155,11 +156,16 @@ def test_a_store_is_not_hidden_by_another(copy, teacher):
 
 
 def test_a_writer_elsewhere(copy):
-    """A claim of another host, which cannot be asked, is respected, with the file to delete if it is gone."""
+    """A claim of another host, which cannot be seen, is respected; verify says that it may be gone, unless it moves meanwhile."""
     (copy.path / CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711}))
     flip_bit(copy.path / "labels.npy", 999)
     (finding,) = verify(copy)[0]
-    assert finding.kind == "unfinished" and "process 4711 on host node-17 (if it is gone, delete " in finding.message
+    who = "process 4711 on host node-17"
+    assert finding.kind == "unfinished" and finding.holder.startswith(f"{who} (if it is still there: ")
+    watch = Watch(copy.path)
+    (copy.path / CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711, "beat": "000000000001"}))
+    (finding,) = watch.busy([])
+    assert finding.message == f"{who} is at work on its lists and crops. Run verify again when that is done."
 
 
 def test_command_beside_the_crop_stage(tmp_path):

@@ -7,15 +7,21 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from cache_fakes import contents
 from student_fakes import TEACHER, FakeSource, tiny_config
 
 import student.checkpoint
 from student import MimicConfig, RunError, RunMismatchError, Student, ViTConfig
-from student.run_directory import RunDirectory
+from student.checkpoint import latest_checkpoint, load_backbone
+from student.run_directory import RunDirectory, read_description
 from student.trainer import Trainer
+from teacher_cache import claim_file, claims
 
 CONFIG = tiny_config(
     epochs=1,
@@ -101,7 +107,7 @@ def test_killed_at_every_moment(tmp_path, kill_at, killed_before):
             assert torch.equal(value, resumed.student.state_dict()[name]), (n, name)
         assert losses(out) == losses(undisturbed.directory.path)
         names = {path.name for path in out.iterdir()} - {"checkpoint-00000002.safetensors"}  # if killed before it was removed
-        assert names == {"checkpoint-00000003.safetensors", "config.json", "metrics.jsonl", "tensorboard", "trainer.lock"}, n
+        assert names == {"checkpoint-00000003.safetensors", "config.json", "metrics.jsonl", "tensorboard"}, n
     assert n > (15 if killed_before else 25)
 
 
@@ -111,12 +117,12 @@ def test_killed_at_every_moment(tmp_path, kill_at, killed_before):
 def test_second_trainer_is_refused(tmp_path):
     """While a trainer is at work its directory is refused to others, by host and process; afterwards another goes on."""
     first = make_trainer(tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path / "run")
     with pytest.raises(RunMismatchError, match=f"process {os.getpid()} on host {re.escape(socket.gethostname())} is training"):
         make_trainer(tmp_path / "run")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
     assert first.fit(max_steps=2) == 2
-    assert (tmp_path / "run" / "trainer.lock").read_bytes() == b""
+    assert not (tmp_path / "run" / "trainer.lock").exists()
     assert make_trainer(tmp_path / "run").fit() == 3
     with pytest.raises(RunError, match="Make another one"):
         first.fit()  # it does not know what the other has done
@@ -143,13 +149,37 @@ time.sleep(99)
     RunDirectory(tmp_path / "run", CONFIG, {}).close()
 
 
-def test_another_host_cannot_be_asked(tmp_path):
-    """What a trainer of another host has left is not taken over: the message says who it was and what to delete."""
+def test_another_host_cannot_be_asked(tmp_path, monkeypatch, capsys):
+    """What a trainer of another host has left is watched, which is said, and taken over when it has not moved for minutes."""
     (tmp_path / "trainer.lock").write_text('{"host": "elsewhere", "pid": 7}')
-    with pytest.raises(RunMismatchError, match=r"process 7 on host elsewhere .* delete .*trainer.lock"):
-        RunDirectory(tmp_path, CONFIG, {})
-    (tmp_path / "trainer.lock").unlink()
+    slept = []
+    monkeypatch.setattr(claim_file, "now", lambda: sum(slept))
+    monkeypatch.setattr(claims, "sleep", lambda seconds: slept.append(50))
     RunDirectory(tmp_path, CONFIG, {}).close()
+    assert sum(slept) == claim_file.DEAD_S and list(tmp_path.iterdir()) == []
+    assert f"The run {tmp_path}: is claimed by process 7 on host elsewhere, and whether that lives" in capsys.readouterr().err
+
+
+def test_a_trainer_that_was_taken_over(tmp_path):
+    """A trainer that finds its run taken over logs and saves nothing more and says who has it."""
+    out = tmp_path / "run"
+
+    def take(report):
+        if report.step == 2:
+            (claim,) = (out / "trainer.lock").iterdir()
+            claim.unlink()
+            other = RunDirectory(out, CONFIG, first.directory._identity)
+            others.append(other)
+
+    others = []
+    first = make_trainer(out, on_step=take)
+    who = f"process {os.getpid()} on host {re.escape(socket.gethostname())}"
+    with pytest.raises(RunError, match=f"The run .*run was taken over by {who}; nothing more is written"):
+        first.fit()
+    assert [step for step, _ in losses(out)] == [1, 2] and not list(out.glob("checkpoint-*"))
+    assert not list(out.glob("*.partial")) and not list(out.glob("checkpoint-*"))
+    others[0].close()
+    assert make_trainer(out).fit() == 3 and [step for step, _ in losses(out)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 2000, '{"host": "x"}', '{"host": "x", "pid": "y"}', "[1]", "\xff"])
@@ -287,3 +317,58 @@ def test_tensorboard_reads_it(tmp_path):
     seen = [(event.step, event.value) for event in events.Scalars("loss")]
     assert [step for step, _ in seen] == [1, 2, 3]
     assert [value for _, value in seen] == pytest.approx([loss for _, loss in losses(tmp_path / "run")])
+
+
+# --- shared with others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027], ids=oct)
+def test_modes_of_a_run(tmp_path, umask):
+    """Every file of a run, checkpoints too, has the mode that the umask gives, while it trains and after."""
+
+    def require_modes(report=None):
+        for path in (tmp_path / "run").rglob("*"):
+            expected = (0o777 if path.is_dir() else 0o666) & ~umask
+            assert oct(path.stat().st_mode & 0o7777) == oct(expected), path
+
+    before = os.umask(umask)
+    try:
+        make_trainer(tmp_path / "run", on_step=require_modes).fit()
+        require_modes()
+    finally:
+        os.umask(before)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
+
+
+@pytest.fixture
+def shared():
+    """A folder in which anybody may look, and in which nobody owns anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def as_nobody():
+    """Be a user to whom permissions mean something."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-00000003.safetensors", "config.json", "."])
+def test_a_refusal_is_no_absence(shared, name):
+    """What of a run this user may not read is called that, with its owner and what to do; never `there is none`."""
+    run = shared / "run"
+    make_trainer(run).fit()
+    (run / name).chmod(0 if name == "." else 0o200)
+    with as_nobody(), pytest.raises(RunError, match="permission denied: .* belongs to .* Ask .* for chmod g"):
+        if name == "config.json":
+            read_description(run)
+        else:
+            load_backbone(latest_checkpoint(run))
+    (run / name).chmod(0o700)

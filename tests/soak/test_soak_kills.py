@@ -20,13 +20,13 @@ PHASES = (
     ("crop stage, clearing up", r"(unlink|rmdir) crops\.partial"),
     ("crop stage, parts", r" crops\.partial/view-"),
     ("crop stage, beginning", r" crops\.partial"),
-    ("crop stage, a view aside", r" view-\d+\.partial/"),
-    ("crop stage, publishing", r" (view-\d+(\.partial)?|\.\.?|(cache\.json|\w+\.txt|labels\.npy|spare\.tar)(\.partial)?)$"),
-    ("store, beginning", r"\.zarr\.partial| view-\d+/\w+\.zarr$"),
+    ("crop stage, a view aside", r" view-\d+\.\w+\.partial/"),
+    ("crop stage, publishing", r" (view-\d+(\.\w+\.partial)?|\.\.?|\w+\.(json|txt|npy|tar)(\.\w+\.partial)?)$"),
+    ("store, beginning", r"\.zarr\.[0-9a-f]{16}\.partial| view-\d+/\w+\.zarr$"),
     ("store, clearing up", r"(unlink|rmdir) .*\.zarr/commits"),
     ("store, commit records", r"\.zarr/commits"),
-    ("store, shards", r"\.zarr/(tokens/\d+|scale|attention)(/c\.[\d.]+(\.partial)?)?$"),
-    ("store, folding", r"\.zarr(/(shards\.npy|complete\.json|spare\.tar)(\.partial)?)?$"),
+    ("store, shards", r"\.zarr/(tokens/\d+|scale|attention)(/c\.[\d.]+(\.\w+\.partial)?)?$"),
+    ("store, folding", r"\.zarr(/(shards\.npy|complete\.json|spare\.tar)(\.\w+\.partial)?)?$"),
 )  # fmt: skip
 """Which part of the work a call belongs to, as deaths.Mortal spells it: the first pattern that is found in it."""
 
