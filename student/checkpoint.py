@@ -124,7 +124,7 @@ def load_checkpoint(
     data.
     """
     description, tensors = _read(path)
-    require_same(f"The checkpoint {path}", "configuration", description.config, config.to_json())
+    require_same(f"The checkpoint {path}", "configuration", TrainConfig.completed(description.config), config.to_json())
     require_same(f"The checkpoint {path}", "data", description.identity, identity)
     parameters = dict(student.named_parameters())
     updated = [name for name in parameters if f"optim.{name}.step" in tensors]  # one that no loss reaches has no moments
@@ -148,6 +148,16 @@ def load_checkpoint(
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return description.step
+
+
+def recorded_config(path: Path) -> dict | None:
+    """The configuration in the header of a checkpoint, as JSON; None where it cannot be read, of which loading says more."""
+    try:
+        require_own(path)
+        with safe_open(path, framework="pt") as file:
+            return _unseal((file.metadata() or {}).get("student", "")).config
+    except (_Damage, RunError, OSError, SafetensorError):
+        return None
 
 
 def load_student(path: Path, teachers: tuple[TeacherShape, ...]) -> tuple[Student, TrainConfig, int]:

@@ -97,6 +97,7 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         from pipelines.presets import recipe
         from teacher_cache.device import pick_device
 
+        from .begun import as_begun
         from .config import with_overrides
         from .distributed import processes
 
@@ -122,11 +123,13 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
             if mismatches and not accept_mismatch:
                 raise UsageError(_mismatch_text(opened, chosen, mismatches))
             config = with_overrides(dataclasses.replace(chosen.config, teachers=lesson.names), changes)
+            config, kept = as_begun(out, config, changes, chosen.former)
             data = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "n_views": views,
                     "workers": workers, "device": device}  # fmt: skip
             reading = {"reader": reader or "mmap", "check": check or "first"}
             options = {"checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints, "compiled": compiled}
             run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options)
+            _tell(*(f"note     {line}" for line in kept))
             steps = run.trainer.fit(max_steps)
             done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
             _tell(f"{out}: {done}.")

@@ -72,7 +72,7 @@ class RunDirectory:
     def _require_same_run(self) -> None:
         there = read_description(self.path)
         config, identity = there["config"], there["identity"]
-        require_same(f"The directory {self.path}", "configuration", config, self._config)
+        require_same(f"The directory {self.path}", "configuration", TrainConfig.completed(config), self._config)
         require_same(f"The directory {self.path}", "data", identity, self._identity)
 
     def describe(self, data_from: str = "") -> bool:
