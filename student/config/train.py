@@ -61,9 +61,12 @@ class TrainConfig(Checked):
     batch_size: int = 1024
     """Crops a step, over all devices and micro-batches."""
     accumulate: int = 1
-    """Micro-batches a step: the memory of batch_size / accumulate crops, the gradient of batch_size."""
+    """Micro-batches a process takes in a step, unless Trainer is told how many crops its device holds at once. Only where a loss
+    takes statistics over them (contrast) does a run depend on it."""
     seed: int = 0
     """Of the initial weights, the order of the rows, the masks and drop path."""
+    drops: Literal["rows", "micro-batches"] = "rows"
+    """What drop path is a function of, with seed and step: the row of the batch, or the micro-batch (runs of before)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
 
