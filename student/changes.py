@@ -108,8 +108,8 @@ def extended(
     wanted = with_overrides(config_at(config, changes, max([0, *(change.step for change in changes)])), settings)
     if (wanted.optim.ema is None) != (config.optim.ema is None):
         raise ConfigError(
-            f"optim.ema={settings['optim.ema']} cannot be set in a run under way: an average of the weights is kept from the first "
-            "step on or not at all. Its decay can be changed where there is one. Start a new run in another directory."
+            f"optim.ema={settings['optim.ema']} cannot be set in a run under way: an average of the weights is kept from the "
+            "first step on or not at all. Its decay can be changed where there is one. Start a new run in another directory."
         )
     if VIEWS in requests and views_of is None:
         raise ConfigError("The data source of this run cannot change its views.")
