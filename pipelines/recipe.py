@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from student.batch import TeacherShape
 from student.config import (
@@ -30,6 +30,8 @@ class Recipe:
 
     plan: CropPlan
     config: TrainConfig
+    former: Mapping[str, object] = field(default_factory=dict)
+    """Settings that were corrected since runs of the preset were begun: dotted name -> JSON value before. Those runs go on so."""
 
     @property
     def name(self) -> str:

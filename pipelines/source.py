@@ -18,19 +18,18 @@ from torch import Tensor
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from student.distributed import local_processes
 from student.masking import Mask, MasksAhead
+from student.micro_batches import place_of
+from student.pixels import PIXEL_MEAN, PIXEL_STD, PIXELS
 from teacher_cache.beton import CropReader, read_checksums
 from teacher_cache.cache import Cache, View
 from teacher_cache.durable import canonical_json
-from teacher_cache.errors import CacheCorruptError, NotInCacheError, UsageError
+from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import extract_command, read_manifest, shared_sha256
 
 from .ffcv_loader import JoinedLoader, Part, RawBatch, default_workers
 from .order import Order
-
-STUDENT_MEAN, STUDENT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, as in all six methods' pre-training."""
 
 # B batch, N patches, C 1 with CLS else 0, D width, L layers, G groups of channels
 
@@ -65,7 +64,7 @@ def normalise(images_u8: Tensor) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
 
 
 def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None) -> list[View]:
@@ -117,10 +116,13 @@ def _how_to_make(views: list[View], store_name: str) -> str:
 class CropSource:
     """Crops without targets, in the order of the run; the part that cached and live sources share.
 
-    rank, world: of `world` processes that share each step of `batch_size` rows, this one takes the slice number `rank`.
-    steps_per_epoch, identity, micro_batches: student.batch.BatchSource. Raises UsageError for a cache with fewer rows than a
-    step takes, NotInCacheError for one without the views or targets asked for.
+    rank, world: of `world` processes that share each step of `batch_size` rows, this one takes its places (place_of).
+    accumulate: micro-batches of this process in a step.  n_views: that the run is begun with.  Else: student.batch.BatchSource.
+    Raises UsageError for a cache with fewer rows than a step takes, NotInCacheError for one without the views or targets asked
+    for.
     """
+
+    pixels = PIXELS
 
     def __init__(self, cache: Cache, *, batch_size: int, accumulate: int = 1, seed: int = 0, device="cpu",
                  n_views: int | None = None, workers: int | None = None, store_names: Sequence[str] = (),
@@ -137,6 +139,8 @@ class CropSource:
         # the same order for every store and for none, so that methods can be compared on equal batches
         self.order = Order(cache.n_images, batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch
+        self._views_from = [(0, len(self.views))]
+        """(completed steps, views from then on), in order."""
         self.identity = {
             "crops_id": cache.crops_id,
             "views": [view.crops_sha256 for view in self.views],
@@ -175,16 +179,53 @@ class CropSource:
     def _mask(self, raw: RawBatch) -> Mask | None:
         return None
 
+    def views_of(self, n_views: int) -> list[str]:
+        """The sha256 of the crops of the first views. Raises NotInCacheError unless all of them are whole, with their targets."""
+        return [view.crops_sha256 for view in complete_views(self.cache, self.store_names, n_views)]
+
+    def change_views(self, changes: Sequence[tuple[int, list[str]]]) -> None:
+        """Epoch e reads view e mod V, and V is another from some steps on: (completed steps, sha256 of the views).
+
+        Raises NotInCacheError for views that are not whole, MismatchError for others than the run has had.
+        """
+        self.views = complete_views(self.cache, self.store_names, max(len(self.views), *(len(names) for _, names in changes)))
+        there = [view.crops_sha256 for view in self.views]
+        for step, names in changes:
+            odd = [number for number, name in enumerate(names) if there[number] != name]
+            if odd:
+                raise MismatchError(
+                    f"View {odd[0]} of {self.cache.path} holds other crops than the run has from step {step + 1:,} on. Put back "
+                    "the views that it was trained on, or start a new run in another directory."
+                )
+        self._views_from = [(0, len(self.identity["views"])), *((step, len(names)) for step, names in changes)]
+
+    def _view(self, step: int) -> View:
+        """What the step behind `step` completed ones reads."""
+        n_views = [n for first, n in self._views_from if first <= step][-1]
+        return self.views[step // self.steps_per_epoch % n_views]
+
+    def rows_of(self, step: int) -> tuple[int, list[int]]:
+        """Number of the view, and the rows in order, that the step behind `step` completed ones takes."""
+        ((_, rows),) = self.order.steps(step, step + 1)
+        return self._view(step).number, rows[0].tolist()
+
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
+        changing = {step for step, _ in self._views_from if first_step < step < last_step}
+        for first, last in itertools.pairwise(sorted({first_step, last_step} | changing)):
+            yield from self._batches(first, last)
+
+    def _batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """`micro_batches` of steps that have the same number of views."""
         step = first_step
-        for epoch, rows in self.order.steps(first_step, last_step):
-            view = self.views[epoch % len(self.views)]
+        for _, rows in self.order.steps(first_step, last_step):
+            view = self._view(step)
             if view.number not in self._opened:  # once a run: readers remember which rows they have checked
                 self._opened[view.number] = self._open(view)
             crops, stores = self._opened[view.number]
-            own = rows.reshape(len(rows), self.world, -1)[:, self.rank]  # [steps, batch_size / world]
-            micro_rows = own.reshape(-1, own.shape[1] // self.accumulate)
+            places = rows.reshape(len(rows), self.accumulate * self.world, -1)
+            own = places[:, [place_of(index, self.rank, self.world) for index in range(self.accumulate)]]
+            micro_rows = own.reshape(-1, own.shape[2])
             if self._loader is None:
                 self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers,
                                             kept=self._kept(), device=self.device)  # fmt: skip
@@ -303,7 +344,7 @@ class CachedSource(CropSource):
         def patches(index: int) -> np.ndarray:
             step, own = divmod(index, self.accumulate)
             attention = stores[0].read("attention", micro_rows[index]) if self.masks.masker.needs.attention else None
-            place = self.rank * self.accumulate + own
+            place = place_of(own, self.rank, self.world)
             return self.masks.order(first_step + step, self.order.batch_size, place, self.world * self.accumulate, attention)
 
         return patches

@@ -117,12 +117,16 @@ class BatchSource(Protocol):
     steps_per_epoch: int
     identity: dict
     """JSON values that say which data this is (a cache's id, its views, the order's seed); a run only resumes on
-    the same."""
+    the same.
+
+    A source may also have `pixels`, see checkpoint.Description; `views_of(n)`, the sha256 of its first n views, with
+    `change_views([(step, those), ...])`, where their number can be changed under way; and `rows_of(step)`, the number of the view
+    and the rows of a step."""
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step), counted from 0 over the whole run, in order.
 
-        Each step is `TrainConfig.accumulate` batches of batch_size / accumulate crops, already on the device
-        of the training. If the iterator has a `close()`, it is called when training ends, however it ends.
+        Each step is as many batches as the trainer was told, of equal size, by the places of `micro_batches.place_of`, already
+        on the device of the training. If the iterator has a `close()`, it is called when training ends, however it ends.
         """
         ...

@@ -17,6 +17,7 @@ import json
 import re
 import typing
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import changes as history
 from .average import WeightAverage
 from .backbones import build_backbone
 from .batch import TeacherShape
@@ -32,9 +34,11 @@ from .config import TrainConfig
 from .errors import ConfigError, RunError
 from .files import LARGEST_JSON, aside, publish, refusal_explained, remove, require_own, require_readable
 from .model import Student
-from .provenance import require_same
+from .pixels import PIXELS
+from .provenance import require_same, require_same_config
 
-FORMAT = 1
+FORMAT = 2
+"""2 says what was changed under way and what pixels were normalised by; in files of format 1 nothing was, by ImageNet's."""
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,16})\.safetensors")
 """Name of a checkpoint; the number is its completed steps."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -48,16 +52,22 @@ class Description:
     format: int
     step: int  # completed steps
     samples_seen: int  # crops, over all steps
-    config: dict  # TrainConfig.to_json()
-    identity: dict  # of the data source
+    config: dict  # TrainConfig.to_json(), as the run was begun
+    identity: dict  # of the data source, as the run was begun
     tensors_crc32: int  # over names, shapes and bytes of all tensors, in the order of the names
+    changes: list  # of both before this step: changes.to_json()
+    pixels: dict  # {"mean": [3], "std": [3]}: what the images were normalised by, of 0..1; empty where the source did not tell
+
+    def known_changes(self, path: Path) -> tuple[history.Change, ...]:
+        """`changes`, read. Raises RunError if they cannot be."""
+        return history.from_json(self.changes, f"The checkpoint {path}")
 
 
 class _Damage(Exception):
     """What is wrong with a file, in words without its path."""
 
 
-def checkpoints(out_dir: Path) -> list[Path]:
+def checkpoints(out_dir: str | Path) -> list[Path]:
     """The checkpoints in a run's directory, the one of the most steps last."""
     out_dir = Path(out_dir)
     with refusal_explained(out_dir):  # glob would find nothing where one may not look
@@ -65,7 +75,7 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return sorted((path for path in entries if CHECKPOINT.fullmatch(path.name)), key=_step_in_name)
 
 
-def latest_checkpoint(out_dir: Path) -> Path | None:
+def latest_checkpoint(out_dir: str | Path) -> Path | None:
     """The checkpoint of the most steps in a run's directory, if there is any."""
     return (checkpoints(out_dir) or [None])[-1]
 
@@ -83,10 +93,15 @@ def save_checkpoint(
     identity: dict,
     average: WeightAverage | None = None,
     keep: int = 2,
+    changes: Sequence[history.Change] = (),
+    pixels: dict | None = None,
+    only_finite: bool = False,
 ) -> Path:
     """Write the state after `step` completed steps and remove all but the newest `keep` checkpoints.
 
-    Raises RunError if it cannot be written; the checkpoints before it are untouched then.
+    changes: of config and data before this step.  pixels: see Description.
+    Raises RunError if it cannot be written, or with `only_finite` if a number of it is not finite; the checkpoints before it are
+    untouched then.
     """
     tensors = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
     for name, parameter in student.named_parameters():
@@ -95,8 +110,19 @@ def save_checkpoint(
     for name, tensor in (average.tensors if average else {}).items():
         tensors[f"average.{name}"] = tensor
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if only_finite and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
+        raise RunError(f"{len(broken)} of its {len(tensors)} tensors are not finite: {', '.join(broken[:3])}.")
 
-    description = Description(FORMAT, step, step * config.batch_size, config.to_json(), identity, _crc32(tensors))
+    description = Description(
+        FORMAT,
+        step,
+        step * config.batch_size,
+        config.to_json(),
+        identity,
+        _crc32(tensors),
+        history.to_json(changes),
+        pixels or {},
+    )
     path = Path(out_dir) / f"checkpoint-{step:08d}.safetensors"
     try:
         save_file(tensors, aside(path), metadata={"student": _seal(dataclasses.asdict(description))})
@@ -120,14 +146,14 @@ def load_checkpoint(
     config: TrainConfig,
     identity: dict,
     average: WeightAverage | None = None,
-) -> int:
-    """Put a run back to where `save_checkpoint` left it; the number of completed steps.
+) -> Description:
+    """Put a run back to where `save_checkpoint` left it; what the checkpoint says of itself.
 
     Raises, before anything is changed, RunError if the file is damaged, RunMismatchError if it belongs to another config or other
     data.
     """
     description, tensors = _read(path)
-    require_same(f"The checkpoint {path}", "configuration", description.config, config.to_json())
+    require_same_config(f"The checkpoint {path}", description.config, config)
     require_same(f"The checkpoint {path}", "data", description.identity, identity)
     parameters = dict(student.named_parameters())
     updated = [name for name in parameters if f"optim.{name}.step" in tensors]  # one that no loss reaches has no moments
@@ -150,13 +176,39 @@ def load_checkpoint(
         if name in updated
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return description.step
+    return description
 
 
-def load_student(path: Path, teachers: tuple[TeacherShape, ...]) -> tuple[Student, TrainConfig, int]:
+def describe_checkpoint(path: str | Path) -> Description:
+    """What a checkpoint says about itself, once all of it has proved sound: pixels, changes, config, data.
+
+    Raises RunError for a damaged file, a folder, or what is no checkpoint.
+    """
+    return _read(path)[0]
+
+
+def recorded_description(path: str | Path) -> Description | None:
+    """The header of a checkpoint; None where it cannot be read, of which loading says more."""
+    try:
+        path = _file(path)
+        require_own(path)
+        with safe_open(path, framework="pt") as file:
+            return _unseal((file.metadata() or {}).get("student", ""))
+    except (_Damage, RunError, OSError, SafetensorError):
+        return None
+
+
+def recorded_config(path: str | Path) -> dict | None:
+    """The configuration in the header of a checkpoint, as JSON; None where it cannot be read, of which loading says more."""
+    description = recorded_description(path)
+    return description and description.config
+
+
+def load_student(path: str | Path, teachers: tuple[TeacherShape, ...]) -> tuple[Student, TrainConfig, int]:
     """The whole student of a checkpoint with its heads and predictors, on the CPU and in eval mode; its config; its steps.
 
-    teachers: those it was trained under. Raises RunError for a damaged file, or one that does not fit them.
+    path: of one file, see `latest_checkpoint`.  teachers: those it was trained under. Raises RunError for a damaged file, or one
+    that does not fit them.
     """
     description, tensors = _read(path)
     try:
@@ -170,9 +222,10 @@ def load_student(path: Path, teachers: tuple[TeacherShape, ...]) -> tuple[Studen
     return student.eval(), config, description.step
 
 
-def load_backbone(path: Path, averaged: bool = False) -> tuple[nn.Module, TrainConfig]:
+def load_backbone(path: str | Path, averaged: bool = False) -> tuple[nn.Module, TrainConfig]:
     """The encoder of a checkpoint, on the CPU and in eval mode, and the config it was trained with.
 
+    path: of one file, see `latest_checkpoint`; `describe_checkpoint` says by which mean and deviation its pixels are normalised.
     averaged: the moving average of its weights instead of the last ones. Needs neither data nor teacher.
     `backbone.state_dict()` loads into timm as it is. Raises RunError for a damaged file, or one without an average.
     """
@@ -198,12 +251,23 @@ def load_backbone(path: Path, averaged: bool = False) -> tuple[nn.Module, TrainC
     return backbone.eval(), config
 
 
-def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+def _file(path: str | Path) -> Path:
+    """`path`, if it can be a checkpoint. RunError for a folder, which says what to give."""
+    path = Path(path)
+    if path.is_dir():
+        newest = latest_checkpoint(path)
+        instead = f"Give its newest checkpoint: {newest}." if newest else "It holds no checkpoint either."
+        raise RunError(f"The checkpoint {path} cannot be read: it is a folder. {instead}")
+    return path
+
+
+def _read(path: str | Path) -> tuple[Description, dict[str, Tensor]]:
     """Description and tensors of a checkpoint, the latter as views of the mapped file: they take no memory.
 
     Raises RunError if there is anything wrong with the bytes, saying which older checkpoint is sound: to go on from that one
     loses steps, and is for a person to decide.
     """
+    path = _file(path)
     try:
         return _read_sound(path)
     except _Damage as damage:
@@ -228,8 +292,8 @@ def _read_sound(path: Path) -> tuple[Description, dict[str, Tensor]]:
         raise RunError(f"The checkpoint {path} cannot be read: {error}.") from error
     except SafetensorError as error:
         raise _Damage(error) from error
-    if description.format != FORMAT:
-        raise RunError(f"The checkpoint {path} has format {description.format}; this version reads {FORMAT}.")
+    if not 1 <= description.format <= FORMAT:
+        raise RunError(f"The checkpoint {path} has format {description.format}; this version reads 1 to {FORMAT}.")
     if _crc32(tensors) != description.tensors_crc32:
         raise _Damage("its checksum does not match")
     if CHECKPOINT.fullmatch(path.name) and _step_in_name(path) != description.step:
@@ -238,7 +302,9 @@ def _read_sound(path: Path) -> tuple[Description, dict[str, Tensor]]:
 
 
 def _way_out(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """What to do about a damaged checkpoint, or about a file that is none."""
+    if not CHECKPOINT.fullmatch(path.name):
+        return "If it is to be a checkpoint of student-train, restore it; they are called checkpoint-NNNNNNNN.safetensors."
     there = checkpoints(path.parent)
     for older in reversed(there[: there.index(path)] if path in there else []):
         try:
@@ -274,6 +340,8 @@ def _unseal(text: str) -> Description:
         crc32 = value.pop("crc32")
         if zlib.crc32(json.dumps(value, sort_keys=True).encode()) != crc32:
             raise _Damage("the checksum of its description does not match")
+        if value.get("format") == 1:
+            value |= {"changes": [], "pixels": PIXELS}
         description = Description(**value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damage("its header holds no readable description of a student") from error

@@ -35,11 +35,11 @@ def _list_presets(as_json: bool) -> None:
         click.echo(f"{name:<16} {line}")
 
 
-def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
+def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
     split = [pair.partition("=") for pair in pairs]
     for key, sign, _ in split:
         if not sign or not key:
-            raise UsageError(f"--set {key}: give key=value, for example --set batch_size=32 or --set optim.base_lr=1e-4.")
+            raise UsageError(f"{option} {key}: give key=value, for example --set batch_size=32 or --change optim.base_lr=1e-4.")
     return {key: value for key, _, value in split}
 
 
@@ -48,13 +48,18 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--preset", help="The method and its settings (--list).")
 @click.option("--out", type=PATH, help="Folder of the run. One that exists is resumed if it is the same run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting (--show lists them). Repeatable.")
+@click.option("--change", "requests", multiple=True, metavar="KEY=VALUE", help="Change optim.* or objectives.N.weight in a run "
+              "under way, from its next step on. Kept in the run. Repeatable.")  # fmt: skip
 @click.option("--teacher", "teachers", multiple=True, help="Name of the store to learn from (with --live: of the teacher); "
               "one for each of the preset's teachers, in their order. [default: the preset's]")  # fmt: skip
-@click.option("--views", type=click.IntRange(1), help="Use only the first views of the cache. [default: all]")
+@click.option("--views", type=click.IntRange(1), help="Use only the first views of the cache; of a run under way, from its "
+              "next step on. [default: all there are when a run begins, then those]")  # fmt: skip
 @click.option("--tiny", is_flag=True, help="The method in miniature, to see that everything works.")
 @click.option("--accept-mismatch", is_flag=True, help="Train on crops or teachers other than the preset's, and record that.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop, with a checkpoint, when so many steps are done.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Crops a device holds at once; changes memory, not the run. "
+              "[default: its share of a batch, or what --set accumulate=N leaves of that]")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode and copy. [default: one a processor]")
 @click.option(
     "--reader",
@@ -73,19 +78,22 @@ def _overrides(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
-def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch, max_steps, device, workers, reader, check, live,
-          weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show, as_json):  # fmt: skip
+def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept_mismatch, max_steps, device, micro_batch,
+          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show,
+          as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
     Example:
       student-train --cache CACHE --preset maskalign-b16 --out runs/a
       student-train --cache CACHE --preset mae-s16 --out runs/b --set batch_size=256 --set optim.base_lr=1e-4
+      student-train --cache CACHE --preset maskalign-b16 --out runs/a --change optim.base_lr=1e-4
       torchrun --nproc-per-node 8 -m student --cache CACHE --preset milan-b16 --out runs/c
 
-    Ctrl-C and SIGTERM (pre-emption) save the last step; the same command goes on from there, with the very same batches. After
-    kill -9 it goes on from the last checkpoint. Exit codes: 0 done, 1 the data or the run is at fault, 2 the command is, 75
-    stopped by SIGTERM, 130 interrupted.
+    Ctrl-C, SIGTERM (pre-emption) and any error save the last completed step; the same command goes on from there, with the very
+    same batches. After kill -9 it goes on from the last checkpoint. An error also leaves failed-NNNNNNNN.json in the folder of
+    the run: rows and random numbers of the step that failed. Exit codes: 0 done, 1 the data or the run is at fault, 2 the command
+    is, 75 stopped by SIGTERM, 130 interrupted.
     """
     run = _Run()
     with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)), taking_over(take_over):
@@ -100,10 +108,13 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
         from pipelines.presets import recipe
         from teacher_cache.device import pick_device
 
+        from .begun import as_begun
         from .config import with_overrides
-        from .distributed import processes
+        from .distributed import processes, world_size
+        from .micro_batches import micro_batches
+        from .run_directory import recorded_identity
 
-        chosen, changes = recipe(preset), _overrides(overrides)
+        chosen, changes = recipe(preset), _pairs("--set", overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
             _show(preset, config, as_json)
@@ -125,12 +136,26 @@ def train(cache, preset, out, overrides, teachers, views, tiny, accept_mismatch,
             if mismatches and not accept_mismatch:
                 raise UsageError(_mismatch_text(opened, chosen, mismatches))
             config = with_overrides(dataclasses.replace(chosen.config, teachers=lesson.names), changes)
-            data = {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed, "n_views": views,
-                    "workers": workers, "device": device}  # fmt: skip
+            config, kept = as_begun(out, config, changes, chosen.former)
+            requests = _pairs("--change", requests)
+            if "views" in requests:
+                raise UsageError("--change views: give --views N.")
+            begun = recorded_identity(out)
+            if begun is not None:  # a run keeps its views, whatever the cache has got since
+                requests |= {"views": str(views)} if views else {}
+                views = len(begun["views"]) if isinstance(begun.get("views"), list) and begun["views"] else views
+            data = {"batch_size": config.batch_size, "accumulate": micro_batches(config, world_size(), micro_batch),
+                    "seed": config.seed, "n_views": views, "workers": workers, "device": device}  # fmt: skip
             reading = {"reader": reader or "mmap", "check": check or "first"}
-            options = {"checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints, "compiled": compiled}
+            options = {"changes": requests, "micro_batch": micro_batch, "checkpoint_every": checkpoint_every,
+                       "keep_checkpoints": keep_checkpoints, "compiled": compiled}  # fmt: skip
             run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options)
-            steps = run.trainer.fit(max_steps)
+            _tell(*(f"note     {line}" for line in kept))
+            try:
+                steps = run.trainer.fit(max_steps)
+            except Exception as error:
+                _tell(*getattr(error, "__notes__", ()))
+                raise
             done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
             _tell(f"{out}: {done}.")
 
@@ -256,6 +281,7 @@ def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
         f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
         *(f"note     {line} (accepted)" for line in mismatches),
     )
+    _tell(*(f"changed  {change}" for change in trainer.changes))
     if trainer.directory and not trainer.is_new:
         _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))
     return trainer

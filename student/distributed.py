@@ -1,8 +1,14 @@
-"""The processes of one run. Without torch.distributed there is one, and everything here does nothing."""
+"""The processes of one run. Without torch.distributed there is one, and everything here does nothing.
+
+One that fails says so in the store that all of them share, and every wait for the others looks there: nobody waits for a
+process that will not come. What is said between them beside gradients goes over CPUs, which a GPU's queue cannot hold up.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, PeerFailedError
 from .launch import launch_of
+
+FAILED = "student/failed"
+"""Key in the shared store: what the process that failed says."""
+LOOK_EVERY = 0.3
+"""Seconds between two looks at it while waiting."""
 
 
 @contextmanager
@@ -35,9 +46,12 @@ def processes(device: str) -> Iterator[str]:
         raise ConfigError(
             f"--device {device}: {n_processes} processes were started; each takes its own GPU. Give auto, cuda or cpu."
         )
-    dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
     try:
         yield device
+    except BaseException as error:
+        tell_failure(str(error) or type(error).__name__)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -68,29 +82,79 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        _finish(dist.all_reduce(total, async_op=True), total)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         total = gradient.clone()
-        dist.all_reduce(total)
+        _finish(dist.all_reduce(total, async_op=True), total)
         return total
+
+
+def tell_failure(text: str) -> None:
+    """Let the others know that this process will not come to the next meeting; the first that says so is heard."""
+    if world_size() > 1:
+        with contextlib.suppress(RuntimeError):  # the store went with its process: there is nobody left to tell
+            store = dist.distributed_c10d._get_default_store()
+            if not store.check([FAILED]):
+                store.set(FAILED, f"{rank()} {text}")
+
+
+def abandon() -> None:
+    """After a failure: leave what the GPU still waits for. The processes have nothing to say to each other any more."""
+    if world_size() > 1 and torch.device("cuda") in dist.group.WORLD._device_types:
+        dist.group.WORLD.abort()
+
+
+def _finish(work: dist.Work, values: Tensor) -> None:
+    """Wait until a collective is done. On a GPU the device waits, in its own order; on a CPU the host does, and raises
+    PeerFailedError when another process has failed.
+    """
+    if values.device.type == "cpu":
+        done = threading.Event()
+        work.get_future().add_done_callback(lambda _: done.set())
+        while not done.wait(LOOK_EVERY):
+            _require_peers()
+    try:
+        work.wait()
+    except RuntimeError:
+        _require_peers()  # its connections end with a process
+        raise
+
+
+def _require_peers() -> None:
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if not store.check([FAILED]):
+            return
+        place, _, text = store.get(FAILED).decode().partition(" ")
+    except RuntimeError:
+        place, text = 0, "the store that all processes share has gone with it"
+    raise PeerFailedError(int(place), text)
+
+
+def averaged_on_cpu(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook of DistributedDataParallel: the mean of a bucket of gradients over all processes, waited for as everything here."""
+    gradients = bucket.buffer().div_(world_size())
+    _finish(dist.all_reduce(gradients, async_op=True), gradients)
+    result = torch.futures.Future()
+    result.set_result(gradients)
+    return result
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if world_size() > 1:
-        dist.barrier()
+    any_of(False)
 
 
 @torch.no_grad()
-def any_of(condition: bool, device: torch.device) -> bool:
+def any_of(condition: bool) -> bool:
     """Whether `condition` holds in any process."""
     if world_size() == 1:
         return condition
-    count = torch.tensor(int(condition), device=device)
-    dist.all_reduce(count)
+    count = torch.tensor(int(condition))
+    _finish(dist.all_reduce(count, async_op=True), count)
     return bool(count)
 
 
@@ -100,5 +164,5 @@ def gathered(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.contiguous())
+    _finish(dist.all_gather(parts, values.contiguous(), async_op=True), values)
     return torch.cat(parts)

@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)              the request is wrong: change the configuration
     ├── RunError (ValueError)                 a run's files or its data are damaged or unfit: restore them, or start anew
     │   └── RunMismatchError                  the directory belongs to another run, trainer or use: choose another
+    ├── PeerFailedError (RuntimeError)        another process of this run failed: its message says why
     └── NonFiniteLossError (ArithmeticError)  the training itself broke: look at the rows it names
 
 Libraries raise these; the command line turns them into one message and a non-zero exit.
@@ -26,6 +27,18 @@ class RunError(StudentError, ValueError):
 
 class RunMismatchError(RunError):
     """A sound directory that this run may not use: it holds another run or other files, or somebody is training in it."""
+
+
+class PeerFailedError(StudentError, RuntimeError):
+    """Another process of the run has failed, and this one stops with it.
+
+    place: its number among them, from 0.  text: what it said.
+    """
+
+    def __init__(self, place: int, text: str):
+        super().__init__(f"Process {place} of this run failed: {text}")
+        self.place = place
+        self.text = text
 
 
 class NonFiniteLossError(StudentError, ArithmeticError):

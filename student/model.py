@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .backbones import build_backbone
 from .batch import Batch, Needs
 from .config import TrainConfig
+from .drop_path import DropPaths, draw_drops
 from .errors import ConfigError
 from .masking import Mask, MasksAhead, ScoreMasker, build_masker
 from .objectives import build_objective
@@ -37,6 +38,7 @@ class Student(nn.Module):
         if not any(objective.reads_final_norm for objective in self.objectives.values()):
             for name in self.backbone.behind_blocks:
                 getattr(self.backbone, name).requires_grad_(False)
+        self._drop_paths = DropPaths(self)
         self.weights = {objective.name: objective.weight for objective in config.objectives}
         self.n_patches = config.backbone.n_patches
 
@@ -57,8 +59,17 @@ class Student(nn.Module):
             return None
         return MasksAhead(self.masker, config.seed, self.n_patches)
 
-    def forward(self, batch: Batch, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss, a float32 scalar, and its parts by name, detached and without their weights."""
+    def draw_drops(self, seed: int, step: int, n_rows: int, pinned: bool = False) -> Tensor | None:
+        """For `forward`, of all `n_rows` crops of a step: see `drop_path.draw_drops`. None if this student drops no branch."""
+        rates = self._drop_paths.rates
+        return draw_drops(seed, step, n_rows, rates, pinned) if rates else None
+
+    def forward(self, batch: Batch, mask: Mask, drops: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss, a float32 scalar, and its parts by name, detached and without their weights.
+
+        drops: of these crops, float32 [B, S] from `draw_drops`. None: branches are dropped as torch's generator says.
+        """
+        self._drop_paths.set(drops)
         encoded = self.backbone(batch.images, mask)
 
         total = 0.0
@@ -68,6 +79,7 @@ class Student(nn.Module):
             total = total + self.weights[name] * loss
             parts[name] = loss.detach()
             parts |= {f"{name}/{detail}": value.detach() for detail, value in details.items()}
+        self._drop_paths.set(None)
         return total, parts
 
     def after_batch(self) -> None:

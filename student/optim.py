@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .config import OptimConfig
+from .errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -26,6 +27,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     on_cuda = any(parameter.is_cuda for parameter in decayed)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=on_cuda)
+
+
+def set_hyperparameters(optimizer: torch.optim.AdamW, model: nn.Module, config: OptimConfig) -> None:
+    """Let an optimizer that `build_optimizer` gave go on by another config: all but the learning rate, which the trainer sets.
+
+    Raises ConfigError if that config groups the parameters in another way.
+    """
+    groups = build_optimizer(model, config).param_groups
+    members = [[[id(parameter) for parameter in group["params"]] for group in of] for of in (optimizer.param_groups, groups)]
+    if members[0] != members[1]:
+        raise ConfigError("These settings of optim group the weights in another way than the run has begun with.")
+    for there, wanted in zip(optimizer.param_groups, groups, strict=True):
+        there.update({key: value for key, value in wanted.items() if key not in ("params", "lr")})
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int, config: OptimConfig) -> float:

@@ -115,7 +115,7 @@ class _Block(nn.Module):
         self.ls2 = LayerScale(config.dim, config.layer_scale) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(config.dim, eps=NORM_EPS)
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
 
 class PromptingBlock(_Block):
@@ -134,8 +134,8 @@ class PromptingBlock(_Block):
         """hidden: [B, n_drop, D]; prompts: [B, C+n_keep, D], the same for every block."""
         normed = self.norm1(hidden)
         mixed = self.attn(normed, torch.cat([prompts, normed], dim=1))
-        hidden = hidden + self.drop_path(self.ls1(mixed))
-        return hidden + self.drop_path(self.ls2(self.mlp(self.norm2(hidden))))
+        hidden = hidden + self.drop_path1(self.ls1(mixed))
+        return hidden + self.drop_path2(self.ls2(self.mlp(self.norm2(hidden))))
 
 
 class RegressorBlock(_Block):
@@ -158,8 +158,8 @@ class RegressorBlock(_Block):
         context = torch.cat([visible, hidden], dim=1)
         at_context = torch.cat([at_visible, at_hidden], dim=1)
         mixed = self.attn(self.norm1_q(hidden + at_hidden), self.norm1_k(context + at_context), self.norm1_v(context))
-        hidden = self.norm2(hidden + self.drop_path(self.ls1(mixed)))
-        return hidden + self.drop_path(self.ls2(self.mlp(hidden)))
+        hidden = self.norm2(hidden + self.drop_path1(self.ls1(mixed)))
+        return hidden + self.drop_path2(self.ls2(self.mlp(hidden)))
 
 
 class PromptingAttention(nn.Module):

@@ -6,7 +6,9 @@ import json
 import re
 import reprlib
 
+from .config import TrainConfig
 from .errors import RunMismatchError
+from .micro_batches import takes_statistics
 
 WORDS = {
     "crops_id": "crops",
@@ -21,6 +23,17 @@ WORDS = {
 """What people call the parts of a data source's identity; all others go by their own names."""
 
 
+def require_same_config(holder: str, there: dict, given: TrainConfig) -> None:
+    """`require_same` of configurations, for what a run depends on: not on how its steps are cut up.
+
+    there: what TrainConfig.to_json gave, by this version or an older one, or any other JSON object.
+    """
+    there, given_json = TrainConfig.completed(there), given.to_json()
+    if not takes_statistics(given):
+        there, given_json = ({**config, "accumulate": given.accumulate} for config in (there, given_json))
+    require_same(holder, "configuration", there, given_json)
+
+
 def require_same(holder: str, what: str, there: dict, given: dict) -> None:
     """RunMismatchError that names both sides of every value in which two JSON objects differ.
 
@@ -30,7 +43,8 @@ def require_same(holder: str, what: str, there: dict, given: dict) -> None:
     if differing:
         raise RunMismatchError(
             f"{holder} belongs to a run with another {what}:\n  " + "\n  ".join(differing) +
-            "\nGo on with what it was begun with, or start a new run in another directory."
+            "\nGo on with what it was begun with, or start a new run in another directory." +
+            ("" if what == "data" else " Under way, --change KEY=VALUE changes optim.* and weights of losses.")
         )  # fmt: skip
 
 

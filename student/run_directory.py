@@ -1,10 +1,12 @@
 """The directory of one run: what it is, and who is training in it.
 
-config.json          written first: the config and the identity of the data; what a directory is checked by
+config.json          written first: the config and the identity of the data as the run was begun, what a directory is checked by;
+                     written again when something is changed under way
 trainer.lock/        the claim of the trainer that works here (teacher_cache/claims.py); gone when none does
 metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed
 tensorboard/         the same scalars
 checkpoint-NNNNNNNN.safetensors
+failed-NNNNNNNN.json what is known of a step that failed, see failures.py
 *.partial            being written, each by a trainer of its own; a trainer that was killed may leave one, the next removes it
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,12 +24,13 @@ import torch
 from teacher_cache.claims import ClaimHeldError, claimed, is_name_of
 from teacher_cache.durable import make_folder
 
-from .checkpoint import CHECKPOINT
+from . import changes as history
+from .checkpoint import CHECKPOINT, latest_checkpoint, recorded_description
 from .config import TrainConfig
 from .errors import RunError, RunMismatchError
 from .files import LARGEST_JSON, PARTIAL, refusal_explained, require_held, require_own, write_whole
 from .logs import METRICS, StepLogs, StepReport
-from .provenance import require_same
+from .provenance import require_same, require_same_config
 
 CONFIG = "config.json"
 LOCK = "trainer.lock"
@@ -42,7 +46,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: TrainConfig, identity: dict):
         self.path = Path(path)
-        self._config, self._identity = config.to_json(), identity
+        self._config, self._identity = config, identity
         self._logs: StepLogs | None = None
         self._require_run_or_nothing()
         try:
@@ -86,19 +90,27 @@ class RunDirectory:
     def _require_same_run(self) -> None:
         there = read_description(self.path)
         config, identity = there["config"], there["identity"]
-        require_same(f"The directory {self.path}", "configuration", config, self._config)
+        require_same_config(f"The directory {self.path}", config, self._config)
         require_same(f"The directory {self.path}", "data", identity, self._identity)
 
-    def describe(self, data_from: str = "") -> bool:
-        """Write config.json unless it is there, and say whether this begins the run.
+    def describe(self, data_from: str = "", changes: Sequence[history.Change] = (), pixels: dict | None = None) -> bool:
+        """Write config.json unless it is there and says the same of `changes`; whether this begins the run.
 
-        For when a checkpoint that is here has proved to be of this run. data_from: see Trainer.
+        For when a checkpoint that is here has proved to be of this run. data_from: see Trainer. changes: all of the run, from its
+        begin. pixels: see checkpoint.Description.
         """
         is_new = not (self.path / CONFIG).exists()
         if is_new:
             made_by = {"torch": torch.__version__, "timm": timm.__version__}
-            description = {"config": self._config, "identity": self._identity, "made_by": made_by}
+            description = {"config": self._config.to_json(), "identity": self._identity, "made_by": made_by}
+            description |= {"pixels": pixels} if pixels else {}
             description |= {"data_from": data_from} if data_from else {}
+        else:
+            description = read_description(self.path)
+        if is_new or history.to_json(changes) != description.get("changes", []):
+            description |= {"changes": history.to_json(changes)} if changes else {}
+            if not changes:
+                description.pop("changes", None)
             write_whole(self.path / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
         return is_new
 
@@ -131,8 +143,28 @@ def _is_left_before_config(name: str) -> bool:
     return is_name_of(name, LOCK) or name.startswith(CONFIG) and name.endswith(PARTIAL)
 
 
-def read_description(folder: Path) -> dict:
-    """What config.json says of the run in `folder`: `config`, `identity` of its data, `made_by` and, if known, `data_from`.
+def recorded_changes(folder: str | Path) -> tuple[history.Change, ...] | None:
+    """What config.json says was changed in the run in `folder`; None if it is not there. RunError as `read_description`."""
+    if not (Path(folder) / CONFIG).exists():
+        return None
+    return history.from_json(read_description(folder).get("changes", []), f"{Path(folder) / CONFIG}")
+
+
+def recorded_identity(folder: str | Path) -> dict | None:
+    """The identity of the data that the run in `folder` was begun with, of config.json or else its newest checkpoint; None if
+    there is no run, or none that can be read, of which going on with it says more.
+    """
+    try:
+        return read_description(folder)["identity"]
+    except (RunError, OSError):
+        newest = latest_checkpoint(folder)
+        description = newest and recorded_description(newest)
+        return description and description.identity
+
+
+def read_description(folder: str | Path) -> dict:
+    """What config.json says of the run in `folder`: `config` and `identity` of its data as it was begun, `made_by`, `changes`
+    if anything was changed since, and, if known, `pixels` (see checkpoint.Description) and `data_from`.
 
     Raises RunError if it is missing or cannot be read as that.
     """

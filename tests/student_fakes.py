@@ -18,6 +18,7 @@ from student import (
     TrainConfig,
     ViTConfig,
 )
+from student.micro_batches import place_of
 
 TEACHER = TeacherShape("fake", grid=(4, 4), dim=12, depth=3, has_cls=True, has_attention=True, projection_dim=None)
 
@@ -59,23 +60,23 @@ class FakeSource:
     """
 
     def __init__(self, config: TrainConfig, needs: tuple[Needs, ...], steps_per_epoch: int = 5, before=lambda step, index: None,
-                 rank: int = 0, world: int = 1):  # fmt: skip
+                 rank: int = 0, world: int = 1, accumulate: int | None = None):  # fmt: skip
         self.config = config
         self.needs = needs
         self.steps_per_epoch = steps_per_epoch
         self.identity = {"cache": "fake", "rows": steps_per_epoch * config.batch_size}
         self.before = before
         self.rank, self.world = rank, world
+        self.accumulate = accumulate or config.accumulate
         self.n_closed = 0
 
     def micro_batches(self, first_step: int, last_step: int):
-        n_own = self.config.batch_size // self.world
-        size = n_own // self.config.accumulate
+        size = self.config.batch_size // self.world // self.accumulate
         try:
             for step in range(first_step, last_step):
-                for index in range(self.config.accumulate):
+                for index in range(self.accumulate):
                     self.before(step, index)
-                    first_row = step * self.config.batch_size + self.rank * n_own + index * size
+                    first_row = step * self.config.batch_size + place_of(index, self.rank, self.world) * size
                     yield fake_batch(range(first_row, first_row + size), self.needs[0].layers)
         finally:
             self.n_closed += 1

@@ -65,12 +65,12 @@ def losses_of(config: TrainConfig, teachers: tuple[TeacherShape, ...], n_steps: 
             group["lr"] = learning_rate(step, 5, config.epochs, config.batch_size, config.optim)
         optimizer.zero_grad()
         total = 0.0
-        size = config.batch_size // accumulate
+        size, drops = config.batch_size // accumulate, student.draw_drops(0, step, config.batch_size)
         for index, noise in enumerate(draw_noise(0, step, config.batch_size, student.n_patches).chunk(accumulate)):
             first = step * config.batch_size + index * size
             batch = batch_of(range(first, first + size), teachers, layers)
-            torch.manual_seed(1000 * step + index)  # drop path
-            loss, _ = student(batch, student.draw_mask(batch, noise))
+            own_drops = None if drops is None else drops.chunk(accumulate)[index]
+            loss, _ = student(batch, student.draw_mask(batch, noise), own_drops)
             (loss / accumulate).backward()
             student.after_batch()
             total += loss.item() / accumulate
@@ -130,28 +130,24 @@ def test_tiny_fits_any_grid(name, size, grid):
 
 @pytest.mark.parametrize("name", [n for n in METHODS if not n.startswith("mimco")])
 def test_accumulation_equals_the_large_batch(name):
-    """4 micro-batches a step give the losses of one batch: no method but MimCo has statistics of the batch."""
+    """4 micro-batches a step give the losses of one batch, drop path and all: only MimCo has statistics of the batch."""
     config, teachers = tiny(name)
-    without_drop_path = replace(config, backbone=replace(config.backbone, drop_path=0.0))
-    for index, objective in enumerate(config.objectives):
-        if hasattr(objective, "predictor"):
-            objectives = list(config.objectives)
-            objectives[index] = replace(objective, predictor=replace(objective.predictor, drop_path=0.0))
-            without_drop_path = replace(without_drop_path, objectives=tuple(objectives))
-    large = losses_of(without_drop_path, teachers, 4)
-    assert losses_of(without_drop_path, teachers, 4, accumulate=4) == pytest.approx(large, rel=1e-5)
+    large = losses_of(config, teachers, 4)
+    assert losses_of(config, teachers, 4, accumulate=4) == pytest.approx(large, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_compiles_whole(name):
-    """The forward pass with all losses is one graph for torch.compile, with the same loss."""
+    """The forward pass with all losses is one graph for torch.compile, drop path and all, with the same loss."""
     torch._dynamo.reset()
     config, teachers = tiny(name)
-    student = Student(config, teachers).eval()
+    student = Student(config, teachers).train()
     batch = batch_of(range(2), teachers, [needs.layers for needs in student.needs])
     mask = student.draw_mask(batch, draw_noise(0, 0, 2, student.n_patches))
     compiled = torch.compile(student, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(batch, mask)[0], student(batch, mask)[0])
+    for step in (0, 1):  # in the second other branches are dropped, by the same graph
+        drops = student.draw_drops(0, step, 2)
+        torch.testing.assert_close(compiled(batch, mask, drops)[0], student(batch, mask, drops)[0])
 
 
 @pytest.mark.large

@@ -1,5 +1,9 @@
-"""Several processes train one student: together they do what one process does, stop at one step and fail as one."""
+"""Several processes train one student: together they do what one process does, stop at one step and fail as one.
 
+None of them waits for one that has failed, and the last step that all completed is saved.
+"""
+
+import contextlib
 import json
 import os
 import signal
@@ -12,14 +16,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from student import AlignConfig, ConfigError, NonFiniteLossError, Student
+from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Student
 from student.checkpoint import latest_checkpoint, load_backbone
 from student.distributed import processes, rank, world_size
 from student.trainer import Trainer
 
-BACKBONE = replace(tiny_config().backbone, drop_path=0.0)  # its draws differ between processes
 OPTIM = replace(tiny_config().optim, base_lr=1e-3, clip_grad=1.0, ema=0.9)
-CONFIG = tiny_config(backbone=BACKBONE, optim=OPTIM, batch_size=8, accumulate=2)
+CONFIG = tiny_config(optim=OPTIM, batch_size=8, accumulate=2)
 ALIGN = replace(CONFIG, objectives=(AlignConfig(levels=2),))
 
 
@@ -32,7 +35,7 @@ def one_of_two(place: int, folder: str) -> None:
     """Everything that is asked of two processes, because starting them takes seconds."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(place), "WORLD_SIZE": "2", "LOCAL_RANK": str(place), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": Path(folder, "port").read_text()}  # fmt: skip
+                   "MASTER_PORT": Path(folder, "port").read_text().split()[0]}  # fmt: skip
     folder, seen = Path(folder), {}
     with processes("cpu") as device:
         assert (device, rank(), world_size()) == ("cpu", place, 2)
@@ -60,9 +63,37 @@ def one_of_two(place: int, folder: str) -> None:
         with pytest.raises(NonFiniteLossError) as error:
             broken.fit()
         seen["broken"] = [error.value.step, list(error.value.rows)]
+        trainer(folder / "broken").fit(max_steps=3)  # they still hear each other
         with pytest.raises(ConfigError, match="accumulate=2 and 2 processes. Take a multiple of 4"):
             trainer(folder / "odd", replace(CONFIG, batch_size=6))
+    for how, port in (("a damaged row", 1), ("full", 2)):
+        seen[how] = failing(folder, place, how, port)
     (folder / f"{place}.json").write_text(json.dumps(seen))
+
+
+def failing(folder: Path, place: int, how: str, port: int) -> list[str]:
+    """Process 1 meets a damaged row or a full device in step 4, process 0 does not: type and message of what each raised."""
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text().split()[port]
+    with pytest.raises(Exception) as caught, processes("cpu"):  # noqa: B017  (another in each process)
+        run = trainer(folder / how)
+        if place == 1 and how == "full":
+            encode = run.student.backbone.forward
+
+            def out_of_memory(images, mask):
+                if run.step == 3:
+                    raise torch.OutOfMemoryError("full")
+                return encode(images, mask)
+
+            run.student.backbone.forward = out_of_memory
+        elif place == 1:
+
+            def damaged(step, index):
+                if (step, index) == (3, 1):
+                    raise RunError(how)
+
+            run.source.before = damaged
+        run.fit()
+    return [type(caught.value).__name__, str(caught.value), *getattr(caught.value, "__notes__", ())]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +101,11 @@ def folder(tmp_path_factory) -> Path:
     import socket
 
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(" ".join(str(one.getsockname()[1]) for one in free))
     mp.spawn(one_of_two, (str(folder),), nprocs=2)
     return folder
 
@@ -81,10 +114,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(latest_checkpoint(run))
 
 
+@pytest.mark.parametrize("micro_batch", [8, 4, 2])
 @pytest.mark.parametrize("name, config, steps", [("two", CONFIG, None), ("align", ALIGN, 3)])
-def test_two_processes_equal_one(folder, tmp_path, name, config, steps):
-    """Weights, moments and averages after a run of two processes are those of one process; so are the logged losses."""
-    trainer(tmp_path / "one", config).fit(max_steps=steps)
+def test_two_processes_equal_one(folder, tmp_path, name, config, steps, micro_batch):
+    """Weights, moments and averages after a run of two processes are those of one process, whatever its device holds at once;
+    so are the logged losses. Drop path is on."""
+    student = Student(config, (TEACHER,))
+    source = FakeSource(config, student.needs, accumulate=8 // micro_batch)
+    Trainer(config, student, source, tmp_path / "one", micro_batch=micro_batch).fit(max_steps=steps)
     one, two = weights(tmp_path / "one"), weights(folder / name)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
@@ -110,6 +147,19 @@ def test_they_fail_as_one(folder):
     for place in (0, 1):
         step, rows = json.loads((folder / f"{place}.json").read_text())["broken"]
         assert (step, rows) == (3, [22, 23])  # micro-batch 5 of process 1: step 3 has rows 16 to 23
+
+
+@pytest.mark.parametrize("how, name", [("a damaged row", "RunError"), ("full", "OutOfMemoryError")])
+def test_nobody_waits_for_one_that_failed(folder, how, name):
+    """Where one process fails, in its data or its forward pass, the other stops at once with the reason; the last step that both
+    completed is saved."""
+    first, second = (json.loads((folder / f"{place}.json").read_text())[how] for place in (0, 1))
+    assert second == [name, how]
+    assert first[:2] == ["PeerFailedError", f"Process 1 of this run failed: {how}"]
+    assert first[2].startswith("Step 3 is saved; the same command goes on from there. ")
+    assert latest_checkpoint(folder / how).name == "checkpoint-00000003.safetensors"
+    record = json.loads((folder / how / "failed-00000004.json").read_text())
+    assert (record["process"], record["processes"], record["step"]) == (1, 2, 4)
 
 
 def test_average_by_hand(tmp_path):

@@ -101,19 +101,18 @@ def signals_while_saving(out_dir, config):
         make_trainer(out_dir, config, before=interrupt_at(7, 1)).fit()
 
 
-def crash_behind_a_checkpoint(out_dir, config):
+def fail_between_micro_batches(out_dir, config):
     def before(step, index):
-        if (step, index) == (9, 0):
+        if (step, index) == (7, 1):
             raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):
-        make_trainer(out_dir, config, before, checkpoint_every=7).fit()
-    assert len(metrics(out_dir)) == 9  # two steps more than the checkpoint knows of
+        make_trainer(out_dir, config, before).fit()
 
 
 @pytest.mark.parametrize(
     "disturb",
-    [stop_early, interrupt_between_micro_batches, signal_in_the_update, signals_while_saving, crash_behind_a_checkpoint],
+    [stop_early, interrupt_between_micro_batches, signal_in_the_update, signals_while_saving, fail_between_micro_batches],
 )
 def test_resumed_run_is_the_undisturbed_run(disturb, undisturbed, tmp_path):
     """A run that was stopped in any way and started again ends with the same weights and losses, to the bit."""
@@ -144,9 +143,8 @@ def test_finished_run_stays_as_it_is(undisturbed):
 
 
 def test_accumulation_does_not_change_the_step(tmp_path):
-    """Four crops at once, twice two and four times one give the same losses and gradients, up to rounding."""
-    calm = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
-    trainers = [make_trainer(tmp_path / str(n), tiny_config(backbone=calm, accumulate=n)) for n in (1, 2, 4)]
+    """Four crops at once, twice two and four times one give the same losses and gradients, up to rounding, with drop path on."""
+    trainers = [make_trainer(tmp_path / str(n), tiny_config(accumulate=n)) for n in (1, 2, 4)]
     for trainer in trainers:
         trainer.fit(max_steps=4)
     for other in trainers[1:]:
@@ -254,7 +252,7 @@ def test_run_goes_on_after_a_broken_loss(undisturbed, tmp_path):
     with pytest.raises(NonFiniteLossError, match="step 8"):
         trainer.fit()
     resumed = make_trainer(tmp_path / "run", tiny_config(accumulate=2))
-    assert resumed.step == 5 and resumed.fit() == 10
+    assert resumed.step == 7 and resumed.fit() == 10
     assert_same_run(resumed, undisturbed)
 
 
@@ -269,8 +267,8 @@ def test_source_that_ends_early(tmp_path):
 def test_source_with_other_batches(tmp_path):
     """A batch of another size than the config says is refused."""
     trainer = make_trainer(tmp_path / "run")
-    trainer.source.config = tiny_config(batch_size=2)
-    with pytest.raises(RunError, match="batch of 2 crops at step 1.*make 4"):
+    trainer.source.accumulate = 2
+    with pytest.raises(RunError, match="batch of 2 crops at step 1.*makes 4"):
         trainer.fit()
 
 

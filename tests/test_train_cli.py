@@ -20,8 +20,8 @@ from fakes import FakeTeacher
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import student.trainer
 from pipelines.ffcv_loader import JoinedLoader
+from student.batch import Needs
 from student.cli import evaluate, train
 from student.model import Student
 from teacher_cache.extract import ExtractPlan, extract_view
@@ -148,8 +148,7 @@ def test_another_run_is_refused(shared_cache, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     result = maskalign(shared_cache, tmp_path / "run", "--set", "optim.weight_decay=0.1")
     assert result.exit_code == 2 and "\n  optim.weight_decay: 0.05 in the run, 0.1 given\n" in result.output
-    result = maskalign(shared_cache, tmp_path / "run", "--views", "1")
-    assert result.exit_code == 2 and "\n  views: 2 in the run, 1 given\n" in result.output
+    assert "--change KEY=VALUE" in result.output
     result = run(
         train,
         "--cache",
@@ -268,6 +267,85 @@ def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
     assert all((expected[name] == found[name]).all() for name in expected)
 
 
+def test_a_damaged_row_loses_no_step(shared_cache, tmp_path, monkeypatch):
+    """A row that cannot be read ends the run with its own message and code, behind a sentence that says which step is saved."""
+    from pipelines.source import CachedSource
+    from teacher_cache.errors import CacheCorruptError
+
+    sound, calls = CachedSource._targets, []
+
+    def damaged(source, raw):
+        calls.append(raw)
+        if len(calls) == 5:
+            raise CacheCorruptError("Shard 1 is damaged.")
+        return sound(source, raw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedSource, "_targets", damaged)
+        result = maskalign(shared_cache, tmp_path / "run")
+    assert result.exit_code == 1 and result.output.endswith("\nError: Shard 1 is damaged.\n"), result.output
+    assert "Step 4 is saved; the same command goes on from there." in result.output
+    record = json.loads((tmp_path / "run" / "failed-00000005.json").read_text())
+    source = CachedSource(shared_cache, ["fake"], [Needs((-1,))], batch_size=8)
+    assert record["view"] == 1 and record["rows"] == next(iter(source.micro_batches(4, 5))).rows.tolist()
+    result = maskalign(shared_cache, tmp_path / "run")
+    assert result.exit_code == 0 and "resumed  at step 4" in result.output
+    assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_changes_under_way(shared_cache, tmp_path):
+    """--change holds from the next step on and is told; without it the run goes on so; what cannot be changed is refused."""
+    assert maskalign(shared_cache, tmp_path / "run", "--max-steps", "2").exit_code == 0
+    result = maskalign(shared_cache, tmp_path / "run", "--change", "optim.base_lr=1e-5", "--max-steps", "4")
+    assert result.exit_code == 0 and "changed  optim.base_lr 0.00015 -> 1e-05 from step 3 on" in result.output, result.output
+    result = maskalign(shared_cache, tmp_path / "run")
+    assert result.exit_code == 0 and "changed  optim.base_lr 0.00015 -> 1e-05 from step 3 on" in result.output
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["changes"]) == 1
+    for key, reason in (("epochs=3", "epochs cannot be changed"), ("views=1", "give --views N"), ("x", "--change x: give key=")):
+        result = maskalign(shared_cache, tmp_path / "run", "--change", key)
+        assert result.exit_code == 2 and reason in result.output, result.output
+
+
+def test_a_view_that_came_later(cache, teacher, tmp_path):
+    """A run keeps the views it was begun with when the cache gets more; --views takes them from the next step on, and a run that
+    goes back to an older checkpoint takes every step from the view it had."""
+    shutil.move(cache.view(1).path, tmp_path / "kept")
+    long = ["--set", "epochs=4", "--keep-checkpoints", "9"]
+    assert maskalign(cache, tmp_path / "run", *long, "--max-steps", "4").exit_code == 0
+    assert maskalign(cache, tmp_path / "one view", *long).exit_code == 0
+    shutil.move(tmp_path / "kept", cache.view(1).path)
+    result = maskalign(cache, tmp_path / "run", *long, "--max-steps", "7")
+    assert result.exit_code == 0 and "1 view:" in result.output, result.output
+    losses = [line["loss"] for line in metrics(tmp_path / "one view")]
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == losses[:7]
+
+    result = maskalign(cache, tmp_path / "run", *long, "--views", "2")  # epoch 2 goes on with view 0, epoch 3 takes view 1
+    assert result.exit_code == 0 and "changed  views 1 -> 2 from step 8 on" in result.output, result.output
+    taken = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert taken[:9] == losses[:9] and taken[9] != losses[9]
+    for path in sorted((tmp_path / "run").glob("checkpoint-*"))[1:]:
+        path.unlink()
+    result = maskalign(cache, tmp_path / "run", *long)
+    assert result.exit_code == 0 and "changed  views 1 -> 2 from step 8 on" in result.output
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == taken
+    result = maskalign(cache, tmp_path / "run", *long, "--views", "3")
+    assert result.exit_code in (1, 2) and "has 2 finished views, 3 are asked for" in result.output
+
+
+def test_micro_batches_are_no_part_of_a_run(shared_cache, tmp_path):
+    """A run may go on with another --micro-batch or accumulate; one that does not divide the batch is refused."""
+    assert maskalign(shared_cache, tmp_path / "run", "--max-steps", "2").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "run", "--max-steps", "4", "--micro-batch", "2").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "run", "--set", "accumulate=2").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
+    whole, cut = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
+    assert [line["loss"] for line in cut] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    result = maskalign(shared_cache, tmp_path / "run", "--micro-batch", "3")
+    assert result.exit_code == 2 and "Give one of 8, 4, 2, 1." in result.output
+
+
 @pytest.mark.parametrize("reader", ["pread", "zarr"])
 def test_readers_give_the_same_run(shared_cache, tmp_path, reader):
     """Whichever way targets are read, the losses are the same, and a run may be resumed with another reader."""
@@ -334,14 +412,14 @@ def test_list_and_show():
 )
 def test_signals_save_the_last_step(shared_cache, tmp_path, monkeypatch, number, code, how, step, said):
     """Ctrl-C and SIGTERM in the middle of a step save the one before it, say so, and have exit codes of their own."""
-    position_seed = student.trainer.position_seed
+    draw_drops = Student.draw_drops
 
-    def disturbed(purpose, seed, step_now, *position):
+    def disturbed(self, seed, step_now, *options):
         if step_now == step:
             os.kill(os.getpid(), number)
-        return position_seed(purpose, seed, step_now, *position)
+        return draw_drops(self, seed, step_now, *options)
 
-    monkeypatch.setattr(student.trainer, "position_seed", disturbed)
+    monkeypatch.setattr(Student, "draw_drops", disturbed)
     result = maskalign(shared_cache, tmp_path / "run")
     assert result.exit_code == code and f"\n{how}. {said}" in result.output
     monkeypatch.undo()

@@ -116,12 +116,11 @@ def pixel_accuracy(voters, asked) -> dict[str, float]:
 
 def teacher_tokens():
     """The demo teacher as images (normalised for the student) -> tokens after its final norm, CLS first."""
+    from student.pixels import PIXEL_MEAN, PIXEL_STD
     from teacher_cache.teachers import load_teacher
 
-    from ..source import STUDENT_MEAN, STUDENT_STD
-
     teacher = load_teacher("demo")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (STUDENT_MEAN, STUDENT_STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     gamma, beta = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta"))
 
     def tokens(images: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from student.changes import Change, from_json, to_json
 from student.checkpoint import checkpoints
 from student.config import TrainConfig
 from student.errors import ConfigError, RunError
@@ -27,7 +28,9 @@ class RunFacts:
     path: Path
     config: TrainConfig
     description: dict
-    """Of config.json: config, identity, made_by, and where the data lay (data_from), if known."""
+    """Of config.json, see student.run_directory.read_description."""
+    changes: tuple[Change, ...]
+    """What was changed under way."""
     steps: dict[str, np.ndarray]
     """float64 [n_steps]: step, epoch, loss, lr, images_per_s, wait_share; by name."""
     parts: dict[str, np.ndarray]
@@ -75,7 +78,8 @@ class RunFacts:
             "images_per_s": self.images_per_s, "wait_share": self.wait_share, "last": last,
             "parts": {name: float(values[-1]) for name, values in self.parts.items() if math.isfinite(values[-1])},
             "unreadable_log_lines": self.n_torn, "checkpoints": [path.name for path in self.checkpoints],
-            **{key: self.description.get(key) for key in ("config", "identity", "made_by", "data_from")},
+            "changes": to_json(self.changes),
+            **{key: self.description.get(key) for key in ("config", "identity", "made_by", "pixels", "data_from")},
         }  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def read_run(path: Path) -> RunFacts:
         config = TrainConfig.from_json(description["config"])
     except ConfigError as error:
         raise RunError(f"{path} has a configuration that this version cannot read: {error}") from error
+    changes = from_json(description.get("changes", []), str(path))
     reports, n_torn = _read_metrics(path / METRICS)
     names = ("step", "epoch", "loss", "lr", "images_per_s", "wait_share")
     steps = {name: np.array([report[name] for report in reports], "float64") for name in names}
@@ -95,7 +100,7 @@ def read_run(path: Path) -> RunFacts:
     for checkpoint in checkpoints(path):
         with contextlib.suppress(FileNotFoundError):  # a run that goes on removes its old ones
             sizes[checkpoint] = checkpoint.stat().st_size
-    return RunFacts(Path(path), config, description, steps, parts, n_torn, sizes)
+    return RunFacts(Path(path), config, description, changes, steps, parts, n_torn, sizes)
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], int]:

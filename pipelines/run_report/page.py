@@ -48,6 +48,7 @@ def _state(run: RunFacts) -> list[tuple[str, str | None]]:
         return [("steps", "none logged yet")]
     done = "finished" if run.n_steps == run.total_steps else f"{run.n_steps / run.total_steps:.0%} of {run.total_steps:,}"
     return [
+        ("changed under way", "; ".join(map(str, run.changes)) or None),
         ("steps", f"{run.n_steps:,}, {done}"),
         ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.config.epochs}"),
         ("loss", f"{run.steps['loss'][-1]:.4g}, at the start {run.steps['loss'][0]:.4g}"),
@@ -86,10 +87,17 @@ def _data(run: RunFacts) -> list[tuple[str, str | None]]:
     return [
         ("crops", identity.get("crops_id")),
         ("views", str(len(identity.get("views", [])))),
+        ("pixels", _pixels(run.description.get("pixels"))),
         ("teachers", "; ".join(teachers) or "none"),
         ("accepted mismatch", "; ".join(mismatch) if mismatch else None),
         ("cache", run.description.get("data_from")),
     ]
+
+
+def _pixels(pixels) -> str | None:
+    if not isinstance(pixels, dict):
+        return None
+    return f"RGB in 0..1, less {pixels.get('mean')}, divided by {pixels.get('std')}"
 
 
 def _teacher(identity: dict) -> str:

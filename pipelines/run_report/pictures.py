@@ -18,6 +18,7 @@ from student.checkpoint import load_student
 from student.config import AlignConfig, ContrastConfig, CosineConfig, ReconstructConfig
 from student.masking import Mask, draw_noise
 from student.model import Student
+from student.pixels import PIXEL_MEAN, PIXEL_STD
 from student.targets import patchify, teacher_output, unit_length
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache, View
@@ -26,7 +27,7 @@ from teacher_cache.reader import StoreReader
 from teacher_cache.store import store_file_name
 
 from ..show.maps import colours_of_tokens, hide, over_crop
-from ..source import STUDENT_MEAN, STUDENT_STD, normalise, teacher_head, teacher_shape
+from ..source import normalise, teacher_head, teacher_shape
 from .facts import RunFacts
 
 # B crops, N patches, C 1 with CLS else 0, D width, p side of a patch in pixels
@@ -238,7 +239,7 @@ def _reconstructions(images: Tensor, predicted: Tensor, mask: Mask) -> list[np.n
     pixels = (
         painted.unflatten(1, (rows, -1)).unflatten(3, (side, side, 3)).permute(0, 1, 3, 2, 4, 5)
     )  # [B, rows, p, columns, p, 3]
-    pixels = pixels.flatten(3, 4).flatten(1, 2) * torch.tensor(STUDENT_STD) + torch.tensor(STUDENT_MEAN)
+    pixels = pixels.flatten(3, 4).flatten(1, 2) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)
     return list((255 * pixels).round().clamp(0, 255).byte().numpy())
 
 

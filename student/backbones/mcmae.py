@@ -67,12 +67,12 @@ class MaskedConvBlock(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
         self.depthwise = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """x [B, d, h, w]; visible [B, 1, h, w], 1 where a position may be seen."""
-        x = x + self.drop_path(self.conv2(self.depthwise(visible * self.conv1(self.norm1(x)))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.conv2(self.depthwise(visible * self.conv1(self.norm1(x)))))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class MCMAE(nn.Module):

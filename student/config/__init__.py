@@ -14,7 +14,7 @@ from .objectives import (
     PredictorConfig,
     ReconstructConfig,
 )
-from .train import OptimConfig, TrainConfig, as_overrides, with_overrides
+from .train import OptimConfig, TrainConfig, as_overrides, keeping, with_overrides
 
 __all__ = [
     "AlignConfig",
@@ -32,5 +32,6 @@ __all__ = [
     "TrainConfig",
     "ViTConfig",
     "as_overrides",
+    "keeping",
     "with_overrides",
 ]

@@ -13,6 +13,7 @@ import typing
 from typing import ClassVar, Literal
 
 from ..errors import ConfigError
+from .later import ADDED_LATER
 
 LARGEST = {
     "image_size": 4096, "patch_size": 4096, "strides": 4096, "dim": 16384, "dims": 16384, "embed_dim": 16384, "depth": 512,
@@ -86,6 +87,28 @@ def from_json(value, hint, where: str):
         item_hint = typing.get_args(hint)[0]
         return tuple(from_json(item, item_hint, f"{where}.{index}") for index, item in enumerate(value))
     return value
+
+
+def completed(value, hint):
+    """`value`, JSON from a record that may be older than some fields of `hint`, with ADDED_LATER for those it lacks.
+
+    Nothing is checked, and what is no part of `hint` stays as it is.
+    """
+    if kinds := _kinds(hint):
+        kind = value.get("kind") if isinstance(value, dict) else None
+        hint = kinds.get(kind) if isinstance(kind, str) else None
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        return _added_later(hint) | {key: completed(item, hints.get(key)) for key, item in value.items()}
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [completed(item, typing.get_args(hint)[0]) for item in value]
+    return value
+
+
+def _added_later(cls) -> dict[str, object]:
+    """Field -> the JSON value that a record without it means; of those fields of `cls` that came later."""
+    names = {name: f"{cls.__name__}.{name}" for name in _field_names(cls)}
+    return {name: ADDED_LATER[key] for name, key in names.items() if key in ADDED_LATER}
 
 
 def _field_names(cls) -> list[str]:
@@ -170,3 +193,16 @@ def leaf_hints(part, prefix: str = "") -> dict[str, object]:
         else:
             hints[prefix + name] = hint
     return hints
+
+
+def later_values(part) -> dict[str, object]:
+    """Dotted name -> ADDED_LATER's value for every such field in `part`; parts in a tuple are numbered."""
+    values = {}
+    for name in leaf_hints(part):
+        *places, leaf = name.split(".")
+        owner = part
+        for place in places:
+            owner = owner[int(place)] if isinstance(owner, tuple) else getattr(owner, place)
+        added = _added_later(type(owner))
+        values |= {name: added[leaf]} if leaf in added else {}
+    return values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ConfigError
 from .backbones import BackboneConfig, ViTConfig
-from .checked import Checked, from_json, leaf_hints, parse, require, to_json
+from .checked import Checked, completed, from_json, later_values, leaf_hints, parse, require, to_json
 from .masks import MaskConfig
 from .objectives import ObjectiveConfig, ReconstructConfig
 
@@ -61,9 +61,12 @@ class TrainConfig(Checked):
     batch_size: int = 1024
     """Crops a step, over all devices and micro-batches."""
     accumulate: int = 1
-    """Micro-batches a step: the memory of batch_size / accumulate crops, the gradient of batch_size."""
+    """Micro-batches a process takes in a step, unless Trainer is told how many crops its device holds at once. Only where a loss
+    takes statistics over them (contrast) does a run depend on it."""
     seed: int = 0
     """Of the initial weights, the order of the rows, the masks and drop path."""
+    drops: Literal["rows", "micro-batches"] = "rows"
+    """What drop path is a function of, with seed and step: the row of the batch, or the micro-batch (runs of before)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
 
@@ -113,8 +116,16 @@ class TrainConfig(Checked):
 
     @classmethod
     def from_json(cls, value: dict) -> TrainConfig:
-        """The config that `to_json` gave; ConfigError on unknown or missing keys and on wrong values."""
-        return from_json(value, cls, "config")
+        """The config that `to_json` gave, now or before some fields were there (ADDED_LATER).
+
+        ConfigError on unknown or missing keys and on wrong values.
+        """
+        return from_json(cls.completed(value), cls, "config")
+
+    @classmethod
+    def completed(cls, value: dict) -> dict:
+        """`value`, what `to_json` once gave or any other JSON, with what a record without a later field means by that."""
+        return completed(value, cls)
 
 
 def with_overrides(config: TrainConfig, overrides: Mapping[str, str]) -> TrainConfig:
@@ -143,6 +154,35 @@ def as_overrides(config: TrainConfig) -> dict[str, str]:
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         texts[name] = text.lower() if value is None or isinstance(value, bool) else text
     return texts
+
+
+def keeping(
+    config: TrainConfig, record: dict, former: Mapping[str, object], given: Collection[str] = ()
+) -> tuple[TrainConfig, list[str]]:
+    """`config` with the settings of an older `record` that it would have had then, and their dotted names.
+
+    Such a setting is on ADDED_LATER or in `former` (dotted name -> JSON value), the record has the value that stands there, and
+    its name is not among those `given` by the user.
+    record: what `to_json` once gave, or any other JSON; where it has no such place, nothing is kept.
+    """
+    there, here, kept = TrainConfig.completed(record), config.to_json(), []
+    for name, value in [*later_values(config).items(), *former.items()]:
+        if name in given:
+            continue
+        try:
+            recorded = _value(there, name)
+        except (KeyError, IndexError, TypeError, ValueError):
+            continue
+        if recorded == value != _value(here, name):
+            node, leaf = _place(here, name)
+            node[leaf] = value
+            kept.append(name)
+    return (TrainConfig.from_json(here) if kept else config), kept
+
+
+def _value(tree: dict, name: str):
+    node, leaf = _place(tree, name)
+    return node[leaf]
 
 
 def _place(tree: dict, name: str) -> tuple[dict, str]:

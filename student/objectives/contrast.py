@@ -19,7 +19,7 @@ from ..backbones import Encoded
 from ..batch import Batch, Needs
 from ..batch_norm import BatchNorm
 from ..config import BackboneConfig, ContrastConfig
-from ..distributed import gathered
+from ..distributed import gathered, world_size
 from ..errors import ConfigError
 from ..masking import Mask, take
 from ..targets import final_norm
@@ -90,8 +90,9 @@ class Contrast(Objective):
     The patch loss is a mean over the hidden patches of all crops; its queue takes one key a crop, the mean over all patches,
     at unit length again. The image loss starts from the mean over patches. Without knowledge each costs ln(1 + K).
 
-    Statistics of batch norm are those of a micro-batch over all processes: with gradient accumulation they differ from those of
-    the large batch, all else is equal, because queues and key projectors move on once a step.
+    Statistics of batch norm are those of a micro-batch over all processes, which are neighbouring rows however many processes
+    share them: only the number of micro-batches makes a difference, and is part of the run (micro_batches.takes_statistics).
+    Queues and key projectors move on once a step.
     """
 
     needs = Needs(layers=(-1,), hidden=True)
@@ -134,6 +135,7 @@ class Contrast(Objective):
     def after_step(self, step: int, total_steps: int) -> None:
         """Enqueue the keys of the whole step, and let the key projectors follow: momentum rises to 1 by half a cosine."""
         for branch, keys in zip((self.patch, self.image), zip(*self._waiting, strict=True), strict=True):
-            branch.enqueue(gathered(torch.cat(keys)))
+            by_place = gathered(torch.stack(keys)).unflatten(0, (world_size(), -1)).transpose(0, 1)  # as one process has them
+            branch.enqueue(by_place.flatten(0, 2))
             branch.follow(1 - (1 - self.momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2)
         self._waiting.clear()
