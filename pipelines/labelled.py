@@ -18,16 +18,21 @@ from teacher_cache.images import read_image, scan
 
 from .source import normalise
 
+MOST_BYTES = 128 << 20
+"""Of the pixels of a batch, as uint8: 256 images up to 418 px. A student takes four times as much of them, as float32."""
+
 
 class LabelledImages:
     """Iterates (images float32 [B, 3, size, size], labels int64 [B]), normalised for the student; can be iterated again.
 
-    path: a cache (view 0 is read) or a folder of class folders (short side resized, middle cut).
+    path: a cache (view 0 is read) or a folder of class folders (short side resized, middle cut). batch_size: B at most; less
+    where so many images would have more than MOST_BYTES of pixels.
     Raises BadInputError without labels, or if a cache's crops have another size.
     """
 
     def __init__(self, path: Path, size: int, batch_size: int = 256):
-        self.path, self.size, self.batch_size = Path(path), size, batch_size
+        self.path, self.size = Path(path), size
+        self.batch_size = max(1, min(batch_size, MOST_BYTES // (3 * size**2)))
         if (self.path / "cache.json").exists():
             self._crops = CropReader(Cache(self.path).finished_view(0).path)
             self.classes, self.labels = Cache(self.path).identity.classes, self._crops.labels
@@ -36,7 +41,7 @@ class LabelledImages:
                                     "Give the image folder instead, or a cache of that size.")  # fmt: skip
         else:
             self._crops = None
-            self.images, _ = scan(self.path)
+            self.images = scan(self.path).images
             self.classes, self.labels = self.images.classes, self.images.labels
         if not self.classes:
             raise BadInputError(f"{path} has no classes, and evaluation needs labels. Give a folder of class folders.")

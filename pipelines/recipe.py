@@ -19,9 +19,12 @@ from student.config import (
     TrainConfig,
     ViTConfig,
 )
+from student.errors import ConfigError
 from teacher_cache.crops import CropPlan
 
 TINY_IMAGE, TINY_GRID, TINY_DIM, TINY_DEPTH, TINY_HEADS = 32, 4, 48, 2, 3
+TINY_MOST = 64
+"""Patches a side of a miniature without teacher, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ class Recipe:
         Strides, mask units and block sizes scale with the grid, so that a student still hides the same share in the same way.
         """
         config = self.config
-        fitting = (side for side in range(TINY_GRID, image_size + 1) if image_size % side == 0)
-        grid = teachers[0].grid[0] if teachers else next(fitting, image_size)
+        grid = teachers[0].grid[0] if teachers else _tiny_grid(image_size)
         is_contrast = any(isinstance(objective, ContrastConfig) for objective in config.objectives)
         dim = teachers[0].dim if is_contrast and teachers else TINY_DIM  # MimCo's student is as wide as its teacher
         levels = [o.levels for o in config.objectives if isinstance(o, AlignConfig) and o.mixing == "layer-wise"]
@@ -82,6 +84,21 @@ class Recipe:
         small = replace(config, backbone=backbone, mask=mask, objectives=objectives, optim=optim, epochs=2, batch_size=8,
                         accumulate=1)  # fmt: skip
         return replace(self, config=small)
+
+
+def _tiny_grid(image_size: int) -> int:
+    """Patches a side, without a teacher to say how many: the fewest from TINY_GRID on that fill the image, or fewer.
+
+    Raises ConfigError for a size without divisors, such as 257, of which pixels would be the patches.
+    """
+    fitting = [side for side in range(1, TINY_MOST + 1) if image_size % side == 0]
+    grid = next((side for side in fitting if side >= TINY_GRID), fitting[-1])
+    if grid == 1:
+        raise ConfigError(
+            f"Crops of {image_size} px: no grid of 2 to {TINY_MOST} patches a side fills them. Take crops of another size, such "
+            f"as {image_size // 16 * 16} px."
+        )
+    return grid
 
 
 def _tiny_backbone(full: BackboneConfig, image_size: int, stride: int, dim: int, depth: int) -> BackboneConfig:

@@ -259,10 +259,12 @@ def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
     from .model import Student
     from .trainer import Trainer
 
-    if cache.plan.size != config.backbone.image_size:
+    size, stride = cache.plan.size, config.backbone.stride
+    if size != config.backbone.image_size:
+        change = f", or --set backbone.image_size={size}" if size % stride == 0 else f" ({size} is no multiple of {stride} px)"
         raise UsageError(
-            f"The crops of {cache.path} are {cache.plan.size} px, {config.preset} takes {config.backbone.image_size} px. Use a "
-            f"cache of that size, or --set backbone.image_size={cache.plan.size}."
+            f"The crops of {cache.path} are {size} px, {config.preset} takes {config.backbone.image_size} px. Use a cache of "
+            f"that size{change}."
         )
     student = Student(config, lesson.shapes)
     reading = {**reading, "masks": student.masks_ahead(config)}

@@ -41,8 +41,9 @@ def require_same(holder: str, what: str, there: dict, given: dict) -> None:
     """
     differing = differences(there, json.loads(json.dumps(given)))
     if differing:
+        other = "other data" if what == "data" else f"another {what}"
         raise RunMismatchError(
-            f"{holder} belongs to a run with another {what}:\n  " + "\n  ".join(differing) +
+            f"{holder} belongs to a run with {other}:\n  " + "\n  ".join(differing) +
             "\nGo on with what it was begun with, or start a new run in another directory." +
             ("" if what == "data" else " Under way, --change KEY=VALUE changes optim.* and weights of losses.")
         )  # fmt: skip

@@ -51,7 +51,7 @@ def cut_views_again(
 def new_in_folder(cache: Cache, images_dir: Path) -> list[str]:
     """Images of the folder that the cache was made without; none of a cache or folder that cannot be read, which others tell."""
     try:
-        return new_images(cache, scan(images_dir)[0])
+        return new_images(cache, scan(images_dir).images)
     except (TeacherCacheError, OSError):
         return []
 

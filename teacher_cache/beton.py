@@ -11,19 +11,17 @@ import hashlib
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from . import sigbus
-from .crops import CROP_DTYPE, CROP_FORMATS
+from .crops import CROP_DTYPE, CROP_FORMATS, LARGEST_SIZE
 from .durable import crc32c, create_aside, is_sha256, listed_files, open_plain, publish, read_npy, read_sealed, sha256_file
 from .errors import CacheCorruptError, MismatchError, NotAllowedError, NotInCacheError
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
-MAX_CROP_SIZE = 4096
-"""Side of a crop, pixels, as in crops.CropPlan."""
 
 # FFCV 1.0.2 file format, version 2 (ffcv/types.py), little-endian
 _HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
@@ -107,6 +105,8 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
 
 DECODER_CHECKS = 64
 """Crops of a view whose decoded pixels are on record."""
+DECODED_BYTES = 64 << 20
+"""Of pixels that `CropReader.each` keeps in memory: 445 crops of 224 px, one of 4096."""
 
 
 def read_checksums(view_dir: Path) -> dict:
@@ -181,7 +181,7 @@ class CropReader:
                 and (image["mode"] <= _RAW).all()
                 and (image["height"] == image["width"]).all()
                 and len(np.unique(image["height"])) <= 1
-                and 1 <= int(image["height"][0]) <= MAX_CROP_SIZE
+                and 1 <= int(image["height"][0]) <= LARGEST_SIZE
             ):
                 raise ValueError("tables")
         except (ValueError, OverflowError) as error:
@@ -204,7 +204,13 @@ class CropReader:
     def decoded(self) -> dict:
         """{"rows", "crc32c"} of the decoded pixels of at most DECODER_CHECKS evenly spaced crops, for checksums.json."""
         rows = np.linspace(0, len(self) - 1, min(DECODER_CHECKS, len(self))).astype("int64").tolist()
-        return {"rows": rows, "crc32c": [crc32c(pixels.tobytes()) for pixels in self.read(rows)]}
+        return {"rows": rows, "crc32c": [crc32c(pixels.tobytes()) for pixels in self.each(rows)]}
+
+    def each(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """The pixels of `rows` one by one, uint8 [size, size, 3], decoded at most DECODED_BYTES at a time."""
+        n_rows = max(1, DECODED_BYTES // (3 * self.size**2))
+        for start in range(0, len(rows), n_rows):
+            yield from self.read(rows[start : start + n_rows])
 
     def require_same_decoder(self) -> None:
         """Raise MismatchError if this machine decodes the crops to other pixels than the one that made them.

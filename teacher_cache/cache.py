@@ -31,7 +31,7 @@ from .durable import (
 from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from .images import ImageList
 from .spare import SPARE, pack_members
-from .spec import FORMAT_VERSION, MAX_ROWS, from_json
+from .spec import CACHE_VERSIONS, MAX_ROWS, from_json
 from .store import Manifest, store_file_name
 
 
@@ -54,7 +54,7 @@ class CropsIdentity:
 
     def to_json(self) -> dict:
         return {
-            "format_version": FORMAT_VERSION, "plan": self.plan.to_json(), "crop_format": self.crop_format,
+            "format_version": self.plan.version, "plan": self.plan.to_json(), "crop_format": self.crop_format,
             "names_sha256": self.names_sha256, "labels_sha256": self.labels_sha256, "classes": list(self.classes),
             "n_images": self.n_images,
         }  # fmt: skip
@@ -85,8 +85,13 @@ MAX_NAME = 4096
 def differences(before: dict, now: dict, where: str) -> list[str]:
     """What differs between two `CropsIdentity.to_json()`, a readable line each: `crop plan seed: 0 in the cache, 1 given`."""
 
-    def flat(value: dict) -> dict:
-        return {**value, "plan": None, **{f"crop plan {key}": item for key, item in value["plan"].items()}}
+    def flat(value: dict) -> dict:  # the version follows from the plan
+        return {
+            **value,
+            "format_version": None,
+            "plan": None,
+            **{f"crop plan {key}": item for key, item in value["plan"].items()},
+        }
 
     before, now = flat(before), flat(now)
     return [f"{key}: {before[key]} {where}, {now.get(key)} given" for key in before if before[key] != now.get(key)]
@@ -188,15 +193,18 @@ class Cache:
             value = read_sealed(self.path / "cache.json")
         except (FileNotFoundError, NotADirectoryError):
             raise _no_cache(self.path) from None
-        if value.get("format_version") != FORMAT_VERSION:
+        version = value.get("format_version")
+        if type(version) is not int or version not in CACHE_VERSIONS:
             raise BadInputError(
-                f"{self.path} has format version {value.get('format_version')}; this program reads version {FORMAT_VERSION}. "
-                "Use the version of teacher-cache that wrote it."
+                f"{self.path} has format version {version}; this program reads versions "
+                f"{' and '.join(map(str, CACHE_VERSIONS))}. Use the version of teacher-cache that wrote it."
             )
         self.files = listed_files(value, self.path / "cache.json")
         try:
             self.identity = CropsIdentity.from_json(value)
             self.n_skipped = value["n_skipped"]
+            if version != self.identity.plan.version:
+                raise ValueError(f"format_version is {version}, and its plan is one of version {self.identity.plan.version}")
             if value["crops_id"] != self.identity.crops_id:
                 raise ValueError("its identity does not fit its content")
             if sorted(self.files) != LISTS or type(self.n_skipped) is not int:

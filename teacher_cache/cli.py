@@ -13,13 +13,17 @@ import click
 
 from .claims import taking_over
 from .command import one_line_errors, say
-from .crops import CROP_FORMATS
+from .crops import CROP_FORMATS, LARGEST_SIZE, LEAST_SIZE
 from .errors import UsageError
 from .estimate import human, require_space
 from .spec import CODECS, DTYPES
 
 KEPT = "Finished work is kept; the same command goes on from there."
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
+SIDE = click.IntRange(LEAST_SIZE, LARGEST_SIZE)
+CROP_SIZE = click.option("--crop-size", type=SIDE, help="Side of a crop, pixels; a teacher of another size resizes it. "
+                         "[default: what the teacher takes; 224 for teacher-cache crop]")  # fmt: skip
+CROP_FORMAT = click.option("--crop-format", type=click.Choice(list(CROP_FORMATS)), help="How crops are stored. [default: jpeg95]")
 
 
 def _options(*options):
@@ -40,8 +44,8 @@ CROP_OPTIONS = _options(
     click.option("--preset", help="Take the crop plan of this training preset (student-train --list)."),
     click.option("--plan", type=click.Choice(["random", "center"]), help="random: random resized crops for training; center: "
                  "short side resized, middle cut, for evaluation. [default: random]"),
-    click.option("--crop-size", type=click.IntRange(8, 4096), help="Side of a crop, pixels. [default: the teacher's]"),
-    click.option("--crop-format", type=click.Choice(list(CROP_FORMATS)), help="How crops are stored. [default: jpeg95]"),
+    CROP_SIZE,
+    CROP_FORMAT,
     click.option("--seed", type=click.IntRange(0), help="Of the order of images and of all crops. [default: 0]"),
     click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded, and list them in skipped.txt."),
     click.option("--workers", type=click.IntRange(1), help="Threads that cut crops. [default: one a processor]"),
@@ -171,7 +175,7 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
-@click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
+@click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
@@ -314,11 +318,14 @@ def _load_teacher(teacher: str, weights: str | None, image_size: int | None, dev
 def _say_crops(job) -> int:
     """Say what crops will be made; returns the bytes that takes while it goes on."""
     from .cropping import bytes_to_write, estimate_crop_bytes
+    from .images import in_one_line
 
     n_images, n_views = len(job.images.names), len(job.views)
     if job.ignored:
         say(f"{len(job.ignored):,} files of {job.images_dir} are no images by their names and are left alone, e.g. "
             f"{job.ignored[0]!r}.")  # fmt: skip
+    if job.left_out:
+        say(in_one_line(job.left_out))
     _say_new(job.images_dir, job.new)
     one = estimate_crop_bytes(job)
     say(f"crops    {n_images:,} images in {len(job.images.classes):,} classes, {n_views} view{'s' * (n_views > 1)} to make, "
@@ -401,9 +408,9 @@ def _store_name(name: str) -> str:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
 @click.option("--tokens", "visible", type=TokenChoice(), help="all, or visible:K, as for extract. [default: all]")
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard. [default: 2048]")
-@click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
-@click.option("--crop-size", type=click.IntRange(8, 4096), help="Side of a crop, pixels. [default: the teacher's]")
-@click.option("--crop-format", type=click.Choice(list(CROP_FORMATS)), help="How crops are stored. [default: jpeg95]")
+@click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
+@CROP_SIZE
+@CROP_FORMAT
 @click.option("--preset", help="What is to be trained: gives crop plan, epochs and what a step reads (student-train --list).")
 @click.option("--epochs", type=click.IntRange(1), help="Of one run. [default: the preset's]")
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Trainings from this cache.")
@@ -599,11 +606,12 @@ def verify(cache: Path, as_json: bool, sample: int | None, images: Path | None, 
         from .advice import mending_commands
         from .again import DEFAULT_ROWS, cut_views_again, load_teacher_of, new_in_folder, teach_views_again
         from .findings import Checked
+        from .images import require_folder
         from .verify import open_cache
         from .verify import verify as verify_cache
 
-        if images is not None and not images.is_dir():
-            raise UsageError(f"--images {images}: no such folder. Give the one that the crops were cut from.")
+        if images is not None:
+            require_folder(images)
         if teacher is not None and weights is None:
             raise UsageError("--teacher chooses a store for --weights: give both.")
         opened, findings = open_cache(cache)

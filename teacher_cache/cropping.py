@@ -25,7 +25,7 @@ from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_i
 from .durable import clear_aside, crc32c, make_folder, npy_bytes, publish, read_sealed, remove, seal, sha256_file, write_whole
 from .errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from .estimate import full_disk_explained, human
-from .images import ImageList, read_image, scan
+from .images import ImageList, Scanned, lies_in_left_out, read_image, scan
 from .parts import WORK, WorkFolder, is_left_over
 from .progress import progress
 from .spare import SPARE, write_spare
@@ -50,6 +50,8 @@ class CropJob:
     """The missing views."""
     ignored: tuple[str, ...]
     """Files of the folder that are no images by name."""
+    left_out: tuple[str, ...]
+    """Its hidden files and folders, and those of systems: images.Scanned."""
     new: tuple[str, ...]
     """Images of the folder that the cache was made without."""
     finished: View | None
@@ -65,7 +67,7 @@ class CropJob:
 
     @cached_property
     def work(self) -> WorkFolder:
-        return WorkFolder(self.cache_dir, self.images.names, self.views)
+        return WorkFolder(self.cache_dir, self.images.names, self.views, self.plan.size)
 
     @cached_property
     def sources(self) -> np.ndarray | None:
@@ -110,19 +112,34 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
     if images_dir is None:
         raise UsageError(f"{cache_dir} lacks view {views[0]}, and making it needs the originals: give --images DIR.")
 
-    found, ignored = scan(images_dir)
-    images = found.permuted(plan.seed) if cache is None else _same_images(cache, found, images_dir)
-    new = new_images(cache, found) if cache else []
     finished = next(iter(cache.views()), None) if cache else None
-    job = CropJob(cache_dir, images_dir, images, plan, crop_format, views, tuple(ignored), tuple(new), finished)
-    job.work.require_begun_alike(job.identity)
+
+    def job_of(found: Scanned) -> CropJob:
+        images = found.images.permuted(plan.seed) if cache is None else _same_images(cache, found.images, images_dir)
+        new = tuple(new_images(cache, found.images)) if cache else ()
+        ignored, left_out = tuple(found.ignored), tuple(found.left_out)
+        return CropJob(cache_dir, images_dir, images, plan, crop_format, views, ignored, left_out, new, finished)
+
+    found = scan(images_dir)
+    job = job_of(found)
+    try:
+        job.work.require_begun_alike(job.identity)
+    except MismatchError:
+        if cache is not None or not found.left_out:
+            raise
+        with suppress(UsageError, BadInputError):  # the stage may have been begun when nothing was left out
+            job = job_of(scan(images_dir, everything=True))
+            job.work.require_begun_alike(job.identity)
+            return job
+        raise
     return job
 
 
 def _same_images(cache: Cache, found: ImageList, images_dir: Path) -> ImageList:
-    """The cache's own images, after a check that all of them stand in the folder."""
+    """The cache's own images, after a check that all of them stand in the folder; those, too, that would be left out today."""
     images = cache.images()
     missing = set(images.names) - set(found.names)
+    missing = {name for name in missing if not (lies_in_left_out(name) and os.path.lexists(images_dir / name))}
     if missing:
         raise MismatchError(
             f"{images_dir} lacks {len(missing)} of the {len(images.names)} images of {cache.path}, e.g. {min(missing)}. "

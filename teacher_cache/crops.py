@@ -19,6 +19,10 @@ from .errors import BadInputError, UsageError
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
+LEAST_SIZE, LARGEST_SIZE = 8, 4096
+"""Sides of the crops that can be asked for, pixels. Below, no network has a patch; above, one crop alone has 50 MB. Caches with
+crops of 1 to 7 pixels can be read: nothing has ever depended on the lower bound."""
+
 CROP_FORMATS = {"jpeg95": 95, "jpeg90": 90, "raw": None}
 """Name -> JPEG quality (always 4:4:4), or None for plain RGB bytes."""
 
@@ -55,15 +59,17 @@ class CropPlan:
     jitter: float = 0.0
     """Strength s of brightness, contrast and saturation, each factor uniform in 1-s .. 1+s; 0 is off."""
     resize: int = 256
-    """`center` only: the short side before the cut, pixels."""
+    """`center` only: the short side before the cut, pixels. Of a random plan it says nothing; it is part of the identity of a
+    cache all the same, because it always was."""
 
     def __post_init__(self):
         for name in ("scale", "ratio"):
             object.__setattr__(self, name, tuple(float(bound) for bound in getattr(self, name)))
         checks = {
             "kind must be random or center": self.kind in ("random", "center"),
-            "size must be 1 to 4096 pixels": isinstance(self.size, int) and 1 <= self.size <= 4096,
-            "resize must be at least size": isinstance(self.resize, int) and self.resize >= self.size,
+            f"size must be 1 to {LARGEST_SIZE} pixels": type(self.size) is int and 1 <= self.size <= LARGEST_SIZE,
+            "resize must be at least 1": type(self.resize) is int and self.resize >= 1,
+            "resize must be at least size": self.kind != "center" or self.resize >= self.size,
             "scale must be 0 < low <= high <= 1": len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1,
             "ratio must be 0 < low <= high": len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1],
             "flip_p must be 0 to 1": 0 <= self.flip_p <= 1,
@@ -81,11 +87,20 @@ class CropPlan:
         return cls(kind="center", size=size, resize=round(size * 8 / 7), flip_p=0.0)
 
     def changed(self, kind: str | None, size: int | None, seed: int | None) -> CropPlan:
-        """This plan with what is not None changed. Another kind comes with that kind's own settings."""
+        """This plan with what is not None changed. Another kind comes with that kind's own settings, and another size of a centre
+        crop with another short side before the cut. Raises UsageError for a size that no crop is made of.
+        """
+        if size is not None and not LEAST_SIZE <= size <= LARGEST_SIZE:
+            raise UsageError(f"Crops of {size} pixels: a side of {LEAST_SIZE} to {LARGEST_SIZE} pixels can be made.")
         kind, size, seed = kind or self.kind, size or self.size, self.seed if seed is None else seed
-        if kind == "center":
+        if kind == "center" and (kind, size) != (self.kind, self.size):
             return dataclasses.replace(CropPlan.center(size), seed=seed)
         return dataclasses.replace(self if self.kind == kind else CropPlan(), size=size, seed=seed)
+
+    @property
+    def version(self) -> int:
+        """The oldest format version of caches that has words for this plan: version 1 wants `resize` >= `size` of every kind."""
+        return 1 if self.resize >= self.size else 2
 
     def to_json(self) -> dict:
         return {**dataclasses.asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}

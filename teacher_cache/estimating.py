@@ -181,8 +181,7 @@ def _crops(asked: Question, student: Student | None, default_size: int) -> tuple
     if asked.images and asked.n_images:
         raise UsageError("--images counts the images by itself: leave out --n-images, or give it alone.")
     if asked.images:
-        images, _ = scan(asked.images)
-        images = images.permuted(plan.seed)
+        images = scan(asked.images).images.permuted(plan.seed)
         return CropSizes.of_images(asked.images, images, plan, crop_format), plan, crop_format, images
     if not asked.n_images:
         raise UsageError("How many images? Give --images DIR, or --n-images N, or a CACHE that has its crops.")

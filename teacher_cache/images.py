@@ -1,7 +1,8 @@
 """An image folder, read as torchvision's ImageFolder reads it, in one fixed seeded order.
 
 Class folders with images below them, or a flat folder without labels. Row i of every file of a cache is the i-th name of
-this order, so any contiguous range of rows is a random sample of the classes.
+this order, so any contiguous range of rows is a random sample of the classes. Unlike ImageFolder, hidden files and the folders of
+file systems and file managers are left out: none of them is a class, and what lies in them is not meant.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .errors import BadInputError, UsageError
+from .not_images import what_it_is
+from .shell import quoted
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_BYTES = 1 << 30
 """Larger files are no images that Pillow would decode, and would fill the memory."""
+
+SYSTEM_FOLDERS = {"lost+found", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
+"""In small letters: what file systems, archives of macOS, network drives and Windows put beside the images."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,28 @@ class ImageList:
         return ImageList(tuple(self.names[i] for i in order), self.labels[order], self.classes)
 
 
-def scan(folder: Path) -> tuple[ImageList, list[str]]:
-    """List the images of `folder`; also returns the names of the files that are ignored because they are no images by name.
+class Scanned(NamedTuple):
+    """What is in a folder of images."""
+
+    images: ImageList
+    ignored: list[str]
+    """Files that are no images by name."""
+    left_out: list[str]
+    """Hidden files that are called images, and hidden folders and those of systems, whatever is in them: see is_left_out."""
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is hidden (`._1.jpg`, `.ipynb_checkpoints`) or a system's (`lost+found`)."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def lies_in_left_out(name: str) -> bool:
+    """Whether an image, by its name relative to the folder, is left out, or a folder on the way to it is."""
+    return any(map(is_left_out, name.split("/")))
+
+
+def scan(folder: Path, everything: bool = False) -> Scanned:
+    """List the images of `folder`. everything: as caches were made before anything was left out.
 
     Whatever is called an image is listed, be it a link to nowhere or a pipe, so that the crop stage names it with all others
     that cannot be decoded. Raises UsageError if there is no such folder or no image in it; BadInputError for a class without
@@ -46,9 +74,9 @@ def scan(folder: Path) -> tuple[ImageList, list[str]]:
     text file can hold.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"--images {folder}: no such folder. Give a folder of class folders, or of images.")
-    classes, top_level = _listed(folder)
+    require_folder(folder)
+    left_out: list[str] | None = None if everything else []
+    classes, top_level = _listed(folder, left_out)
     flat = [name for name in top_level if _is_image_name(name)]
     ignored = [name for name in top_level if not _is_image_name(name)]
     if not classes:
@@ -61,23 +89,44 @@ def scan(folder: Path) -> tuple[ImageList, list[str]]:
             )
         names, labels = [], []
         for label, class_name in enumerate(classes):
-            files = _files_below(folder, class_name)
+            files = _files_below(folder, class_name, left_out)
             found = [name for name in files if _is_image_name(name)]
             if not found:
                 raise BadInputError(
                     f"--images {folder}: the class folder {class_name!r} holds no images ({', '.join(EXTENSIONS)}). "
-                    "Remove it or fill it; its label would be learned from nothing."
+                    + (what_it_is(folder, files) or "Remove it or fill it; its label would be learned from nothing.")
                 )
             names += found
             labels += [label] * len(found)
             ignored += [name for name in files if not _is_image_name(name)]
         labels = np.array(labels)
+    left_out = left_out or []
     if not names:
-        raise UsageError(f"--images {folder}: no images found ({', '.join(EXTENSIONS)}). Give the folder that has them.")
+        but = f" {in_one_line(left_out)}" if left_out else ""
+        raise UsageError(
+            f"--images {folder}: no images found ({', '.join(EXTENSIONS)}).{but} "
+            + (what_it_is(folder, ignored) or "Give the folder that has them.")
+        )
     if odd := [name for name in names if not _fits_a_line(name)]:
         others = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
         raise BadInputError(f"--images {folder}: the file name {odd[0]!r}{others} cannot be kept in a text file. Rename it.")
-    return ImageList(tuple(names), labels.astype("int64"), tuple(classes)), ignored
+    return Scanned(ImageList(tuple(names), labels.astype("int64"), tuple(classes)), ignored, left_out)
+
+
+def require_folder(folder: Path) -> None:
+    """Raise UsageError that says what is there instead, and what to do with it, unless `folder` is one."""
+    if not folder.is_dir():
+        instead = what_it_is(folder) if folder.exists() else None
+        if instead and _is_image_name(folder.name):
+            instead = f"is one image. Give the folder that it lies in: {quoted(folder.parent)}"
+        raise UsageError(f"--images {folder}: {instead or 'no such folder. Give a folder of class folders, or of images.'}")
+
+
+def in_one_line(left_out: Iterable[str], most: int = 5) -> str:
+    """What was left out, as a sentence with names."""
+    names = sorted(left_out)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"Hidden files and system folders are left out: {', '.join(map(repr, names[:most]))}{more}."
 
 
 def read_image(folder: Path, name: str) -> bytes:
@@ -99,36 +148,43 @@ def _is_image_name(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _files_below(folder: Path, class_name: str) -> list[str]:
+def _files_below(folder: Path, class_name: str, left_out: list[str] | None) -> list[str]:
     """Names of all files of a class, relative to `folder`, in ImageFolder's order: by folder, then by name."""
-    return [f"{inner}/{name}" for inner, files in sorted(_walk(folder, class_name, frozenset())) for name in files]
+    return [f"{inner}/{name}" for inner, files in sorted(_walk(folder, class_name, frozenset(), left_out)) for name in files]
 
 
-def _walk(folder: Path, inner: str, above: frozenset[tuple[int, int]]) -> list[tuple[str, list[str]]]:
+def _walk(folder: Path, inner: str, above: frozenset[tuple[int, int]], left_out: list[str] | None) -> list[tuple[str, list[str]]]:
     """(folder, sorted names of its files) of `inner` and of all folders below it; links are followed.
 
-    above: device and inode of the folders that lead here; one that comes again is a link in a circle.
+    left_out: as for _listed. above: device and inode of the folders that lead here; one that comes again is a link in a circle.
     """
     status = (folder / inner).stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise BadInputError(f"--images {folder}: the link {inner!r} leads to a folder that contains it. Remove it.")
-    folders, files = _listed(folder / inner)
+    folders, files = _listed(folder, left_out, inner)
     found = []
     for name in folders:
-        below = _walk(folder, f"{inner}/{name}", above | {here})
+        below = _walk(folder, f"{inner}/{name}", above | {here}, left_out)
         found += below
         if _is_image_name(name) and not any(names for _, names in below):
             files.append(name)  # an empty folder that is called an image is one that cannot be decoded
     return [(inner, sorted(files)), *found]
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in `folder`, each sorted. BadInputError if that cannot be told."""
-    folders, files = [], []
+def _listed(top: Path, left_out: list[str] | None, inner: str = "") -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in the folder `inner` of `top`, each sorted. BadInputError if that cannot be told.
+
+    left_out: takes the names, relative to `top`, of what is_left_out; None: nothing is.
+    """
+    folder, folders, files = top / inner, [], []
     try:
         for entry in os.scandir(folder):
-            (folders if _is_folder(entry) else files).append(entry.name)
+            is_folder = _is_folder(entry)
+            if left_out is not None and is_left_out(entry.name) and (is_folder or _is_image_name(entry.name)):
+                left_out.append(f"{inner}/{entry.name}" if inner else entry.name)
+                continue
+            (folders if is_folder else files).append(entry.name)
             if entry.is_symlink() and not _is_image_name(entry.name) and not Path(entry).exists():
                 raise BadInputError(
                     f"--images: the link {entry.path!r} leads nowhere; it may have been a folder. Remove or mend it."

@@ -1,4 +1,4 @@
-"""The work folder of an unfinished crop stage: crops in parts of 512 images, each committed as it is done.
+"""The work folder of an unfinished crop stage: crops in parts of at most 512 images, each committed as it is done.
 
     CACHE/crops.partial/     job.json                                  what is being made, from which images
         bad.txt              the images that cannot be used, and why
@@ -11,6 +11,7 @@ vouches for the records, which vouch for the crops.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,14 @@ from .cache import CropsIdentity, differences
 from .crops import CROP_DTYPE
 from .durable import crc32c, inside, make_folder, npy_bytes, read_npy, read_sealed, remove, seal, sha256_file, write_whole
 from .errors import CacheCorruptError, MismatchError
+from .spec import MAX_ROWS
 
 WORK = "crops.partial"
 PART_ROWS = 512
+"""Images of a part at most."""
+PART_BYTES = 512 << 20
+"""Of the crops of a part in all its views, if they were stored raw: they are in memory together. 384 px in two views: 512 images;
+4096 px in one: 10."""
 
 
 def is_left_over(cache_dir: Path) -> bool:
@@ -34,20 +40,35 @@ def is_left_over(cache_dir: Path) -> bool:
 class WorkFolder:
     """What one crop stage has on disk before it publishes.
 
-    names: its images in row order. views: those it makes. Nothing is read or written before a method asks for it.
+    names: its images in row order. views: those it makes. size: side of a crop, pixels. Nothing is read or written before a
+    method asks for it.
     """
 
-    def __init__(self, cache_dir: Path, names: tuple[str, ...], views: tuple[int, ...]):
-        self.cache_dir, self.path, self.names, self.views = cache_dir, cache_dir / WORK, names, views
+    def __init__(self, cache_dir: Path, names: tuple[str, ...], views: tuple[int, ...], size: int):
+        self.cache_dir, self.path, self.names, self.views, self.size = cache_dir, cache_dir / WORK, names, views, size
 
     # --- parts ---
 
+    @cached_property
+    def part_rows(self) -> int:
+        """Images of a part: as the stage that is there was begun, else as many as memory should hold."""
+        if self._is_begun:
+            begun = read_sealed(self.path / "job.json").get("part_rows")
+            if type(begun) is not int or not 1 <= begun <= MAX_ROWS:
+                raise CacheCorruptError(f"{self.path / 'job.json'}: part_rows is {begun!r}. Delete {self.path} to start over.")
+            return begun
+        return max(1, min(PART_ROWS, PART_BYTES // (3 * self.size**2 * len(self.views))))
+
+    @property
+    def _is_begun(self) -> bool:
+        return (self.path / "job.json").exists() and not is_left_over(self.cache_dir)
+
     @property
     def n_parts(self) -> int:
-        return -(-len(self.names) // PART_ROWS)
+        return -(-len(self.names) // self.part_rows)
 
     def rows_of(self, part: int) -> slice:
-        return slice(part * PART_ROWS, (part + 1) * PART_ROWS)
+        return slice(part * self.part_rows, (part + 1) * self.part_rows)
 
     def missing_views(self, part: int) -> list[int]:
         return [view for view in self.views if not self._commit(view, part).exists()]
@@ -70,7 +91,7 @@ class WorkFolder:
 
     def require_begun_alike(self, identity: CropsIdentity) -> None:
         """Raise MismatchError, naming what differs, if the stage that was begun here was to make something else."""
-        if not (self.path / "job.json").exists() or is_left_over(self.cache_dir):
+        if not self._is_begun:
             return
         differing = differences(read_sealed(self.path / "job.json"), self._describe(identity), "begun")
         if differing:
@@ -81,6 +102,7 @@ class WorkFolder:
 
     def begin(self, identity: CropsIdentity) -> None:
         """Record what is being made, or check that a stage begun earlier makes the same."""
+        self.__dict__.pop("part_rows", None)  # since it was looked at, another process may have begun the stage
         self.require_begun_alike(identity)
         if is_left_over(self.cache_dir):
             self.remove()
@@ -91,7 +113,7 @@ class WorkFolder:
 
     def _describe(self, identity: CropsIdentity) -> dict:
         """What job.json says: parts on disk serve a later run only if it says the same."""
-        return {**identity.to_json(), "part_rows": PART_ROWS}
+        return {**identity.to_json(), "part_rows": self.part_rows}
 
     def remove(self) -> None:
         remove(self.path)

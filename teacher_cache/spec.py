@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from .errors import CacheCorruptError, UsageError
 
-FORMAT_VERSION = 1
-"""Of a cache and its crops."""
+CACHE_VERSIONS = (1, 2)
+"""Of caches and their crops; 2 came with random crops of more than 256 pixels, and says nothing else otherwise than 1."""
 STORE_VERSIONS = (1, 2, 3)
 """Of stores, the last being that of new ones. 2 came with int4 and visible tokens; 3 with the teacher's activation and position
 rule."""

@@ -463,7 +463,7 @@ def test_a_cache_that_vanishes(tmp_path, image_folder, monkeypatch, gone):
 MISTAKES = {
     "no images": ([*FAKE, "{new}"], 2, "lacks view 0, and making it needs the originals: give --images"),
     "images missing": (["crop", "--images", "{tmp}/nowhere", "{new}"], 2, "nowhere: no such folder"),
-    "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 2, "no such folder"),
+    "images is a file": (["crop", "--images", "{made}/cache.json", "{new}"], 2, "cache.json: is a file, not a folder"),
     "cache is a file": (["crop", "--images", "{images}", "{made}/cache.json"], 2, "is a file. Give a folder"),
     "cache below a file": (["crop", "--images", "{images}", "{made}/cache.json/c"], 1, "a file stands where a folder"),
     "foreign folder": (["crop", "--images", "{images}", "{images}"], 2, "neither empty nor a cache"),

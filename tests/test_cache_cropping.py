@@ -114,6 +114,43 @@ def test_one_decode_serves_all_missing_views(tmp_path, image_folder, monkeypatch
     assert len(decoded) == 24 == len(set(decoded))
 
 
+HIDDEN = "class-0/.ipynb_checkpoints/image-checkpoint.png"
+
+
+def made_before(patch):
+    """Nothing is left out, as it was before."""
+    patch.setattr(cropping, "scan", lambda folder, everything=True, scan=cropping.scan: scan(folder, everything=True))
+
+
+def test_images_that_an_older_cache_took_from_hidden_folders(tmp_path, folder):
+    """A cache made when nothing was left out finds its images for another view; a new cache is made without them."""
+    (folder / HIDDEN).parent.mkdir()
+    image_of(3).save(folder / HIDDEN)
+    with pytest.MonkeyPatch.context() as patch:
+        made_before(patch)
+        assert HIDDEN in crop_folder(tmp_path / "old", folder).images().names
+    assert len(crop_folder(tmp_path / "old", folder, 2).views()) == 2
+    assert not list(verify(Cache(tmp_path / "old"))[0])
+    assert len(crop_folder(tmp_path / "new", folder).images().names) == 24
+    (folder / HIDDEN).unlink()
+    with pytest.raises(MismatchError, match="lacks 1 of the 25 images"):
+        crop_folder(tmp_path / "old", folder, 3)
+
+
+def test_a_stage_begun_when_nothing_was_left_out(tmp_path, folder):
+    """An unfinished crop stage that was begun with images of hidden folders is gone on with as it is."""
+    (folder / HIDDEN).parent.mkdir()
+    image_of(3).save(folder / HIDDEN)
+    with pytest.MonkeyPatch.context() as patch:
+        made_before(patch)
+        patch.setattr(parts.WorkFolder, "commit", failing_at(parts.WorkFolder.commit, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            crop_folder(tmp_path / "c", folder)
+    with pytest.raises(MismatchError, match="crop plan seed: 0 begun, 1 given"):
+        crop_folder(tmp_path / "c", folder, plan=replace(PLAN, seed=1))
+    assert HIDDEN in crop_folder(tmp_path / "c", folder).images().names
+
+
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 CRASHES = {  # a part of two views is six files; job.json comes before the first

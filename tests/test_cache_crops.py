@@ -112,15 +112,42 @@ def test_jitter_law():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "resized"}, "random or center"), ({"size": 0}, "1 to 4096"), ({"scale": (0.5, 0.2)}, "low <= high"),
+        ({"kind": "resized"}, "random or center"), ({"size": 0}, "1 to 4096"), ({"size": 4097}, "1 to 4096"),
+        ({"scale": (0.5, 0.2)}, "low <= high"),
         ({"scale": (0.0, 1.0)}, "0 < low"), ({"ratio": (0, 1)}, "ratio"), ({"flip_p": 1.5}, "flip_p"), ({"jitter": -1}, "jitter"),
-        ({"seed": -1}, "seed"), ({"resample": "nearest"}, "bicubic, bilinear"), ({"resize": 10}, "at least size"),
+        ({"seed": -1}, "seed"), ({"resample": "nearest"}, "bicubic, bilinear"), ({"resize": 0}, "resize must be at least 1"),
+        ({"kind": "center", "resize": 223}, "at least size"),
     ],
 )  # fmt: skip
 def test_impossible_plans(change, words):
     """A plan that cannot be drawn is refused when it is built, naming the field and the plan."""
     with pytest.raises(UsageError, match=words):
         CropPlan(**change)
+
+
+@pytest.mark.parametrize("size", [8, 224, 256, 257, 384, 518, 4096])
+def test_random_plans_of_any_size(size):
+    """A random plan has any size; `resize`, which belongs to centre crops, stays what it always was, as does every crops_id."""
+    plan = CropPlan(size=size)
+    assert plan == CropPlan().changed(None, size, None) and plan.to_json()["resize"] == 256
+    assert plan.version == (1 if size <= 256 else 2)
+    centre = CropPlan().changed("center", size, 3)
+    assert (centre.resize, centre.seed, centre.version) == (round(size * 8 / 7), 3, 1)
+
+
+@pytest.mark.parametrize("size", [0, 7, 4097])
+def test_sizes_that_are_not_made(size):
+    """What is asked for has 8 to 4096 pixels, and the message says so."""
+    with pytest.raises(UsageError, match=f"Crops of {size} pixels: a side of 8 to 4096 pixels"):
+        CropPlan().changed(None, size, None)
+
+
+def test_a_plan_that_is_gone_on_with():
+    """What is not asked for stays as it is, also the short side of a centre crop that is not the usual one."""
+    centre = CropPlan(kind="center", size=224, resize=232, flip_p=0.0)
+    assert centre.changed(None, None, None) == centre == centre.changed("center", 224, None)
+    assert centre.changed(None, 336, None) == CropPlan.center(336)
+    assert CropPlan(jitter=0.4).changed("random", 384, None) == CropPlan(jitter=0.4, size=384)
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------

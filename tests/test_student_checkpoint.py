@@ -343,7 +343,7 @@ def test_other_data_in_words(tmp_path, given, words):
     there = {"crops_id": "cc" * 32, "views": ["11" * 32, "22" * 32], "order": {"seed": 0}, "store": "demo", "dtype": "int8",
              "weights_sha256": "ab" * 32}  # fmt: skip
     path = save_checkpoint(tmp_path, 1, *fresh(config), config, there)
-    with pytest.raises(RunMismatchError, match="another data") as caught:
+    with pytest.raises(RunMismatchError, match="other data") as caught:
         load_checkpoint(path, *fresh(config), config, there | given)
     assert str(caught.value).splitlines()[1:-1] == [f"  {words}"]
     assert load_checkpoint(path, *fresh(config), config, there).step == 1

@@ -121,7 +121,7 @@ def test_bad_overrides(name, text, words):
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: ViTConfig(image_size=200), "image_size=200 is no multiple of the 16 pixels"),
+        (lambda: ViTConfig(image_size=200), "image_size=200 is no multiple of the 16 pixels of an output token. Take 192 or 208"),
         (lambda: ViTConfig(heads=5), "no multiple of heads=5"),
         (lambda: ViTConfig(fuse_blocks=(3, 13)), r"in 1..12, not \(3, 13\)"),
         (lambda: ViTConfig(drop_path=1.0), "drop_path"),
@@ -132,6 +132,10 @@ def test_bad_overrides(name, text, words):
         (lambda: TrainConfig(epochs=10), "warmup_epochs=20.0 is more than epochs=10"),
         (lambda: TrainConfig(mask=MaskConfig(ratio=0.999)), "hides all 196"),
         (lambda: TrainConfig(mask=MaskConfig(ratio=0.0)), "hides no patch"),
+        (
+            lambda: TrainConfig(backbone=ViTConfig(image_size=64), mask=MaskConfig("block", 0.85)),
+            "14 of which are to be hidden, no",
+        ),
         (lambda: TrainConfig(optim=OptimConfig(min_lr=0.1)), "above the peak"),
         (lambda: MimicConfig(weight=0), "positive"),
         (lambda: AlignConfig(levels=0), "positive"),

@@ -304,7 +304,7 @@ def test_other_data_is_refused(tmp_path, stage):
         description = json.loads((tmp_path / "run" / "config.json").read_text())
         description["identity"] = source.identity
         (tmp_path / "run" / "config.json").write_text(json.dumps(description))
-    with pytest.raises(RunMismatchError, match=r"another data:\n  cache: fake in the run, other given\n"):
+    with pytest.raises(RunMismatchError, match=r"other data:\n  cache: fake in the run, other given\n"):
         Trainer(config, model, source, tmp_path / "run")
 
 

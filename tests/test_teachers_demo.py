@@ -62,7 +62,7 @@ def test_the_folder_holds_every_digit_once_and_is_not_written_twice(tmp_path, di
     images, labels = digits
     seen = {}
     for split, n in (("train", 4000), ("val", 1000)):
-        listed, other = scan(folder / split)
+        listed, other, _ = scan(folder / split)
         assert len(listed.names) == n and other == [] and listed.classes == tuple("0123456789")
         for name, label in zip(listed.names, listed.labels, strict=True):
             seen[int(name[2:6])] = (folder / split / name, label)

@@ -56,7 +56,7 @@ RECIPE = (
 
 def read_folder(folder: Path) -> tuple[list[Image.Image], Tensor]:
     """The RGB images of one split and their labels, int64 [n_images], in the sorted order of the folder."""
-    images, _ = scan(folder)
+    images = scan(folder).images
     return [Image.open(folder / name).convert("RGB") for name in images.names], torch.from_numpy(images.labels)
 
 

@@ -26,9 +26,11 @@ class _Grid:
 
     def check_grid(self) -> None:
         require_positive(self, "backbone", "image_size")
+        below = max(1, self.image_size // self.stride) * self.stride
         require(
             self.image_size % self.stride == 0,
-            f"backbone.image_size={self.image_size} is no multiple of the {self.stride} pixels of an output token.",
+            f"backbone.image_size={self.image_size} is no multiple of the {self.stride} pixels of an output token. Take "
+            f"{below} or {below + self.stride}, and crops of that size.",
         )
         require(self.dim % 4 == 0, f"backbone: the width {self.dim} must be a multiple of 4 for the position table.")
         require(0 <= self.drop_path < 1, f"backbone.drop_path must be in 0..1, not {self.drop_path}.")

@@ -37,7 +37,15 @@ class MaskConfig(Checked):
                 f"mask.unit={self.unit} must be a multiple of the {backbone.stride} pixels of a token and divide the "
                 f"{backbone.image_size} pixels of the image.",
             )
-        require(self.n_keep(backbone) > 0, f"mask.ratio={self.ratio} hides all {backbone.n_patches} patches.")
+        n_drop = backbone.n_patches - self.n_keep(backbone)
+        require(n_drop < backbone.n_patches, f"mask.ratio={self.ratio} hides all {backbone.n_patches} patches.")
+        if self.kind == "block" and n_drop:
+            rows, columns = backbone.grid  # a rectangle's sides are below these, and rounded
+            require(
+                min(self.min_block, n_drop) < (rows - 0.5) * (columns - 0.5),
+                f"mask.min_block={self.min_block}: on {rows} x {columns} patches, {n_drop} of which are to be hidden, no rectangle "
+                "of so many leaves a row and a column free. Set a lower mask.min_block, or a larger backbone.image_size.",
+            )
 
     def unit_side(self, backbone: BackboneConfig) -> int:
         """Tokens along the side of a unit."""
