@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +51,13 @@ def processes(device: str) -> Iterator[str]:
     try:
         yield device
     except BaseException as error:
+        if isinstance(error, Exception):  # at once: leaving the group may fail itself, hang, or end the process
+            print(f"Process {rank()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         tell_failure(str(error) or type(error).__name__)
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def local_processes() -> int:

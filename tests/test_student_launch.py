@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from student import distributed
 from student.errors import ConfigError
 from student.launch import Launch, launch_of
 
@@ -64,3 +65,20 @@ def test_nobody_is_waited_for(shared_cache, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert run.returncode == 2 and "To train in several, start with torchrun" in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_error_is_said_before_the_group_is_left(monkeypatch, capsys):
+    """What went wrong is printed before the processes part, which may hang or fail itself, and is what the command ends with."""
+    said_before = []
+
+    def leave():
+        said_before.append(capsys.readouterr().err)
+        raise RuntimeError("NCCL communicator was aborted")
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", leave)
+    with pytest.raises(ValueError, match="row 7 is damaged"), distributed.processes("cpu"):
+        raise ValueError("row 7 is damaged")
+    assert said_before == ["Process 0: ValueError: row 7 is damaged\n"]
