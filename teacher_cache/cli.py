@@ -309,6 +309,8 @@ def _load_teacher(teacher: str, weights: str | None, image_size: int | None, dev
     loaded = load_teacher(teacher, weights, image_size, device, precision)
     say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
         f"{loaded.precision} on {device}")  # fmt: skip
+    if loaded.weights_read:
+        say(f"         weights as they are in the file: {loaded.weights_read}")
     if weights and loaded.ignored_weights:
         say(f"         {len(loaded.ignored_weights)} tensors of that file belong to other parts and are left out, "
             f"e.g. {loaded.ignored_weights[0]}")  # fmt: skip

@@ -66,9 +66,10 @@ class TeacherSpec:
     name: str
     """As given to `--teacher`: `clip-b16`, `demo`, `timm:vit_tiny_patch16_224`."""
     weights: str
-    """Where the weights came from: a file's name, `random:SEED` or `built-in`."""
+    """Where the weights came from: a file's name, `FILE#KEY` for a part of one, `random:SEED` or `built-in`."""
     weights_sha256: str
-    """Of the weights file; for random weights of names, shapes and bytes of all tensors in sorted order."""
+    """Of the weights file; for random weights, and for a part that only `#KEY` tells, of names, shapes and bytes of all tensors
+    in sorted order."""
     image_size: int
     """Side of the teacher's square input, pixels."""
     patch_size: int

@@ -343,8 +343,13 @@ def come_by_themselves(weights: str) -> bool:
 
 
 def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
-    """The command that makes or finishes this store; whatever it leaves out is taken from what is there."""
+    """The command that makes or finishes this store; whatever it leaves out is taken from what is there.
+
+    A store knows the name of its weights file and not its folder: `PATH/OF/` stands for that.
+    """
     weights, name = manifest.teacher.weights, manifest.teacher.name
+    if "/" not in weights and not weights.startswith("random:"):
+        weights = f"PATH/OF/{weights}" if not come_by_themselves(weights) else weights
     with_weights = "" if come_by_themselves(weights) else f" --weights {shlex.quote(weights)}"
     with_name = "" if store_file_name(name) == store_name else f" --name {store_name}"
     return f"teacher-cache extract --teacher {name}{with_weights}{with_name} {shlex.quote(str(cache))}"

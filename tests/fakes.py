@@ -51,7 +51,7 @@ class FakeTeacher:
         )  # fmt: skip
         self.head = {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
         self.device, self.precision = torch.device("cpu"), "fp32"
-        self.ignored_weights = ()
+        self.ignored_weights, self.weights_read = (), ""
         self.n_calls = 0
 
     def __call__(self, images_u8, layers) -> TeacherOutput:

@@ -385,7 +385,8 @@ def test_other_format_version(finished):
         ("timm pretrained: t", "teacher-cache extract --teacher t C"),
         ("open_clip pretrained: t/laion2b", "teacher-cache extract --teacher t C"),
         ("random:0", "teacher-cache extract --teacher t --weights random:0 C"),
-        ("/data/ViT-B-16.pt", "teacher-cache extract --teacher t --weights /data/ViT-B-16.pt C"),
+        ("ViT-B-16.pt", "teacher-cache extract --teacher t --weights PATH/OF/ViT-B-16.pt C"),
+        ("my vit.pth#model_ema", "teacher-cache extract --teacher t --weights 'PATH/OF/my vit.pth#model_ema' C"),
     ],
 )
 def test_command_asks_for_weights_that_do_not_come_by_themselves(weights, expected):

@@ -13,7 +13,8 @@ from torch import nn
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import load_teacher
 from teacher_cache.teachers.base import whiten
-from teacher_cache.teachers.weights import random_weights
+from teacher_cache.teachers.open_clip_vit import _require_not_openais
+from teacher_cache.teachers.weights import LoadedWeights, random_weights
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -158,3 +159,37 @@ def test_another_image_size_resizes_the_position_table():
     teacher = load_teacher("open_clip:test-tiny", "random:0", image_size=48)
     assert (teacher.spec.image_size, teacher.spec.grid) == (48, (6, 6))
     assert teacher(crops_u8(2, 32), [3]).tokens.shape == (2, 1, 37, 48)
+
+
+INTEGERS = {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}
+
+
+def test_openais_own_file_needs_a_name_of_openais(tmp_path, monkeypatch):
+    """The three integers of OpenAI's archive tell its file: GELU towers and other tags refuse it and name who takes it."""
+    patched = {**pretrained._PRETRAINED["test-tiny-quickgelu"], "openai": {"quick_gelu": True}}
+    monkeypatch.setitem(pretrained._PRETRAINED, "test-tiny-quickgelu", patched)
+    path = tmp_path / "openai.pt"
+    torch.save(
+        {"state_dict": {f"module.{name}": t for name, t in (whole_model("test-tiny").state_dict() | INTEGERS).items()}}, path
+    )
+    for name in ("test-tiny", "test-tiny/plain", "test-tiny-quickgelu/quick"):
+        with pytest.raises(UsageError, match="this is OpenAI's file.*Ask for open_clip:test-tiny-quickgelu/openai"):
+            load_teacher(f"open_clip:{name}", path)
+    for name in ("test-tiny-quickgelu", "test-tiny-quickgelu/openai"):
+        assert load_teacher(f"open_clip:{name}", path).spec.activation == "quick_gelu"
+
+
+def test_the_file_of_openai_is_sent_to_our_own_names_too():
+    """For ViT-B/16 and L/14 the way is also clip-b16 and clip-l14; what open_clip lacks is not advised."""
+    loaded = LoadedWeights("a.pt", "0" * 64, tuple(INTEGERS))
+    for arch, right in (("ViT-B-16", "clip-b16 or open_clip:ViT-B-16-quickgelu/openai"), ("ViT-L-14", "clip-l14 or "),
+                        ("ViT-L-14-336", "open_clip:ViT-L-14-336-quickgelu/openai"), ("ViT-S-16", None)):  # fmt: skip
+        with pytest.raises(UsageError, match=f"Ask for {right}" if right else "no architecture with QuickGELU"):
+            _require_not_openais(f"open_clip:{arch}", arch, "", "a.pt", loaded)
+
+
+def test_a_refusal_does_not_advise_what_it_refuses():
+    """Where open_clip's only tag of an architecture disagrees with it, the advice is not the same name again."""
+    with pytest.raises(UsageError, match="open_clip:roberta-ViT-B-32 --weights PATH") as caught:
+        load_teacher("open_clip:roberta-ViT-B-32/laion2b_s12b_b32k", "random:0")
+    assert "Ask for" not in str(caught.value)

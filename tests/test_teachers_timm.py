@@ -1,10 +1,13 @@
 """timm's plain ViTs as teachers equal timm's own forward; everything else of timm is refused."""
 
+import open_clip
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from teacher_fakes import crops_u8
+from timm.layers import SwiGLU
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -224,3 +227,60 @@ def test_a_teacher_is_no_module():
     assert not list(student.parameters()) and not student.state_dict()
     student.train()
     assert not teacher._anatomy.model.training
+
+
+NOTED = [
+    name for name in timm.list_pretrained("vit_*") if (get_pretrained_cfg(name).notes or ("",))[0].startswith("natively Quick")
+]
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """timm builds what it is asked for with one narrow block, its activation and its entry as they are."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, embed_dim=64, num_heads=1, **options))
+
+
+@pytest.mark.parametrize("name", [*NOTED, "vit_huge_patch14_clip_378", "vit_base_patch16_clip_224.dfn2b"])
+def test_weights_made_for_quickgelu_need_a_model_that_has_it(name, small_models):
+    """Where timm's or open_clip's entry says QuickGELU, the plain model is refused and one that has it is named."""
+    if "quickgelu" in name:
+        assert load_teacher(f"timm:{name}", "random:0").spec.activation == "quick_gelu"
+        return
+    with pytest.raises(UsageError, match="were trained with QuickGELU, and this model of timm's has gelu. Ask for ") as caught:
+        load_teacher(f"timm:{name}", "random:0")
+    right = str(caught.value).rpartition("Ask for ")[2].removesuffix(".")
+    if right.startswith("timm:"):
+        assert get_pretrained_cfg(right.removeprefix("timm:")) is not None
+        assert load_teacher(right, "random:0").spec.activation == "quick_gelu"
+    else:
+        arch, _, tag = right.removeprefix("open_clip:").partition("/")
+        assert open_clip.get_pretrained_cfg(arch, tag)["quick_gelu"] and open_clip.get_model_config(arch)["quick_gelu"]
+
+
+def test_other_weights_of_a_noted_architecture_load(small_models):
+    """LAION's weights for the same architecture are GELU's, and remain a teacher; the notes were found at all."""
+    assert load_teacher("timm:vit_base_patch16_clip_224.laion2b", "random:0").spec.activation == "gelu"
+    assert len(NOTED) > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "gelu"),
+        ({"act_layer": "gelu_tanh"}, "gelu_tanh"),
+        ({"act_layer": "quick_gelu"}, "quick_gelu"),
+        ({"act_layer": "hard_swish"}, "hardswish"),
+        ({"mlp_layer": SwiGLU, "act_layer": "silu"}, "gated_silu"),
+    ],
+    ids=str,
+)
+def test_the_activation_on_record_is_that_of_the_model(options, expected):
+    """What was built is looked at, whatever it was named; blocks that differ are both on record."""
+    model, teacher = model_and_teacher(**options)
+    assert teacher.spec.activation == expected
+    if not options:
+        model.blocks[1].mlp.act = torch.nn.ReLU()
+        channels = (0.5,) * 3, (0.5,) * 3
+        other = as_teacher("timm:test", model, LoadedWeights("random:0", "0" * 64), *channels, "cpu", "fp32")
+        assert other.spec.activation == "gelu and relu"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_CANNOT_TELL = (
+    "A file in that layout does not tell its activation: LAION's, trained with GELU, would run with QuickGELU unnoticed and is "
+    "open_clip:ARCH/TAG's"
+)
 _NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
 
 
@@ -77,7 +81,7 @@ TEACHERS: dict[str, TeacherEntry] = {
             module="clip",
             about="CLIP ViT-B/16 of OpenAI (QuickGELU), image tower",
             weights_from="OpenAI's ViT-B-16.pt (sha256 5806e77c...), or the same weights in open_clip's layout: "
-            "open_clip_model.safetensors or open_clip_pytorch_model.bin of `ViT-B-16-quickgelu`, tag `openai`",
+            "open_clip_model.safetensors or open_clip_pytorch_model.bin of `ViT-B-16-quickgelu`, tag `openai`. " + _CANNOT_TELL,
             dim=768, depth=12, heads=12, patch_size=16, image_size=224, norm_eps=1e-5, projection_dim=512, **_OPENAI,
         ),
         TeacherEntry(
@@ -85,7 +89,7 @@ TEACHERS: dict[str, TeacherEntry] = {
             module="clip",
             about="CLIP ViT-L/14 of OpenAI (QuickGELU), image tower, at 196 px so that it has the 14 x 14 tokens of a ViT/16",
             weights_from="OpenAI's ViT-L-14.pt (sha256 b8cca3fd...), or the same weights in open_clip's layout: "
-            "open_clip_model.safetensors or open_clip_pytorch_model.bin of `ViT-L-14-quickgelu`, tag `openai`",
+            "open_clip_model.safetensors or open_clip_pytorch_model.bin of `ViT-L-14-quickgelu`, tag `openai`. " + _CANNOT_TELL,
             dim=1024, depth=24, heads=16, patch_size=14, image_size=196, native_size=224, norm_eps=1e-5, projection_dim=768,
             **_OPENAI,
         ),
@@ -165,11 +169,13 @@ TIMM_PREFIX, OPEN_CLIP_PREFIX = "timm:", "open_clip:"
 OTHER_TEACHERS = {
     f"{TIMM_PREFIX}NAME": (
         "any plain VisionTransformer of timm, e.g. timm:vit_small_patch16_224",
-        "downloaded by timm, or --weights PATH, or --weights random:SEED",
+        "downloaded by timm, or --weights PATH, or --weights random:SEED; weights made for QuickGELU need the name of a model "
+        "that has it",
     ),
     f"{OPEN_CLIP_PREFIX}ARCH/TAG": (
         "the image tower of any plain ViT of open_clip, e.g. open_clip:ViT-B-16/laion2b_s34b_b88k",
-        "downloaded by open_clip, or --weights PATH, or --weights random:SEED (for these two /TAG may be left out)",
+        "downloaded by open_clip, or --weights PATH, or --weights random:SEED (for these two /TAG may be left out; a file tells "
+        "its activation only if it is OpenAI's own)",
     ),
 }
 """Besides those of the table: how they are asked for -> (what they are, where their weights come from)."""
@@ -197,8 +203,8 @@ def load_teacher(
     """Build a teacher, fill in its weights, freeze it.
 
     name:       one of TEACHERS, `timm:NAME`, or `open_clip:ARCH/TAG`
-    weights:    path of a weights file, or `random:SEED` for a trial without one; None where they are built in, or for
-                timm or open_clip to download
+    weights:    PATH of a weights file, PATH#KEY for a part of it (file_parts.py), or `random:SEED` for a trial without one;
+                None where they are built in, or for timm or open_clip to download
     image_size: side of the teacher's input, pixels; None is its own. Position tables follow (`TeacherSpec.positions`)
     precision:  `fp32` or, on CUDA, `bf16`
     Raises UnknownNameError, UsageError, or BadInputError for weights that cannot be used.

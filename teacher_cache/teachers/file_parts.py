@@ -225,13 +225,15 @@ def _part(node: dict, key: str, prefix: str, layout: Layout, names: dict[str, st
     return part
 
 
-def _dictionaries(found: dict, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
-    """(dotted path, dictionary) of all that hold tensors, outermost first."""
+def _dictionaries(found: dict, path: str = "", depth: int = 0, seen: set[int] | None = None) -> Iterator[tuple[str, dict]]:
+    """(dotted path, dictionary) of all that hold tensors, outermost first; each once, however often it is held."""
+    seen = set() if seen is None else seen
+    seen.add(id(found))
     if any(isinstance(value, Tensor) for value in dict.values(found)):
         yield path, found
     for name, value in dict.items(found):
-        if isinstance(value, dict) and isinstance(name, str) and depth < MOST_DEPTH:
-            yield from _dictionaries(value, f"{path}.{name}" if path else name, depth + 1)
+        if isinstance(value, dict) and isinstance(name, str) and depth < MOST_DEPTH and id(value) not in seen:
+            yield from _dictionaries(value, f"{path}.{name}" if path else name, depth + 1, seen)
 
 
 def _at_key(found: dict, key: str, given: str) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.models import get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -212,8 +212,8 @@ def _require_native_activation(name: str, model: VisionTransformer) -> None:
     noted = any("quickgelu" in note.lower() for note in config.get("notes") or ())
     if built == "quick_gelu" or not (noted or full_name in _QUICK_ELSEWHERE):
         return
-    right = full_name.replace("_clip_", "_clip_quickgelu_")
-    there = full_name != right and timm.is_model(right.partition(".")[0]) and get_pretrained_cfg(right, allow_unregistered=False)
+    right = full_name.replace("_clip_", "_clip_quickgelu_", 1)
+    there = right in (get_arch_pretrained_cfgs(right) if tag else timm.list_models())
     other = _QUICK_ELSEWHERE.get(full_name) or (f"{TIMM_PREFIX}{right}" if there else None)
     raise UsageError(
         f"{name}: the weights {tag or arch} were trained with QuickGELU, and this model of timm's has {built}."
