@@ -4,5 +4,8 @@ A run may be older than the program that reads it or goes on with it. A new fiel
 commit that brings the field, whatever its default is.
 """
 
-ADDED_LATER: dict[str, object] = {}
+ADDED_LATER: dict[str, object] = {
+    "OptimConfig.schedule": "mae",
+    "OptimConfig.warmup_start": 0.0,
+}
 """`Class.field` -> the JSON value that says what was done before there was the field."""
