@@ -21,6 +21,8 @@ from teacher_cache.store import store_file_name
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1K."""
 COMMAND_AT_FAULT = (ConfigError, RunMismatchError)
 
 
@@ -77,9 +79,11 @@ def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
               "first. A locked one is refused all the same.")  # fmt: skip
 @click.option("--list", "list_presets", is_flag=True, help="List the presets and exit.")
 @click.option("--show", is_flag=True, help="Print the preset's papers, deviations and settings, and exit.")
+@click.option("--rates", is_flag=True, help="With --show: the learning rate of every step instead, on --cache's images or "
+              "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept_mismatch, max_steps, device, micro_batch,
-          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show,
+          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show, rates,
           as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
@@ -102,6 +106,8 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             return
         if not preset:
             raise UsageError("--preset is missing; student-train --list shows the presets.")
+        if rates and not show:
+            raise UsageError("--rates goes with --show. Of a run, metrics.jsonl has the rate of each step.")
         if as_json and not show:
             raise UsageError("--json goes with --list or --show. Of a run, metrics.jsonl has a JSON line for each step.")
 
@@ -117,7 +123,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
         chosen, changes = recipe(preset), _pairs("--set", overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
-            _show(preset, config, as_json)
+            _show_rates(preset, config, cache, as_json) if rates else _show(preset, config, as_json)
             return
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
@@ -202,6 +208,22 @@ def _show(preset: str, config, as_json: bool) -> None:
     click.echo("\nSettings (change one with --set KEY=VALUE):")
     for key, value in as_overrides(config).items():
         click.echo(f"  {key}={value}")
+
+
+def _show_rates(preset: str, config, cache: Path | None, as_json: bool) -> None:
+    """What --show --rates prints: step as in metrics.jsonl, epochs done by then, learning rate; a line each."""
+    from .optim import learning_rates
+
+    n_images = Cache(cache).n_images if cache else IMAGENET
+    steps_per_epoch = n_images // config.batch_size
+    if not steps_per_epoch:
+        raise UsageError(f"batch_size={config.batch_size} is more than the {n_images:,} images: --set batch_size={n_images}.")
+    rates = learning_rates(config, steps_per_epoch)
+    if as_json:
+        click.echo(json.dumps({"preset": preset, "n_images": n_images, "steps_per_epoch": steps_per_epoch, "rates": rates}))
+        return
+    lines = (f"{step} {step / steps_per_epoch:.6f} {rate!r}" for step, rate in enumerate(rates, 1))
+    click.echo("\n".join(["step epoch rate", *lines]))
 
 
 def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:

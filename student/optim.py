@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from .config import OptimConfig
+from .config import OptimConfig, TrainConfig
 from .errors import ConfigError
 
 
@@ -43,13 +43,30 @@ def set_hyperparameters(optimizer: torch.optim.AdamW, model: nn.Module, config: 
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int, config: OptimConfig) -> float:
-    """The learning rate of a step, counted from 0: linear from 0 over the warm-up, then half a cosine to `min_lr`.
+    """The learning rate of a step, counted from 0, by the law `config.schedule` names: a warm-up, then half a cosine.
 
-    As MaskAlign util/lr_sched.py, per step: the very first step has rate 0 if there is a warm-up.
+    mae: linear over the warm-up, the first step behind it has the peak; the cosine spans the rest (MAE util/lr_sched.py).
+    simmim: as mae, but the cosine spans all steps, of which the warm-up hides the start, so the rate falls at its end; and a
+    step takes the rate of the one before it, as the scheduler is told of a step when that is done (SimMIM lr_scheduler.py,
+    main_simmim.py; timm's CosineLRScheduler).
+    beit: the last step of the warm-up has the peak already, and the first behind it once more (CAE furnace/utils.py).
+    All start from `warmup_start` and head for `min_lr`, which no step quite has.
     """
-    epoch = step / steps_per_epoch
-    peak = config.peak_lr(batch_size)
-    if epoch < config.warmup_epochs:
-        return peak * epoch / config.warmup_epochs
-    progress = (epoch - config.warmup_epochs) / (epochs - config.warmup_epochs)  # 0..1
-    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    peak, start = config.peak_lr(batch_size), config.warmup_start
+    if config.schedule == "mae":  # in epochs, which a warm-up need not fill
+        step, warmup, total = step / steps_per_epoch, config.warmup_epochs, epochs
+    else:
+        warmup, total = int(config.warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
+    if config.schedule == "simmim":
+        step = max(step - 1, 0)
+    if step < warmup:
+        rise = max(warmup - 1, 1) if config.schedule == "beit" else warmup
+        return start + (peak - start) * step / rise
+    hidden = 0 if config.schedule == "simmim" else warmup
+    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - hidden) / (total - hidden)))
+
+
+def learning_rates(config: TrainConfig, steps_per_epoch: int) -> list[float]:
+    """The learning rate of every step of a run."""
+    steps = range(config.epochs * steps_per_epoch)
+    return [learning_rate(step, steps_per_epoch, config.epochs, config.batch_size, config.optim) for step in steps]

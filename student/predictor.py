@@ -121,7 +121,7 @@ class _Block(nn.Module):
 class PromptingBlock(_Block):
     """Hidden tokens look at the prompts, which no norm touches, and at each other (MILAN models_milan.py:15-74).
 
-    The paper's equation 2 puts prompts into keys and values as they are (P004:70-73); with several heads only the code's reading
+    The paper's equation 2 puts prompts into keys and values as they are; with several heads only the code's reading
     works: prompts, too, go through the Linear of keys and values.
     """
 

@@ -178,7 +178,7 @@ def test_the_table_is_up_to_date():
 
 
 def test_numbers_of_the_papers():
-    """Batch, learning rate, epochs, mask, clip and crops of each method are its paper's or code's (method_specs 8.6)."""
+    """Batch, learning rate, epochs, mask, clip and crops of each method are its paper's or code's."""
     expected = {
         # preset: batch, peak rate, betas, warm-up, epochs, last rate, clip, drop path, crop scale, resample, jitter, visible
         "mae-b16": (4096, 2.4e-3, (0.9, 0.95), 40, 800, 0, None, 0, 0.2, "bicubic", 0, 49),

@@ -347,7 +347,7 @@ def test_cosine_parts_are_means():
 
 
 def test_cae_v2_as_its_paper_has_it():
-    """Factors turn one mean over all tokens into the paper's sum of two means, visible and hidden, without CLS (P002:79)."""
+    """Factors turn one mean over all tokens into the paper's sum of two means, visible and hidden, without CLS."""
     encoded, batch = random_encoded(), random_batch(PROJECTED)
     torch.manual_seed(0)
     objective = build_objective(CosineConfig(predictor=CAE, tokens=(0.0, 5 / 2, 5 / 2)), BACKBONE, (PROJECTED,))

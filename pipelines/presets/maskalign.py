@@ -48,7 +48,7 @@ def maskalign_l16() -> Recipe:
 
     Command:    student-train --cache CACHE --preset maskalign-l16 --out RUN
     Needs:      last 5 layers and attention of clip-l14: teacher-cache extract --teacher clip-l14
-    Expected:   87.4 % fine-tuned, 200 epochs (P003:157-210; not reproduced here).
+    Expected:   87.4 % fine-tuned, 200 epochs (ModelCard.md of its code; not reproduced here).
     Code over paper: as maskalign-b16; drop path .2 (paper .1).
     Deviations: as maskalign-b16.
     """

@@ -20,7 +20,7 @@ def milan_b16() -> Recipe:
     Command:    student-train --cache CACHE --preset milan-b16 --out RUN
     Crops:      random resized, scale .2 to 1, bicubic, flip.
     Needs:      last layer and attention of clip-b16: teacher-cache extract --teacher clip-b16 --layers last
-    Expected:   85.4 % fine-tuned, 78.9 % linear, 400 epochs (P004:118-122; not reproduced here).
+    Expected:   85.4 % fine-tuned, 78.9 % linear, 400 epochs (the paper's comparison on ImageNet-1K; not reproduced here).
     Code over paper: CLS is in the loss; visible tokens are projected before they are attended to; CLS is never drawn.
     Deviations: each crop is seen epochs / views times, the paper draws a new one every epoch; the teacher sees CLIP's own mean
                 and deviation, of which the paper says nothing (its code: ImageNet's), so that one cache serves all CLIP methods.
@@ -48,7 +48,7 @@ def milan_l16() -> Recipe:
 
     Command:    student-train --cache CACHE --preset milan-l16 --out RUN
     Needs:      last layer and attention of clip-l14: teacher-cache extract --teacher clip-l14 --layers last
-    Expected:   87.8 % fine-tuned, 84.1 % linear, 400 epochs (P004:118-122; not reproduced here).
+    Expected:   87.8 % fine-tuned, 84.1 % linear, 400 epochs (the paper's comparison on ImageNet-1K; not reproduced here).
     Deviations: as milan-b16; the paper does not say how L/14's 256 tokens meet 196 patches: 196 px, as in MaskAlign and CAE v2;
                 its released script would load CLIP ViT-B/16 for every student.
     """
@@ -60,7 +60,7 @@ def milan_b16_random() -> Recipe:
 
     Command:    student-train --cache CACHE --preset milan-b16-random --out RUN
     Needs:      last layer of clip-b16.
-    Expected:   79.9 % linear, 400 epochs (P004:151; not reproduced here).
+    Expected:   79.9 % linear, 400 epochs (the paper's linear probing table; not reproduced here).
     Deviations: as milan-b16.
     """
     return _variant("b16-random", mask=MaskConfig("random", 0.75))

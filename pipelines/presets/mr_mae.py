@@ -18,7 +18,7 @@ from .demo import DEMO_BACKBONE, DEMO_DECODER, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAIN
 from .sizes import VIT_B
 
 BOTH = (MimicConfig(weight=0.5), ReconstructConfig(weight=0.5))
-"""L = .5 L_M + .5 L_R (P000:107)."""
+"""L = .5 L_M + .5 L_R (its implementation details)."""
 
 
 def mr_mae_b16() -> Recipe:
@@ -27,7 +27,7 @@ def mr_mae_b16() -> Recipe:
     Command:    student-train --cache CACHE --preset mr-mae-b16 --out RUN
     Crops:      random resized, scale .2 to 1, bicubic, flip (MAE's; the paper does not state them).
     Needs:      last layer and attention of clip-b16: teacher-cache extract --teacher clip-b16 --layers last
-    Expected:   85.0 % fine-tuned top-1 on ImageNet-1K at 200 epochs (P000:121-131, "MR-MAE base"; not reproduced here).
+    Expected:   85.0 % fine-tuned, 200 epochs (ablation of its components, "MR-MAE base"; not reproduced here).
     Silent in the paper, followed here: target = last block, whitened; attention = last block, head mean, CLS row; focused
                 mimicking by the exponential race; fusion = sum of blocks 3, 6, 9, 12, then the final norm; norm-pix;
                 1.5e-4 taken as the rate for 256 crops; both losses are means over channels and tokens.
@@ -56,7 +56,7 @@ def mr_mae_b16_random() -> Recipe:
 
     Command:    student-train --cache CACHE --preset mr-mae-b16-random --out RUN
     Needs:      last layer of clip-b16.
-    Expected:   84.7 % fine-tuned at 200 epochs (P000:121-131, "L_R + L_M"; not reproduced here).
+    Expected:   84.7 % fine-tuned at 200 epochs (ablation of its components, "L_R + L_M"; not reproduced here).
     Deviations: as mr-mae-b16.
     """
     return _variant("random", mask=MaskConfig("random", 0.75), backbone=VIT_B)
@@ -67,7 +67,7 @@ def mr_mae_b16_no_fusion() -> Recipe:
 
     Command:    student-train --cache CACHE --preset mr-mae-b16-no-fusion --out RUN
     Needs:      last layer and attention of clip-b16.
-    Expected:   84.9 % fine-tuned at 200 epochs (P000:121-131, "+ focused"; not reproduced here).
+    Expected:   84.9 % fine-tuned at 200 epochs (ablation of its components, "+ focused"; not reproduced here).
     Deviations: as mr-mae-b16.
     """
     return _variant("no-fusion", backbone=VIT_B)

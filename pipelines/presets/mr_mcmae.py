@@ -21,7 +21,7 @@ def mr_mcmae_b() -> Recipe:
     Command:    student-train --cache CACHE --preset mr-mcmae-b --out RUN
     Crops:      random resized, scale .2 to 1, bicubic, flip.
     Needs:      last layer and attention of clip-b16: teacher-cache extract --teacher clip-b16 --layers last
-    Expected:   85.5 % fine-tuned at 200 epochs, 85.8 % at 400 (P000:117,131; not reproduced here).
+    Expected:   85.5 % fine-tuned at 200 epochs, 85.8 % at 400 (the paper's comparison on ImageNet-1K; not reproduced here).
     Silent in the paper, followed here: as mr-mae-b16; "multi-layer fusion" = MCMAE's strided convolutions of both stages,
                 added before the final norm; 25 % visible, one mask an image.
     Deviations: each crop is seen epochs / views times, the paper draws a new one every epoch.
@@ -35,7 +35,7 @@ def mr_mcmae_s() -> Recipe:
 
     Command:    student-train --cache CACHE --preset mr-mcmae-s --out RUN
     Needs:      as mr-mcmae-b.
-    Expected:   83.6 % fine-tuned at 200 epochs (P000:205-208; not reproduced here).
+    Expected:   83.6 % fine-tuned at 200 epochs (the paper's comparison of model sizes; not reproduced here).
     Deviations: as mr-mcmae-b; the widths come from a fork of FastConvMAE, the paper does not state them.
     """
     base = mr_mcmae_b()

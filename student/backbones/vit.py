@@ -86,6 +86,6 @@ class ViT(VisionTransformer):
         """All tokens [B, 1+N, D] after the last block and the final norm, for evaluation: exactly what timm gives.
 
         `fuse_blocks` plays no part here: fusion belongs to pre-training, downstream the last block is used
-        (MR-MAE, P000:77). Call `eval()` first, or drop path will be at work.
+        (MR-MAE, "multi-layer fusion"). Call `eval()` first, or drop path will be at work.
         """
         return self.forward_features(images)

@@ -6,5 +6,7 @@ commit that brings the field, whatever its default is.
 
 ADDED_LATER: dict[str, object] = {
     "TrainConfig.drops": "micro-batches",
+    "OptimConfig.schedule": "mae",
+    "OptimConfig.warmup_start": 0.0,
 }
 """`Class.field` -> the JSON value that says what was done before there was the field."""

@@ -54,7 +54,7 @@ class _Objective(Checked):
 
 @dataclass(frozen=True)
 class MimicConfig(_Objective):
-    """MR-MAE's mimic loss: visible tokens through one Linear to the teacher's last block (P000:62-64)."""
+    """MR-MAE's mimic loss: visible tokens through one Linear to the teacher's last block."""
 
     kind: ClassVar[str] = "mimic"
 

@@ -15,7 +15,7 @@ from .objectives import ObjectiveConfig, ReconstructConfig
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    """AdamW with linear warm-up from 0 and half a cosine down to `min_lr`, both per step."""
+    """AdamW with a linear warm-up and half a cosine down to `min_lr`, both per step."""
 
     base_lr: float = 1.5e-4
     """Peak learning rate: for 256 crops a step if `lr_per_256`, else as it stands."""
@@ -24,17 +24,21 @@ class OptimConfig(Checked):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup_epochs: float = 20.0
+    warmup_start: float = 0.0
+    """Learning rate of the first step of the warm-up, absolute."""
     min_lr: float = 0.0
     """Learning rate at the end, absolute."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient; None: not clipped."""
+    schedule: Literal["mae", "simmim", "beit"] = "mae"
+    """Whose law between these rates: see optim.learning_rate. MAE's, SimMIM's, or BEiT's, which CAE took over."""
     ema: float | None = None
     """Decay a step of an exponential moving average of the weights, kept beside them; None: none is kept."""
 
     def check(self):
         require(self.base_lr > 0, f"optim.base_lr must be positive, not {self.base_lr}.")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must be in 0..1, not {self.betas}.")
-        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+        for name in ("weight_decay", "warmup_epochs", "warmup_start", "min_lr"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative: {getattr(self, name)}.")
         require(self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad must be positive or none, not {self.clip_grad}.")
         require(self.ema is None or 0 < self.ema < 1, f"optim.ema must be in 0..1 or none, not {self.ema}.")
@@ -90,8 +94,10 @@ class TrainConfig(Checked):
             f"optim.warmup_epochs={self.optim.warmup_epochs} is more than epochs={self.epochs}.",
         )
         peak = self.optim.peak_lr(self.batch_size)
-        too_high = f"optim.min_lr={self.optim.min_lr} is above the peak rate {peak:g}: give at most that, or raise optim.base_lr."
-        require(self.optim.min_lr <= peak, too_high)
+        for name in ("min_lr", "warmup_start"):
+            rate = getattr(self.optim, name)
+            too_high = f"optim.{name}={rate} is above the peak rate {peak:g}: give at most that, or raise optim.base_lr."
+            require(rate <= peak, too_high)
 
         for objective in self.objectives:
             fits = objective.kind != "contrast" or objective.queue % self.batch_size == 0

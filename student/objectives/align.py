@@ -1,4 +1,4 @@
-"""MaskAlign: visible tokens of all student blocks, mixed, match the teacher's last blocks (P003:79-91).
+"""MaskAlign: visible tokens of all student blocks, mixed, match the teacher's last blocks (its section on dynamic alignment).
 
 Where paper and released code differ, this follows the code, which made the published checkpoints: mix first and adapt
 then (models_pretrain.py:302-311), CLS in the loss (:323-326), and a factor of 2 (:357).
@@ -27,7 +27,7 @@ class Align(Objective):
     """2 * smooth L1 (beta 1) between K adapted mixtures of student blocks and the teacher's last K blocks, whitened.
 
     Mean over crops, tokens, channels and levels. A prediction of zeros costs about 0.849 on Gaussian targets. "layer-wise", the
-    mixtures are the student's own last K blocks, one each; with K = 1 that is feature distillation on visible tokens (P003:169).
+    mixtures are the student's own last K blocks, one each; with K = 1 that is feature distillation on visible tokens.
 
     Public names, for T teacher blocks: rows T-K.. of distill_weights are `mixing`, distill_heads.(T-K+I) is adaptors.I.
     """

@@ -1,4 +1,4 @@
-"""MimCo's two InfoNCE losses against a frozen teacher (P001:107-168).
+"""MimCo's two InfoNCE losses against a frozen teacher (its Algorithm 1).
 
 Heads and queues are MoBY's, which the paper says it follows (SSL moby.py); a 1 x 1 convolution over a map of patches is a
 Linear over patches. Names in MoBY's code: `projector.linear_hidden.{1,2}` -> `projector.hidden`, `projector.norm`,

@@ -1,4 +1,4 @@
-"""Directions of the teacher's output tokens at every token: MILAN (P004:59) and CAE v2 (P002:79).
+"""Directions of the teacher's output tokens at every token: MILAN and CAE v2.
 
 Both papers name the patches alone; both codes put CLS into the one mean as well (MILAN models_milan.py:327-336, CAE
 engine_for_pretraining.py:43-66), and are followed here.

@@ -1,4 +1,4 @@
-"""MR-MAE's mimic loss: L_M of "Mimic before Reconstruct" (P000:62-64)."""
+"""MR-MAE's mimic loss: L_M of "Mimic before Reconstruct"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mimic(Objective):
 
     The paper divides by the number of tokens only; as in MAE's code for the same notation, the mean is over channels
     too. CLS takes no part. A prediction of zeros costs about 1. With two teachers each has an objective of its own, and so a
-    Linear of its own ("joint" of the paper's teachers, P000:186; it does not say more).
+    Linear of its own ("joint" of the paper's ablation of teachers; it does not say more).
     """
 
     needs = Needs(layers=(-1,))

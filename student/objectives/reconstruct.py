@@ -1,4 +1,4 @@
-"""MAE's reconstruction loss; L_R of MR-MAE (P000:53)."""
+"""MAE's reconstruction loss; L_R of MR-MAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reconstruct(Objective):
     The mean is over channels and hidden patches. A prediction of zeros costs about 1.
 
     With `mimic`, the decoder has a second head for the teacher's last block, whitened, at the same patches, and `mimic` times
-    its mean squared error is added: both targets at the decoder, the "joint" row of MR-MAE's ablation (P000:146-186), which
+    its mean squared error is added: both targets at the decoder, the "joint" row of MR-MAE's ablation, which
     does not say more than that.
 
     Public names: MAE's decoder_pred is `head`; all the rest is `decoder` (see Predictor).
