@@ -16,6 +16,7 @@ from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import UnknownNameError, UsageError
 from teacher_cache.estimate import human
 from teacher_cache.reader import CHECKS, READERS
+from teacher_cache.shell import quoted
 from teacher_cache.store import store_file_name
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -286,8 +287,9 @@ def _store(cache: Cache, name: str) -> str:
         from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
 
         is_teacher = name in TEACHERS or name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
-        command = f" Make them: teacher-cache extract --teacher {name}{weights_option(name)} {cache.path}." if is_teacher else ""
-        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{command}{other}")
+        make = f"teacher-cache extract --teacher {name}{weights_option(name)} {quoted(cache.path)}"
+        command = f" Make them: {make}" if is_teacher else ""
+        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{other}{command}")
     return store
 
 
@@ -365,7 +367,7 @@ def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_jso
     """
     with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
         if out is None and not as_json:
-            raise UsageError(f"-o is missing: student-report {run} -o run.html (or --json).")
+            raise UsageError(f"-o is missing: student-report {quoted(run)} -o run.html (or --json).")
         from pipelines.run_report.facts import read_run
 
         facts = read_run(run)
