@@ -25,6 +25,7 @@ from teacher_cache.cache import Cache, View
 from teacher_cache.durable import canonical_json
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from teacher_cache.reader import StoreReader
+from teacher_cache.shell import quoted
 from teacher_cache.spec import ARRAY_NAME, TeacherSpec
 from teacher_cache.store import extract_command, read_manifest, shared_sha256
 
@@ -77,7 +78,7 @@ def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None
     if not present or wanted > len(present):
         raise NotInCacheError(
             f"{cache.path} has {len(present)} finished views, {wanted} are asked for. Make them: "
-            f"teacher-cache crop --images DIR --views {wanted} {cache.path}"
+            f"teacher-cache crop --images DIR --views {wanted} {quoted(cache.path)}"
         )
     views = present[:wanted]
     for view, store_name in itertools.product(views, store_names):
@@ -109,7 +110,7 @@ def _how_to_make(views: list[View], store_name: str) -> str:
     if having:
         command = extract_command(views[0].cache.path, store_name, read_manifest(having[0].store_path(store_name)))
         return f"Make them: {command}; or train on fewer views: --views {len(having)}."
-    command = f"teacher-cache extract --teacher NAME --weights PATH --name {store_name} {views[0].cache.path}"
+    command = f"teacher-cache extract --teacher NAME --weights PATH --name {quoted(store_name)} {quoted(views[0].cache.path)}"
     return f"Make them: {command}; or choose one with --teacher."
 
 

@@ -17,6 +17,7 @@ from teacher_cache.command import one_line_errors, say
 from teacher_cache.errors import UnknownNameError, UsageError
 from teacher_cache.estimate import human
 from teacher_cache.reader import CHECKS, READERS
+from teacher_cache.shell import quoted
 from teacher_cache.store import store_file_name
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -83,8 +84,8 @@ def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
               "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept_mismatch, max_steps, device, micro_batch,
-          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show, rates,
-          as_json):  # fmt: skip
+          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show,
+          rates, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -337,8 +338,9 @@ def _store(cache: Cache, name: str) -> str:
         from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
 
         is_teacher = name in TEACHERS or name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
-        command = f" Make them: teacher-cache extract --teacher {name}{weights_option(name)} {cache.path}." if is_teacher else ""
-        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{command}{other}")
+        make = f"teacher-cache extract --teacher {name}{weights_option(name)} {quoted(cache.path)}"
+        command = f" Make them: {make}" if is_teacher else ""
+        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{other}{command}")
     return store
 
 
@@ -427,7 +429,7 @@ def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_jso
     """
     with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
         if out is None and not as_json:
-            raise UsageError(f"-o is missing: student-report {run} -o run.html (or --json).")
+            raise UsageError(f"-o is missing: student-report {quoted(run)} -o run.html (or --json).")
         from pipelines.run_report.facts import read_run
 
         facts = read_run(run)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from .commits import is_complete
 from .errors import CacheCorruptError, TeacherCacheError
 from .findings import Finding
+from .shell import quoted
 from .small_files import SmallFiles
 from .store import extract_command, manifest_of
 
@@ -27,7 +27,7 @@ def when_lost(folder: Path, kind: str) -> str:
     if kind != "store":
         return BOTH_LOST[kind]
     again = _extract_command(folder.parent.parent, folder.name.removesuffix(".zarr"))
-    return f"{BOTH_LOST[kind]} rm -r {shlex.quote(str(folder))} && {again}"
+    return f"{BOTH_LOST[kind]} rm -r {quoted(folder)} && {again}"
 
 
 def mending_commands(cache_dir: Path, findings: Sequence[Finding], images: str = "DIR") -> list[str]:
@@ -41,7 +41,7 @@ def mending_commands(cache_dir: Path, findings: Sequence[Finding], images: str =
     views = sorted(path for path in cache_dir.glob("view-*") if path.is_dir())
     if _is_lost(cache_dir, "cache") or any(_is_lost(view, "view") for view in views):
         return []  # every repair begins with these, and refuses
-    cache, originals = shlex.quote(str(cache_dir)), shlex.quote(images)
+    cache, originals = quoted(cache_dir), quoted(images)
 
     commands = []
     of_crops = [parts for parts in damaged if not _is_of_store(parts)]
@@ -87,4 +87,4 @@ def _extract_command(cache_dir: Path, name: str) -> str:
                 return extract_command(cache_dir, name, manifest_of(root, store / "zarr.json"))
         except (TeacherCacheError, OSError):
             continue
-    return f"teacher-cache extract --teacher TEACHER --weights WEIGHTS --name {name} {shlex.quote(str(cache_dir))}"
+    return f"teacher-cache extract --teacher TEACHER --weights WEIGHTS --name {name} {quoted(cache_dir)}"

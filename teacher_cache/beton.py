@@ -20,6 +20,7 @@ from . import sigbus
 from .crops import CROP_DTYPE, CROP_FORMATS, LARGEST_SIZE
 from .durable import crc32c, create_aside, is_sha256, listed_files, open_plain, publish, read_npy, read_sealed, sha256_file
 from .errors import CacheCorruptError, MismatchError, NotAllowedError, NotInCacheError
+from .shell import quoted
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
 
@@ -155,7 +156,7 @@ class CropReader:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             n_bytes = len(self._map)
         except FileNotFoundError:
-            mend = f"teacher-cache crop --repair --images DIR {self.path.parent.parent}"
+            mend = f"teacher-cache crop --repair --images DIR {quoted(self.path.parent.parent)}"
             raise CacheCorruptError(f"{self.path}: is missing. Its crops are cut again by: {mend}") from None
         except NotAllowedError:
             raise

@@ -30,6 +30,7 @@ from .durable import (
 )
 from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from .images import ImageList
+from .shell import quoted
 from .spare import SPARE, pack_members
 from .spec import CACHE_VERSIONS, MAX_ROWS, from_json
 from .store import Manifest, store_file_name
@@ -111,7 +112,7 @@ def _no_cache(path: Path) -> UsageError | CacheCorruptError:
     if (path / "crops.partial").exists():
         return UsageError(f"{path} is no cache: its crop stage was not finished; run the same teacher-cache command again.")
     if (path / SPARE).exists():
-        return CacheCorruptError(f"{path} has lost its cache.json. Restore it with teacher-cache crop --repair {path}.")
+        return CacheCorruptError(f"{path} has lost its cache.json. Restore it with: teacher-cache crop --repair {quoted(path)}")
     if any(path.glob("view-*/checksums.json")):
         return CacheCorruptError(f"{path} has lost its cache.json and {SPARE}, which had a copy. {BOTH_LOST['cache']}")
     return UsageError(f"{path} is no cache: it has no cache.json.")

@@ -16,6 +16,7 @@ from .command import one_line_errors, say
 from .crops import CROP_FORMATS, LARGEST_SIZE, LEAST_SIZE
 from .errors import UsageError
 from .estimate import human, require_space
+from .shell import quoted
 from .spec import CODECS, DTYPES
 
 KEPT = "Finished work is kept; the same command goes on from there."
@@ -136,6 +137,9 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
     Needs the originals once; `extract` then reads the crops. Interrupted, it goes on where it stopped. With --repair it mends the
     lists and crops of a finished CACHE and makes nothing new; --images are needed only for crops that have to be cut again.
 
+    A crop has any side from 8 to 4096 pixels. Random crops above 256 need this version of the program or a later one to be read.
+    Hidden files and folders, and those of file systems (lost+found), are left out.
+
     \b
     Example:
       teacher-cache crop --images imagenet/train --views 2 CACHE
@@ -157,7 +161,7 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
             return
         _make_crops(cache, crops.job, skip_bad, workers)
         if crops.job is not None:
-            say(f"Done. Next: teacher-cache extract --teacher NAME {cache}")
+            say(f"Done. Next: teacher-cache extract --teacher NAME {quoted(cache)}")
 
 
 @main.command()
@@ -259,7 +263,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         if _say_missing(stores):
             say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
         elif any(worked):
-            say(f"Done. Next: teacher-cache inspect {cache}; student-train --cache {cache} --preset NAME --out RUN")
+            where = quoted(cache)
+            say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
         else:
             say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
 
@@ -275,7 +280,7 @@ def _with_preset(options: dict) -> dict:
 
 def _refuse_beside_repair(cache: Path, dry_run: bool, shards: range | None = None) -> None:
     if dry_run:
-        raise UsageError(f"--repair has no dry run. What there is to mend, this says: teacher-cache verify {cache}")
+        raise UsageError(f"--repair has no dry run. What there is to mend, this says: teacher-cache verify {quoted(cache)}")
     if shards is not None:
         raise UsageError("--repair looks at all shards: give it without --shards.")
 

@@ -15,6 +15,7 @@ import click
 
 from .durable import allowed_by
 from .errors import TeacherCacheError, UsageError
+from .image_warnings import named
 from .signals import INTERRUPTED, STOPPED, Stopped, signals_raise
 
 
@@ -33,7 +34,7 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
     the former mean that the command is at fault. as_json: print {"error": message} on stdout too.
     """
     try:
-        with signals_raise():
+        with signals_raise(), named(say):
             yield
     except KeyboardInterrupt as stop:
         how, code = ("Stopped by SIGTERM", STOPPED) if isinstance(stop, Stopped) else ("Interrupted", INTERRUPTED)

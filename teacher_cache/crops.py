@@ -13,9 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import BadInputError, UsageError
+from .image_warnings import of_image
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -28,6 +29,11 @@ CROP_FORMATS = {"jpeg95": 95, "jpeg90": 90, "raw": None}
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 """What is decoded, whatever the file is called. Others are seldom meant, and Pillow hands some to outside programs (EPS)."""
+
+TEXT_BYTES = 64 << 20
+"""Of text and profiles in a PNG, unpacked. Pillow refuses a picture for one text of more than 1 MiB, as image generators and
+editors write them (prompts, histories); its bound on all texts of a file together is this one."""
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = TEXT_BYTES  # for the whole process: Pillow has no other way
 
 CROP_DTYPE = np.dtype([
     ("image_height", "<i4"), ("image_width", "<i4"),  # of the upright original, pixels
@@ -193,7 +199,7 @@ def load_image(data: bytes, name: str) -> Image.Image:
     first frame is taken. Pixels of 32 bits are refused: whether white is 1, 255 or something else, no file says.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with of_image(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             is_16_bit = image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM"
             upright = ImageOps.exif_transpose(image)
@@ -206,6 +212,11 @@ def load_image(data: bytes, name: str) -> Image.Image:
             return upright.convert("RGB")
     except UnidentifiedImageError as error:  # its own text holds an address
         raise BadInputError(f"{name}: none of the formats {', '.join(FORMATS)}, or damaged at its beginning") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise BadInputError(
+            f"{name}: {error}. Images of more than {most:,} pixels are not decoded; put a smaller copy in its place"
+        ) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on malformed files
         raise BadInputError(f"{name}: {type(error).__name__}: {error}") from error
 

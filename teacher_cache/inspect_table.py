@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .estimate import human
+from .shell import quoted
 
 BAR_CELLS = 32
 """Of the bar of shards, where there is room."""
@@ -74,7 +75,7 @@ def _parts(cache: dict, bar: Bar) -> Iterator:
         found = {view["view"]: store for view in views for store in view["stores"] if store["name"] == name}
         yield from _store_parts(name, found, [view["view"] for view in views], bar)
     if not any(view["stores"] for view in views):
-        yield Text("no targets yet: teacher-cache extract --teacher NAME " + cache["path"], overflow="fold")
+        yield Text("no targets yet: teacher-cache extract --teacher NAME " + quoted(cache["path"]), overflow="fold")
 
 
 def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) -> Iterator:

@@ -14,6 +14,7 @@ from .cropping import CropJob, plan_job
 from .crops import CropPlan
 from .errors import MismatchError, UsageError
 from .quantize import GROUPS
+from .shell import quoted
 from .spec import CODECS, DTYPES, StoreSpec, TeacherSpec, array_names
 from .store import Manifest, is_begun, read_manifest
 
@@ -59,7 +60,7 @@ def plan_crops(cache_dir: Path, request: CropRequest, default_size: int, may_mak
     if not may_make and not present.issuperset(range(n_views)):
         raise UsageError(
             "--shards is for crops that are finished, because these have one writer. First run: teacher-cache crop --images DIR "
-            f"--views {n_views} --crop-size {plan.size} {cache_dir}"
+            f"--views {n_views} --crop-size {plan.size} {quoted(cache_dir)}"
         )
     job = plan_job(cache_dir, request.images, plan, crop_format, n_views)
     return CropWork(len(job.images.names) if job else existing.n_images, n_views, job)

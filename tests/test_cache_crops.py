@@ -6,7 +6,9 @@ import io
 import itertools
 import math
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from fakes import image_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from teacher_cache.crops import CROP_FORMATS, Crop, CropPlan, cut, draw, encode, load_image
+from teacher_cache.crops import CROP_FORMATS, TEXT_BYTES, Crop, CropPlan, cut, draw, encode, load_image
 from teacher_cache.errors import BadInputError, UsageError
+from teacher_cache.image_warnings import named
 
 sides = st.integers(1, 6000)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
@@ -317,10 +321,45 @@ def test_broken_files_are_named(case):
         load_image(BROKEN[case], "class/a.png")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("compressed", [False, True])
+def test_long_texts_in_a_png(compressed):
+    """A PNG with megabytes of text is decoded as one without; with more than the bound it is refused by its name."""
+    text = PngInfo()
+    text.add_text("history", "x" * (3 << 20), zip=compressed)
+    assert load_image(file_of(image_of(1), "PNG", pnginfo=text), "a.png").tobytes() == image_of(1).tobytes()
+    text.add_text("more", "x" * TEXT_BYTES, zip=compressed)
+    with pytest.raises(BadInputError, match="^a.png: ValueError: .*[tT]ext"):
+        load_image(file_of(image_of(1), "PNG", pnginfo=text), "a.png")
+
+
+def test_warnings_name_their_images():
+    """What Pillow warns of is counted by kind with the name of an image, whichever thread decodes it."""
+    exif = Image.Exif()
+    exif[271] = "a maker"
+    data = bytearray(file_of(image_of(1).convert("RGB"), "JPEG", exif=exif))
+    start = data.index(b"Exif\0\0") + 6
+    data[start + 8 : start + 10] = b"\xff\xff" if data[start : start + 2] == b"MM" else b"\xff\x7f"  # so many entries
+    said = []
+    with warnings.catch_warnings(), named(said.append):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda i: load_image(bytes(data), f"{i}.jpg"), range(8)))
+        load_image(file_of(image_of(2), "PNG"), "sound.png")
+    assert len(said) == 1 and said[0].startswith("warning  0.jpg: ") and said[0].endswith("(7 more images with such a warning)")
+
+
+def test_warnings_of_others_stay_as_they_are():
+    """A warning that is about no image is shown as ever, and afterwards Python's handling is what it was."""
+    before = warnings.showwarning
+    with pytest.warns(DeprecationWarning, match="old"), named(lambda line: pytest.fail(line)):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert warnings.showwarning is before
+
+
 def test_decompression_bombs(monkeypatch):
     """A small file that would decode to an absurd number of pixels is refused before it fills the memory."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadInputError, match="bomb.png: DecompressionBombError"):
+    with pytest.raises(BadInputError, match="bomb.png: .*Images of more than 2,000 pixels are not decoded; put a smaller copy"):
         load_image(file_of(Image.new("L", (100, 100)), "PNG"), "bomb.png")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from teacher_cache.cache import Cache
 from teacher_cache.errors import BadInputError, MismatchError, UsageError
+from teacher_cache.shell import quoted
 from teacher_cache.verify import verify
 
 MOST_BYTES = 64 << 20
@@ -34,7 +35,7 @@ def verify_now(cache: Cache, sample: int | None, now: str) -> Verified:
 
 def read_verified(path: Path, cache: Cache) -> Verified:
     """The output of `verify --json` of this cache. Errors say what the file is instead."""
-    wanted = f"Make it with: teacher-cache verify --json {cache.path} > {path.name}"
+    wanted = f"Make it with: teacher-cache verify --json {quoted(cache.path)} > {quoted(path)}"
     try:
         if path.stat().st_size > MOST_BYTES:
             raise BadInputError(f"--verified {path}: is larger than any output of verify. {wanted}")

@@ -16,6 +16,7 @@ from teacher_cache.errors import NotInCacheError, UnknownNameError, UsageError
 from teacher_cache.images import read_image
 from teacher_cache.inspect import ranges
 from teacher_cache.reader import StoreReader
+from teacher_cache.shell import quoted
 from teacher_cache.store import extract_command, store_file_name
 
 # N patches, D width
@@ -55,7 +56,7 @@ def open_store(view: View, name: str | None) -> StoreReader:
     if not known:
         raise NotInCacheError(
             f"View {view.number} of {view.cache.path} has crops, but no targets yet. Make them: "
-            f"teacher-cache extract --teacher NAME {view.cache.path}"
+            f"teacher-cache extract --teacher NAME {quoted(view.cache.path)}"
         )
     if name is None and len(known) > 1:
         raise UsageError(f"View {view.number} of {view.cache.path} has targets of {', '.join(known)}. Choose with --teacher.")

@@ -44,8 +44,7 @@ class MaskConfig(Checked):
             require(
                 min(self.min_block, n_drop) < (rows - 0.5) * (columns - 0.5),
                 f"mask.min_block={self.min_block}: on {rows} x {columns} patches, {n_drop} of which are to be hidden, no "
-                "rectangle of so many leaves a row and a column free. Set a lower mask.min_block, or a larger "
-                "backbone.image_size.",
+                "rectangle of so many leaves a row and a column free. Lower mask.min_block, or set a larger backbone.image_size.",
             )
 
     def unit_side(self, backbone: BackboneConfig) -> int:
