@@ -207,13 +207,14 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
     with one_line_errors(KEPT):
         from .share import Share
 
-        share = Share.of_this_process(shards, repair)
+        share = Share.of_this_process(shards, repair, device)
         from . import sigbus  # what follows imports numba, which asks once how many threads it may have
         from .cache import Cache, view_path
         from .device import pick_device
         from .extract import extract_view, require_same_targets
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
         from .teachers import crop_size
+        from .writer import missing_bytes
 
         store_name = _store_name(name or teacher)
         if repair:
@@ -237,8 +238,12 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         if not shards and shards is not None:
             say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
             return
-        n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
-        _say_space(cache, n_bytes)
+        own = own_shards(shards, spec)
+        n_own = _say_targets(stores, spec, loaded.spec, own)
+        n_all = sum(missing_bytes(store, spec, loaded.spec, range(spec.n_shards)) for store in stores)
+        # torchrun's processes write side by side to this one disk; whether others work on other ranges is not known.
+        n_bytes += n_all if share.world > 1 else n_own
+        _say_space(cache, n_bytes, "" if share.world == 1 else f" by all {share.world} processes", n_all - n_own)
         if dry_run:
             return
         if may_make:
@@ -365,11 +370,15 @@ def _make_crops(cache: Path, job, skip_bad: bool, workers: int | None) -> None:
         say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
 
 
-def _say_space(cache: Path, needed: int) -> None:
+def _say_space(cache: Path, needed: int, by: str = "", others: int = 0) -> None:
+    """Say what is needed on the disk of `cache`, refuse what does not fit; others: bytes that other --shards still need."""
     from .estimate import free_bytes
 
-    say(f"space    {human(needed)} needed, {human(free_bytes(cache))} free")
+    free = free_bytes(cache)
+    say(f"space    {human(needed)} needed{by}, {human(free)} free")
     require_space(cache, needed)
+    if not by and others and needed + others > free:
+        say(f"note     the other shards need {human(others)} more: not all of them will fit on this disk.")
 
 
 def _store_name(name: str) -> str:

@@ -18,7 +18,7 @@ class Share:
     local_world: int = 1
 
     @classmethod
-    def of_this_process(cls, shards: range | None = None, repair: bool = False) -> Share:
+    def of_this_process(cls, shards: range | None = None, repair: bool = False, device: str = "auto") -> Share:
         """As torchrun's environment says. UsageError for what only one process may do or say.
 
         To be called before numba is imported: processes on one machine share its processors too.
@@ -30,6 +30,12 @@ class Share:
         if not all(value.isdecimal() for value in given):
             raise UsageError(f"torchrun's {', '.join(names)} must be numbers, not {given}.")
         share = cls(*map(int, given))
+        if not (share.rank < share.world and share.local_rank < share.local_world):
+            raise UsageError(f"torchrun's {', '.join(names)} do not fit together: {', '.join(given)}.")
+        if share.world > 1 and device not in ("auto", "cuda", "cpu"):
+            raise UsageError(
+                f"--device {device}: {share.world} processes were started; each takes its own GPU. Give auto, cuda or cpu."
+            )
         if share.world > 1 and shards is not None:
             raise UsageError("--shards: torchrun's processes share the shards among themselves. Leave it out.")
         if share.world > 1 and repair:

@@ -261,6 +261,23 @@ def test_torchrun(tmp_path, image_folder, made, monkeypatch):
     assert "First run: teacher-cache crop" in said
 
 
+def test_space_for_all_processes(tmp_path, image_folder, monkeypatch):
+    """Processes of torchrun start only if the disk has room for the shares of all; one of --shards says if it has not."""
+    run("crop", "--images", image_folder, "--crop-size", 32, tmp_path / "c")
+    monkeypatch.setattr("teacher_cache.writer.missing_bytes", lambda store, spec, teacher, own: 1000 * len(own))
+    monkeypatch.setattr("teacher_cache.estimate.free_bytes", lambda path: 2500)  # of 3 shards, 1000 bytes each
+    assert "the other shards need" in run(*FAKE, *SMALL, "--shards", "0:1", "--dry-run", tmp_path / "c").stderr
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(numba.config.NUMBA_NUM_THREADS))
+    of_torchrun = {"RANK": 1, "WORLD_SIZE": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 3, "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in of_torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    said = run(*FAKE, *SMALL, tmp_path / "c", code=1).stderr
+    assert "needed by all 3 processes" in said and "short" in said
+    assert "each takes its own GPU. Give auto, cuda or cpu" in run(*FAKE, "--device", "cuda:0", tmp_path / "c", code=2).stderr
+    monkeypatch.setenv("RANK", "3")
+    assert "do not fit together" in run(*FAKE, tmp_path / "c", code=2).stderr
+
+
 def test_other_launchers(tmp_path, image_folder, made, monkeypatch):
     """RANK and WORLD_SIZE set by something else than torchrun mean nothing; torchrun's that are no numbers are refused."""
     for name in ("RANK", "WORLD_SIZE"):
