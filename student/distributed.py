@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,17 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, StudentError
 
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did, for the length of the block; gives this one's device.
 
-    One process alone keeps `device` as it is; of several, `auto` and `cuda` become the GPU of this process's own. Raises
-    ConfigError if it was asked for another one.
+    Any launcher counts that sets what torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and LOCAL_RANK where a machine
+    has several. One process alone keeps `device` as it is; of several, `auto` and `cuda` become the GPU of this process's own.
+    Raises ConfigError if it was asked for another one, or if WORLD_SIZE speaks of processes that nothing says how to find.
+    An error in the block is printed before the process lets go of the others, for that can take long, or fail in its turn.
     """
-    n_processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    n_processes, local_rank = _launched()
     if n_processes == 1:
         yield device
         return
@@ -36,8 +41,33 @@ def processes(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if device != "cpu" else "gloo")
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            what = str(error) if isinstance(error, StudentError) else "".join(traceback.format_exception(error)).rstrip()
+            print(f"Process {os.environ['RANK']} of {n_processes}: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _launched() -> tuple[int, int]:
+    """How many processes were started for this run, and this one's place on its machine; ConfigError for what makes no sense."""
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    way_out = "Start all with torchrun --nproc-per-node N -m student ..., or unset WORLD_SIZE to train with one process."
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 1, 0
+    numbers = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if given[name]]
+    for name in numbers:
+        if not (given[name].isascii() and given[name].isdecimal() and len(given[name]) < 10):
+            raise ConfigError(f"{name}={given[name][:80]!r} in the environment must be a number. {way_out}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not given[name]]
+    world = int(given["WORLD_SIZE"])
+    if missing:
+        raise ConfigError(f"WORLD_SIZE={world} is set in the environment, but not {', '.join(missing)}. {way_out}")
+    if int(given["RANK"]) >= world:
+        raise ConfigError(f"RANK={given['RANK']} must be below WORLD_SIZE={world}. {way_out}")
+    return world, int(given["LOCAL_RANK"] or 0)
 
 
 def local_processes() -> int:

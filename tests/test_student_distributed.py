@@ -141,3 +141,48 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     assert compiled.keys() == eager.keys()
     for key, tensor in eager.items():
         torch.testing.assert_close(compiled[key], tensor, atol=1e-5, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        (
+            {"WORLD_SIZE": "4"},
+            "WORLD_SIZE=4 is set in the environment, but not RANK, MASTER_ADDR, MASTER_PORT. .*unset",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many' in the environment must be a number"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=0 must be below WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='-1' in the environment"),
+    ],
+)
+def test_an_environment_of_no_launcher_is_refused(monkeypatch, environment, words):
+    """What a scheduler or an earlier job left in the environment is refused in a sentence, and nobody is waited for."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_: pytest.fail("it joins"))
+    with pytest.raises(ConfigError, match=words), processes("cpu"):
+        pass
+
+
+def test_the_first_error_is_told_before_the_group_ends(monkeypatch, capsys):
+    """An error is on stderr before the processes part, and is the one raised even if parting fails."""
+    full = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in full.items():
+        monkeypatch.setenv(name, value)
+    said = []
+
+    def part():
+        said.append(capsys.readouterr().err)
+        raise RuntimeError("no peer answers")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", part)
+    with pytest.raises(ConfigError, match="first"), processes("cpu"):
+        raise ConfigError("the first")
+    with pytest.raises(ZeroDivisionError), processes("cpu"):
+        1 / 0  # noqa: B018
+    assert said[0] == "Process 1 of 2: the first\n" and "Traceback" in said[1] and "ZeroDivisionError" in said[1]
