@@ -206,7 +206,7 @@ def clear_aside(path: Path) -> Path:
         place = path.with_name(left)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
-        else:
+        elif os.path.lexists(place):
             place.unlink(missing_ok=True)
     return aside
 

@@ -107,6 +107,6 @@ class Watch:
 def left_claims(root: Path) -> Iterator[Finding]:
     """Claims that nobody holds: their processes were killed."""
     for claim in [root / CLAIM, *root.glob("view-*/*.claim"), *root.glob("view-*/*.claims")]:
-        held = [holder_of(inner) for inner in claim.glob("*.claim")] if claim.is_dir() else [holder_of(claim)]
+        held = map(holder_of, claim.glob("*.claim") if claim.suffix == ".claims" else [claim])
         if claim.exists() and not any(held):
             yield Finding("unfinished", str(claim), "a writer was killed. Run the same command again.")

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from teacher_cache import claim_file, claims, durable, guard
 from teacher_cache.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
+from teacher_cache.cli import main
 from teacher_cache.errors import ClaimLostError
 
 HOST = socket.gethostname()
@@ -187,6 +189,20 @@ def test_foreign_files_are_no_claims(tmp_path):
     assert (tmp_path / "claim" / "thesis.tex").read_text() == "mine"
 
 
+def test_the_command_takes_over(tmp_path, image_folder, left):
+    """--take-over goes on at once where a node has died, and is refused where a lock is held."""
+    path = left("claimed")
+    (tmp_path / "c").mkdir()
+    claim = (tmp_path / "claim").rename(tmp_path / "c" / "crops.claim")
+    command = ["crop", "--take-over", "--images", str(image_folder), "--crop-size", "32", str(tmp_path / "c")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert not claim.exists() and (tmp_path / "c" / "cache.json").exists() and not path.exists()
+    with claimed(claim, "x"):
+        refused = CliRunner().invoke(main, [*command, "--views", "2"])
+    assert refused.exit_code == 2 and f"is being written by process {os.getpid()} on host {HOST}" in refused.stderr
+
+
 # --- without locks ---------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +309,7 @@ import fcntl, sys, time
 from pathlib import Path
 from teacher_cache import claim_file, durable
 from teacher_cache.claims import claimed, claimed_range
+from teacher_cache.cli import main
 from teacher_cache.errors import ClaimLostError
 fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
 claim_file.BEAT_S = 0.02
