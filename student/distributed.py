@@ -138,7 +138,7 @@ def _require_peers() -> None:
     raise PeerFailedError(int(place), text)
 
 
-def averaged_on_cpu(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def averaged_on_cpu(_, bucket):  # torch compares annotations, and would not know these as text
     """A hook of DistributedDataParallel: the mean of a bucket of gradients over all processes, waited for as everything here."""
     gradients = bucket.buffer().div_(world_size())
     _finish(dist.all_reduce(gradients, async_op=True), gradients)
