@@ -211,11 +211,17 @@ def _place(path: Path, what: str) -> Own | None:
             return placed
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT) or not path.parent.is_dir():
+            if own is not None:
+                own.let_go()
+            shutil.rmtree(aside, ignore_errors=True)
             raise
-    finally:
+    except BaseException:
         if own is not None:
             own.let_go()
-        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if own is not None:
+        own.let_go()
+    shutil.rmtree(aside, ignore_errors=True)  # what an interrupt leaves, the next holder removes
     return None
 
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import guard, spare
-from .durable import inside, make_folder, npy_bytes, read_npy, read_sealed, remove, seal, sha256_file, write_whole
+from .durable import inside, make_folder, npy_bytes, read_npy, read_sealed, remove, remove_folder, seal, sha256_file, write_whole
 from .errors import CacheCorruptError
 from .spec import StoreSpec
 
@@ -151,7 +151,7 @@ def unfold(store: Path, spec: StoreSpec, sound: np.ndarray) -> None:
             return
         files = _read_table(store, (spec.n_shards, len(spec.array_names)))
         if (store / "commits").exists():  # a fold or unfold was killed; beside complete.json these records do not count
-            remove(store / "commits")
+            remove_folder(store / "commits")
         make_folder(store / "commits")
         for shard in np.flatnonzero(sound).tolist():
             write_commit(store, shard, files[shard])

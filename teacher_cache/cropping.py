@@ -22,7 +22,18 @@ from .beton import CropReader, tables_sha256, write_beton
 from .cache import Cache, CropsIdentity, View, view_path, write_cache
 from .claims import ClaimHeldError, claimed, is_claimed_or_left, is_name_of
 from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan, cut, draw, encode, load_image
-from .durable import clear_aside, crc32c, make_folder, npy_bytes, publish, read_sealed, remove, seal, sha256_file, write_whole
+from .durable import (
+    clear_aside,
+    crc32c,
+    make_folder,
+    npy_bytes,
+    publish,
+    read_sealed,
+    remove_folder,
+    seal,
+    sha256_file,
+    write_whole,
+)
 from .errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from .estimate import full_disk_explained, human
 from .images import ImageList, Scanned, lies_in_left_out, read_image, scan
@@ -206,7 +217,7 @@ def remove_left_over(cache_dir: Path) -> None:
     if is_left_over(cache_dir) or is_claimed_or_left(cache_dir / CLAIM):
         with suppress(ClaimHeldError), _claimed(cache_dir):  # a stage that is at work clears up itself
             if is_left_over(cache_dir):
-                remove(cache_dir / WORK)
+                remove_folder(cache_dir / WORK)
 
 
 def _claimed(cache_dir: Path) -> AbstractContextManager[None]:

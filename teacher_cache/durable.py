@@ -249,12 +249,16 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, all that is in it too; it stays removed after a power cut. ClaimLostError as for `publish`."""
+    """Remove a file; it stays removed after a power cut. ClaimLostError as for `publish`."""
     guard.require_held(path)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    path.unlink()
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it; as `remove`. NotADirectoryError for a file."""
+    guard.require_held(path)
+    shutil.rmtree(path)
     sync_folder(path.parent)
 
 

@@ -18,7 +18,19 @@ import numpy as np
 
 from .cache import CropsIdentity, differences
 from .crops import CROP_DTYPE
-from .durable import crc32c, inside, make_folder, npy_bytes, read_npy, read_sealed, remove, seal, sha256_file, write_whole
+from .durable import (
+    crc32c,
+    inside,
+    make_folder,
+    npy_bytes,
+    read_npy,
+    read_sealed,
+    remove,
+    remove_folder,
+    seal,
+    sha256_file,
+    write_whole,
+)
 from .errors import CacheCorruptError, MismatchError
 from .spec import MAX_ROWS
 
@@ -116,7 +128,7 @@ class WorkFolder:
         return {**identity.to_json(), "part_rows": self.part_rows}
 
     def remove(self) -> None:
-        remove(self.path)
+        remove_folder(self.path)
 
     # --- what is in the parts ---
 

@@ -301,7 +301,7 @@ def test_killed_before_its_records_were_removed(crops, teacher, undisturbed, mon
     from teacher_cache import commits
 
     with monkeypatch.context() as patch:
-        patch.setattr(commits.shutil, "rmtree", failing_at(shutil.rmtree, 2, KeyboardInterrupt()))  # the first is create_store's
+        patch.setattr(commits.shutil, "rmtree", failing_at(shutil.rmtree, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(crops.view(0), "fake", teacher, PLAN)
     assert (crops.view(0).store_path("fake") / "commits").exists()

@@ -444,7 +444,7 @@ def test_every_change_asks(tmp_path, change):
             "publish": lambda: durable.publish(Path(aside.name), tmp_path / "file"),
             "publish a folder": lambda: durable.publish(folder, tmp_path / "new"),
             "remove": lambda: durable.remove(tmp_path / "file"),
-            "remove a folder": lambda: durable.remove(tmp_path / "folder"),
+            "remove a folder": lambda: durable.remove_folder(tmp_path / "folder"),
         }[change]
         with pytest.raises(ClaimLostError):
             act()
