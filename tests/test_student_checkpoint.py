@@ -14,8 +14,17 @@ from student_fakes import TEACHER, FakeSource, tiny_config
 from timm.models.vision_transformer import VisionTransformer
 
 from student import RunError, RunMismatchError, Student
-from student.checkpoint import checkpoints, latest_checkpoint, load_backbone, load_checkpoint, save_checkpoint
+from student.checkpoint import (
+    checkpoints,
+    describe_checkpoint,
+    latest_checkpoint,
+    load_backbone,
+    load_checkpoint,
+    load_student,
+    save_checkpoint,
+)
 from student.optim import build_optimizer
+from student.run_directory import read_description
 from student.trainer import Trainer
 
 IDENTITY = {"cache": "fake", "rows": 20}
@@ -71,6 +80,32 @@ def test_backbone_alone(trained):
     vit.load_state_dict(backbone.state_dict(), strict=True)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vit.forward_features(images), backbone.encode_all(images))
+
+
+def test_paths_as_text(trained, tmp_path):
+    """Every public function takes a path as text too; a folder and a file that is none are answered with what to give."""
+    run = str(trained.directory.path)
+    newest = str(latest_checkpoint(run))
+    assert load_backbone(newest)[1] == trained.config and load_student(newest, (TEACHER,))[2] == 2
+    assert checkpoints(run)[-1] == latest_checkpoint(run) and read_description(run)["config"] == trained.config.to_json()
+    for load in (load_backbone, describe_checkpoint):
+        with pytest.raises(RunError, match=f"it is a folder. Give its newest checkpoint: {newest}"):
+            load(run)
+        with pytest.raises(RunError, match="config.json is damaged .*they are called checkpoint-NNNNNNNN.safetensors"):
+            load(f"{run}/config.json")
+        with pytest.raises(RunError, match="There is no checkpoint"):
+            load(str(tmp_path / "nothing.safetensors"))
+
+
+def test_what_pixels_are_normalised_by(trained, tmp_path):
+    """A checkpoint says by which mean and deviation its pixels were normalised; one of format 1 means ImageNet's, unchanged."""
+    assert describe_checkpoint(latest_checkpoint(trained.directory.path)).pixels == {}  # a source that does not tell
+    pixels = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    path = save_checkpoint(tmp_path, 2, *fresh(trained.config), trained.config, IDENTITY, pixels=pixels)
+    assert describe_checkpoint(path).pixels == pixels
+    old = forge(tmp_path / "checkpoint-00000002.safetensors", trained, format=1)
+    there = describe_checkpoint(old)
+    assert there.pixels == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]} and there.changes == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "bit flip", "foreign"])
