@@ -137,6 +137,7 @@ def load_open_clip(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
+    as_begun: bool = False,
 ) -> Teacher:
     """The teacher `open_clip:ARCH/TAG`; see `load_teacher`.
 
@@ -162,7 +163,8 @@ def load_open_clip(
         of_tag = f", such as the file of {source}" if source else ""
         expected = f"Give a file with the names that open_clip gives to its {arch}{of_tag}."
         loaded = load_weights(tower, weights, LAYOUTS, expected=expected)
-    _require_not_openais(name, arch, tag, weights, loaded)
+    if not as_begun:
+        _require_not_openais(name, arch, tag, weights, loaded)
     at_image_size(tower, name, image_size or vision.image_size)
     mean, std = published.get("mean", open_clip.OPENAI_DATASET_MEAN), published.get("std", open_clip.OPENAI_DATASET_STD)
     return as_teacher(name, tower, loaded, mean, std, device, precision)

@@ -152,6 +152,7 @@ def load_timm(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
+    as_begun: bool = False,
 ) -> Teacher:
     """The teacher `timm:NAME`; see `load_teacher`.
 
@@ -169,7 +170,8 @@ def load_timm(
             f"{TIMM_PREFIX}vit_small_patch14_dinov2."
         )
     config = model.pretrained_cfg
-    _require_native_activation(name, model)
+    if not as_begun:
+        _require_native_activation(name, model)
     if weights is None:
         model = _download(name, config)
         source = config.get("hf_hub_id") or config.get("url") or "timm"
