@@ -299,9 +299,9 @@ def test_changes_under_way(shared_cache, tmp_path):
     """--change holds from the next step on and is told; without it the run goes on so; what cannot be changed is refused."""
     assert maskalign(shared_cache, tmp_path / "run", "--max-steps", "2").exit_code == 0
     result = maskalign(shared_cache, tmp_path / "run", "--change", "optim.base_lr=1e-5", "--max-steps", "4")
-    assert result.exit_code == 0 and "changed  optim.base_lr 0.00015 -> 1e-05 from step 3 on" in result.output, result.output
+    assert result.exit_code == 0 and "changed  optim.base_lr 0.001 -> 1e-05 from step 3 on" in result.output, result.output
     result = maskalign(shared_cache, tmp_path / "run")
-    assert result.exit_code == 0 and "changed  optim.base_lr 0.00015 -> 1e-05 from step 3 on" in result.output
+    assert result.exit_code == 0 and "changed  optim.base_lr 0.001 -> 1e-05 from step 3 on" in result.output
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["changes"]) == 1
     for key, reason in (("epochs=3", "epochs cannot be changed"), ("views=1", "give --views N"), ("x", "--change x: give key=")):
         result = maskalign(shared_cache, tmp_path / "run", "--change", key)
