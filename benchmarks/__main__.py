@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "fidelity-int4": ("fidelity", "--dtype", "int4"),
     "opening": ("opening",),
     "memory": ("memory",),
+    "fit-memory": ("fit_memory",),
     "cold-disk": ("cold_disk",),
     "student-step": ("student_step",),
     "cached-or-live": ("cached_or_live",),

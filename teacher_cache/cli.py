@@ -168,7 +168,7 @@ def crop(cache: Path, repair: bool, dry_run: bool, skip_bad: bool, workers: int 
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
 @click.option("--image-size", type=click.IntRange(8, 4096), help="Side of the teacher's input, pixels. [default: its own]")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
@@ -212,7 +212,9 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from .cache import Cache, view_path
         from .device import pick_device
         from .extract import extract_view, require_same_targets
+        from .fit import fit_bytes
         from .planning import CropRequest, own_shards, plan_crops, plan_targets
+        from .store import is_begun
         from .teachers import crop_size
 
         store_name = _store_name(name or teacher)
@@ -237,7 +239,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         if not shards and shards is not None:
             say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
             return
-        n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
+        n_targets = _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
+        n_bytes += n_targets if any(map(is_begun, stores)) else max(n_targets, fit_bytes(spec, loaded.spec))
         _say_space(cache, n_bytes)
         if dry_run:
             return

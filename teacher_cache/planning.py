@@ -136,7 +136,8 @@ def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) ->
     if manifests:
         found = manifests[0]
         layers = ",".join(map(str, found.store.layers))
-        base = ExtractPlan(layers, found.store.dtype, shard_rows=found.store.shard_rows, visible=found.store.visible)
+        batch_size = found.made.batch_size if found.made else base.batch_size
+        base = ExtractPlan(layers, found.store.dtype, "auto", found.store.shard_rows, batch_size, found.store.visible)
         image_size = image_size or found.teacher.image_size
     plan = dataclasses.replace(base, **given)
     for store, found in zip(begun, manifests, strict=True):

@@ -21,6 +21,8 @@ import numpy as np
 
 GROUPS = {"int8": 128, "int4": 16}
 """Channels a scale, at most, of each quantised dtype."""
+BLOCK_CHANNELS = 64
+"""Channels whose statistics are worked out at a time: medians take a few copies of them."""
 SPREAD_FLOOR = 0.1
 """Of the median spread: dead and sparse channels have MAD 0, and without a floor every value of theirs is NaN."""
 LEAST_SPREAD = 1e-3
@@ -37,13 +39,19 @@ class ChannelStatistics:
     @classmethod
     def fit(cls, tokens: np.ndarray) -> ChannelStatistics:
         """tokens: float [n, D]. centre = median, spread = max(1.4826 MAD, a tenth of the median spread)."""
-        centre = np.median(tokens, axis=0)
-        spread = 1.4826 * np.median(np.abs(tokens - centre), axis=0)
+        blocks = [slice(start, start + BLOCK_CHANNELS) for start in range(0, tokens.shape[1], BLOCK_CHANNELS)]
+        centre, spread = (np.concatenate(values) for values in zip(*(_robust(tokens[:, block]) for block in blocks), strict=True))
         floor = max(SPREAD_FLOOR * float(np.median(spread)), LEAST_SPREAD)
         return cls(centre.astype("float32"), np.maximum(spread, floor).astype("float32"))
 
     def standardise(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens.astype("float32") - self.centre) / self.spread
+
+
+def _robust(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and 1.4826 MAD of each channel of float [n, d]."""
+    centre = np.median(tokens, axis=0)
+    return centre, 1.4826 * np.median(np.abs(tokens - centre), axis=0)
 
 
 def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -168,6 +168,9 @@ class Teacher:
                        residual stream, the attention map and all outputs stay float32
     """
 
+    is_compiled = False
+    """Whether `compile` was called."""
+
     def __init__(
         self,
         spec: TeacherSpec,
@@ -207,23 +210,26 @@ class Teacher:
         """
         for block in self._anatomy.blocks:
             block.forward = torch.compile(block.forward, backend=backend)
+        self.is_compiled = True
         return self
 
     # no_grad, not inference_mode: a live student's loss saves the targets for its backward pass, which tensors made
     # under inference_mode refuse
     @torch.no_grad()
-    def __call__(self, images_u8: Tensor, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(self, images_u8: Tensor, layers: Sequence[int], precision: str | None = None) -> TeacherOutput:
         """Targets of a batch of square RGB crops.
 
         images_u8: uint8 [B, side, side, 3] on the teacher's device; another side than `spec.image_size` is resized.
         layers:    block numbers, ascending, counted from 1; `spec.depth` is the last block.
+        precision: of this batch alone, `fp32` or `bf16`; None: the teacher's own.
         Raises UsageError for anything else.
         """
         images = self.preprocess(images_u8)  # [B, 3, H, W]
-        layers = self._check_layers(layers)
+        layers, precision = self._check_layers(layers), precision or self.precision
+        check_precision(precision, self.device)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
-        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             self._anatomy.forward(images)
 
         tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]
