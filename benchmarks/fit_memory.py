@@ -1,81 +1,61 @@
-"""What fitting the quantiser holds in memory, beside the teacher: its peak of anonymous memory over the bound that `estimate` and
-docs/design/0005 state. Tokens are made up: only their number and width count.
-"""
+"""What fitting the quantiser takes in memory and on disk: the sample of all 24 layers of a CLIP ViT-L/14, of random tokens."""
 
 from __future__ import annotations
 
-import multiprocessing
 import re
-import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 
 from teacher_cache.estimate import human
-from teacher_cache.fitting import FIT_MEMORY, Sample
+from teacher_cache.fit import FIT_ROWS, TRIAL_ROWS, Sample, fit, fit_bytes
 from teacher_cache.planning import ExtractPlan
-from teacher_cache.teachers import TEACHERS
 
-from . import measure
+from . import made_up, measure
 
-CASES = {"clip-b16, last5": ("clip-b16", "last5"), "clip-l14, last24": ("clip-l14", "last24")}
-N_IMAGES = 1_281_167
-BATCH = 64
-
-
-def _anonymous() -> int:
-    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+MOST = 1_100_000_000
+"""Bytes of memory that a fit may add."""
+ROWS = 32
+"""Rows that are added at a time."""
 
 
-def _peak(teacher_name: str, layers: str, n_images: int, queue) -> None:
-    """Fit made-up tokens in this process; puts the bytes by which its anonymous memory grew at most."""
-    teacher = TEACHERS[teacher_name].spec()
-    spec = ExtractPlan(layers=layers).store_spec(teacher, n_images)
-    random = np.random.default_rng(0)
-    shape = (len(spec.layers), spec.n_tokens(teacher), teacher.dim)
-    row = random.standard_normal(shape, "float32")
-    before, peak, done = _anonymous(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    sample = Sample(spec, teacher, "auto")
-    for start in range(0, sample.plan.n_rows, BATCH):
-        for number in range(start, min(start + BATCH, sample.plan.n_rows)):
-            rows = np.array([number])
-            drawn, whole = sample.places(rows, None)
-            sample.keep(rows, row[None][:, :, drawn[0]], row[None][: len(whole)])
-    sample.fit()
-    done.set()
-    watcher.join()
-    queue.put((peak[0] - before, sample.plan.n_rows * sample.plan.n_tokens))
+def _memory(field: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at its peak."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 @click.command()
 @measure.options
 def main(tiny: bool, rounds: int, scratch: Path | None):
-    """Peak memory of the fit over its bound, for five layers of a ViT-B and 24 of a ViT-L. At most two rounds are run."""
+    """Peak memory that a fit adds, of `--layers last24` of a CLIP ViT-L/14; at most 1.1 GB. One round is run."""
     where = measure.environment()
-    claims, figures, context = [], {}, multiprocessing.get_context("spawn")
-    for name, (teacher, layers) in CASES.items():
-        peaks = []
-        for _ in range(min(rounds, 2)):
-            queue = context.Queue()
-            process = context.Process(target=_peak, args=(teacher, layers, 400 if tiny else N_IMAGES, queue))
-            process.start()
-            grown, n_tokens = queue.get()
-            process.join()
-            peaks.append(grown)
-        figures[f"peak, {name}"] = {"unit": "MB", "median": float(np.median(peaks)) / 1e6, "lowest": min(peaks) / 1e6,
-                                    "highest": max(peaks) / 1e6}  # fmt: skip
-        figures[f"tokens a layer, {name}"] = n_tokens
-        claims.append(measure.claim(f"memory of the fit / bound, {name}", [peak / FIT_MEMORY for peak in peaks], 1, at_most=True))
-    conditions = [f"growth of RssAnon while made-up tokens are fitted; the bound is {human(FIT_MEMORY)}"]
-    measure.report("fit-memory", claims, figures, conditions, where)
+    teacher = replace(made_up.VIT_B16, dim=1024, depth=24, heads=16)
+    teacher = made_up.SMALL if tiny else teacher
+    plan = ExtractPlan(layers="last24")
+    spec = plan.store_spec(teacher, 64 if tiny else 1_281_167)
+    n_rows = min(FIT_ROWS, spec.n_rows)
+    draws = np.random.default_rng(0)
+    with measure.scratch_folder(scratch, 2 * fit_bytes(spec, teacher)) as folder, Sample(folder, spec, teacher) as sample:
+        shape = (ROWS, len(spec.layers), sample.n_drawn, teacher.dim)
+        tokens = draws.standard_normal(shape, "float32")
+        whole = draws.standard_normal((TRIAL_ROWS, len(spec.layers), spec.n_tokens(teacher), teacher.dim), "float32")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+        before, started = _memory("VmRSS"), time.perf_counter()
+        for start in range(0, n_rows, ROWS):
+            sample.add(tokens[: min(ROWS, n_rows - start)], whole[: 0 if start else min(TRIAL_ROWS, n_rows)])
+        fit(sample, spec, plan)
+        seconds, added = time.perf_counter() - started, max(1, _memory("VmHWM") - before)
+    figures = {
+        "sample on disk": {"unit": "MB", "median": fit_bytes(spec, teacher) / 1e6},
+        "memory added": {"unit": "MB", "median": added / 1e6},
+        "time": {"unit": "s", "median": seconds},
+    }  # fmt: skip
+    conditions = [f"{n_rows:,} rows, {sample.n_drawn} tokens of each, {len(spec.layers)} layers, width {teacher.dim}"]
+    claim = measure.claim(f"memory that a fit adds / {human(MOST)}", [added / MOST], 1.0, at_most=True)
+    measure.report("fit-memory", [claim], figures, conditions, where)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from teacher_cache.cropping import make_crops, plan_job
 from teacher_cache.crops import CropPlan
 from teacher_cache.planning import ExtractPlan
 from teacher_cache.quantize import ChannelStatistics
-from teacher_cache.spec import StoreSpec, TeacherSpec
+from teacher_cache.spec import MadeWith, StoreSpec, TeacherSpec
 from teacher_cache.store import Manifest, create_store
 from teacher_cache.writer import ShardWriter
 
@@ -98,6 +98,7 @@ def begin_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, view=None) ->
     manifest = Manifest(
         teacher=teacher, store=spec, view=view.number if view else 0, crops_id=view.cache.crops_id if view else "c" * 64,
         crops_sha256=view.crops_sha256 if view else "d" * 64, precision="fp32", fidelity=(), probe_sha256="e" * 64, software={},
+        made=MadeWith(64, False, "cpu"),
     )  # fmt: skip
     statistics = dict.fromkeys(spec.layers, flat) if spec.group else {}
     create_store(path, manifest, statistics, head, np.zeros((len(spec.layers), teacher.dim), "float32"))

@@ -19,6 +19,7 @@ from PIL import Image
 from .beton import CropReader
 from .cache import Cache, View
 from .checking import draw_rows, in_threads
+from .commits import read_fp32_rows
 from .cropping import cut_image, new_images
 from .errors import BadInputError, TeacherCacheError, UnknownNameError, UsageError
 from .findings import Checked, Finding
@@ -187,7 +188,8 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
         raise UsageError(f"--weights built-in: {store} was made with the weights {manifest.teacher.weights}. Give these.")
     try:
         own = None if weights == "built-in" else weights
-        teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision)
+        teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision,
+                               as_begun=manifest.teacher.activation is None)  # fmt: skip
     except BadInputError as error:
         prefix = f"--weights {weights}: "
         raise UsageError(prefix + str(error).removeprefix(prefix)) from error
@@ -225,14 +227,16 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
     tolerance = max(PROBE_TOLERANCE[precision], PROBE_TOLERANCE[teacher.precision])
     plain = ChannelStatistics(np.zeros(reader.teacher.dim, "float32"), np.ones(reader.teacher.dim, "float32"))
 
-    rows = rows[reader.finished[rows // spec.shard_rows]]
+    rows, names, in_fp32 = rows[reader.finished[rows // spec.shard_rows]], view.cache.images().names, read_fp32_rows(store, spec)
     medians, worst = np.zeros((2, len(spec.layers), len(rows)))
     apart = np.zeros(len(rows))  # of the attention
     misdrawn = np.zeros(len(rows), bool)
     with progress(f"view {view.number}: {store.name} again", len(rows), "crops") as advance:
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
-            tokens, attention = run_teacher(teacher, crops.read(rows[batch]), rows[batch], spec.layers)
+            tokens, attention = run_teacher(
+                teacher, crops.read(rows[batch]), rows[batch], spec.layers, names.__getitem__, in_fp32
+            )
             kept = reader.read("attention", rows[batch]) if spec.attention else None
             if spec.visible:
                 index = reader.read("index", rows[batch])

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,11 +38,14 @@ class BackgroundWriter:
         self._has_ended = False
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
-    def put(self, shard: int, arrays: dict[str, np.ndarray], is_last: bool) -> None:
-        """Append rows to a shard; `is_last`: it is whole with them. Waits while `ahead` batches are to be written."""
+    def put(self, shard: int, arrays: dict[str, np.ndarray], is_last: bool, fp32_rows: Sequence[int] = ()) -> None:
+        """Append rows to a shard, as ShardWriter.append does; `is_last`: it is whole with them.
+
+        Waits while `ahead` batches are to be written.
+        """
         self._raise()
         start = time.monotonic()
-        self._batches.put((shard, arrays, is_last))
+        self._batches.put((shard, arrays, is_last, fp32_rows))
         self.waited_s += time.monotonic() - start
 
     def __enter__(self) -> BackgroundWriter:
@@ -77,10 +80,10 @@ class BackgroundWriter:
 
     def _write_shard(self, batch: tuple, pool: ThreadPoolExecutor) -> None:
         """Write the shard that begins with `batch`; raises _EndedEarly if the rest of it never comes."""
-        shard, arrays, is_last = batch
+        shard, arrays, is_last, fp32_rows = batch
         with ShardWriter(self.store, self.manifest.store, self.manifest.teacher, shard, pool) as out:
             while True:
-                out.append(arrays)
+                out.append(arrays, fp32_rows)
                 self.advance(len(next(iter(arrays.values()))))
                 if is_last:
                     return
@@ -88,7 +91,7 @@ class BackgroundWriter:
                 if batch is None:
                     self._has_ended = True
                     raise _EndedEarly
-                _, arrays, is_last = batch
+                _, arrays, is_last, fp32_rows = batch
 
 
 class _EndedEarly(Exception):

@@ -180,7 +180,7 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
 @click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
@@ -226,7 +226,9 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         from .cache import Cache, view_path
         from .device import pick_device
         from .extract import extract_view, require_same_targets
-        from .planning import CropRequest, own_shards, plan_crops, plan_targets
+        from .fit import fit_bytes
+        from .planning import CropRequest, is_of_before, own_shards, plan_crops, plan_targets
+        from .store import is_begun
         from .teachers import crop_size
 
         store_name = _store_name(name or teacher)
@@ -236,7 +238,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         given = {"layers": layers, "dtype": dtype, "visible": tokens, "codec": codec, "shard_rows": shard_rows,
                  "batch_size": batch_size}  # fmt: skip
         plan, image_size = plan_targets(cache, store_name, image_size, **given)
-        loaded = _load_teacher(teacher, weights, image_size, *pick_device(device, precision, share.local_rank))
+        device, precision = pick_device(device, precision, share.local_rank)
+        loaded = _load_teacher(teacher, weights, image_size, device, precision, is_of_before(cache, store_name))
         if compiled:
             loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
@@ -251,7 +254,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         if not shards and shards is not None:
             say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
             return
-        n_bytes += _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
+        n_targets = _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
+        n_bytes += n_targets if any(map(is_begun, stores)) else max(n_targets, fit_bytes(spec, loaded.spec))
         _say_space(cache, n_bytes, of_all=" by all shards, whoever makes them" if shards is not None else "")
         if dry_run:
             return
@@ -308,10 +312,10 @@ def _repair(cache: Path, images: Path | None, store: str | None = None) -> None:
         say(f"{cache}: there was nothing to mend.")
 
 
-def _load_teacher(teacher: str, weights: str | None, image_size: int | None, device: str, precision: str):
+def _load_teacher(teacher: str, weights: str | None, image_size: int | None, device: str, precision: str, as_begun: bool):
     from .teachers import load_teacher
 
-    loaded = load_teacher(teacher, weights, image_size, device, precision)
+    loaded = load_teacher(teacher, weights, image_size, device, precision, as_begun)
     say(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
         f"{loaded.precision} on {device}")  # fmt: skip
     if loaded.weights_read:

@@ -10,8 +10,9 @@ are there they are folded into `shards.npy`, and `complete.json` names its SHA-2
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,22 +20,38 @@ import numpy as np
 
 from . import guard, spare
 from .durable import inside, make_folder, npy_bytes, read_npy, read_sealed, remove, remove_folder, seal, sha256_file, write_whole
-from .errors import CacheCorruptError
-from .spec import StoreSpec
+from .errors import BadInputError, CacheCorruptError, UsageError
+from .spec import MAX_FP32_ROWS, StoreSpec
+from .store import read_manifest
 
 T = TypeVar("T")
 FILE_DTYPE = np.dtype([("bytes", "<u8"), ("crc32", "<u4")])
 """One shard file: its length and the CRC-32 of all its bytes."""
+NO_ROWS = np.zeros(0, "int64")
+AGAIN = ".fp32"
+"""Ends the name of a file that keeps what an undone commit record said of rows made in fp32."""
 
 
 def record_path(store: Path, shard: int) -> Path:
     return store / "commits" / f"{shard:06d}.json"
 
 
-def write_commit(store: Path, shard: int, files: np.ndarray) -> None:
-    """Declare a shard finished. files: FILE_DTYPE [n_arrays], in the order of StoreSpec.array_names."""
+def write_commit(store: Path, shard: int, files: np.ndarray, fp32_rows: Sequence[int] = ()) -> None:
+    """Declare a shard finished. files: FILE_DTYPE [n_arrays], in the order of StoreSpec.array_names.
+
+    fp32_rows: of the shard, ascending, that were made in fp32 because bf16 gave none; a store before version 3 can have none.
+    """
     record = {"shard": shard, "files": [[int(file["bytes"]), int(file["crc32"])] for file in files]}
+    if has_fp32_rows(store):
+        record["fp32_rows"] = [int(row) for row in fp32_rows]
+    elif len(fp32_rows):
+        raise UsageError(f"{store}: a store of an older version than 3 has no place for rows made in fp32.")
     write_whole(record_path(store, shard), seal(record))
+
+
+def has_fp32_rows(store: Path) -> bool:
+    """Whether the version of a store has words for them."""
+    return read_manifest(store).format_version >= 3
 
 
 def is_complete(store: Path) -> bool:
@@ -68,9 +85,10 @@ def count_commits(store: Path, spec: StoreSpec) -> int:
     return spec.n_shards if n_records is None else n_records
 
 
-def read_record(path: Path, spec: StoreSpec) -> tuple[int, np.ndarray]:
-    """The shard that a commit record declares finished, and FILE_DTYPE [n_arrays] of its files.
+def read_record(path: Path, spec: StoreSpec, has_fp32_rows: bool) -> tuple[int, np.ndarray, np.ndarray]:
+    """The shard that a commit record declares finished, FILE_DTYPE [n_arrays] of its files, and int64 [n], its rows made in fp32.
 
+    has_fp32_rows: whether the store's version has words for these.
     Raises CacheCorruptError for a record that is damaged, misnamed or not of a store like this.
     """
     try:
@@ -81,7 +99,49 @@ def read_record(path: Path, spec: StoreSpec) -> tuple[int, np.ndarray]:
     named = type(shard) is int and 0 <= shard < spec.n_shards and path == record_path(path.parent.parent, shard)
     if not named or not isinstance(files, list) or len(files) != len(spec.array_names) or not all(map(_is_file, files)):
         raise CacheCorruptError(f"{path}: not a commit record of this store.")
-    return shard, np.array([tuple(file) for file in files], FILE_DTYPE)
+    if not has_fp32_rows:
+        rows = NO_ROWS
+    else:
+        rows = _require_rows(path, record.get("fp32_rows"), spec.rows_of(shard), spec.shard_rows)
+    return shard, np.array([tuple(file) for file in files], FILE_DTYPE), rows
+
+
+def _require_rows(path: Path, rows, of: range, most: int) -> np.ndarray:
+    """int64 [n], the `fp32_rows` of a sealed file: ascending numbers of the rows `of`, or CacheCorruptError."""
+    if not isinstance(rows, list) or len(rows) > most or not all(type(row) is int and row in of for row in rows):
+        raise CacheCorruptError(f"{path}: fp32_rows must be rows of {of.start} to {of.stop - 1}, at most {most:,}.")
+    if any(a >= b for a, b in itertools.pairwise(rows)):
+        raise CacheCorruptError(f"{path}: fp32_rows must be ascending.")
+    return np.array(rows, "int64")
+
+
+def read_fp32_rows(store: Path, spec: StoreSpec) -> np.ndarray:
+    """int64 [n], ascending: rows of finished shards that a bf16 teacher gave in fp32. Of a store before version 3, none.
+
+    Raises CacheCorruptError for a damaged or foreign record.
+    """
+    if not has_fp32_rows(store):
+        return NO_ROWS
+
+    def read(records: list[Path]) -> np.ndarray:
+        return np.concatenate([NO_ROWS, *(read_record(path, spec, True)[2] for path in records)])
+
+    found = _unless_complete(store, read)
+    if found is not None:
+        return found
+    path = store / "complete.json"
+    return _require_rows(path, read_sealed(path).get("fp32_rows"), range(spec.n_rows), MAX_FP32_ROWS)
+
+
+def read_fp32_rows_to_make(store: Path, spec: StoreSpec) -> np.ndarray:
+    """int64 [n], ascending: rows of shards that `unfold` declared unfinished, which have to be made in fp32 again."""
+    rows = [NO_ROWS]
+    for path in sorted(inside(store, "commits").glob(f"*{AGAIN}")):
+        try:
+            rows.append(_require_rows(path, read_sealed(path).get("fp32_rows"), range(spec.n_rows), spec.shard_rows))
+        except CacheCorruptError as error:
+            raise CacheCorruptError(f"{error} Delete that file; the rows it names will be found again.") from error
+    return np.concatenate(rows)
 
 
 def _is_file(pair) -> bool:
@@ -99,8 +159,9 @@ def read_commits(store: Path, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
 
     def read(records: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         files, finished = np.zeros(shape, FILE_DTYPE), np.zeros(spec.n_shards, bool)
+        has_rows = bool(records) and has_fp32_rows(store)
         for path in records:
-            shard, of_shard = read_record(path, spec)
+            shard, of_shard, _ = read_record(path, spec, has_rows)
             files[shard], finished[shard] = of_shard, True
         return files, finished
 
@@ -131,6 +192,13 @@ def fold(store: Path, spec: StoreSpec) -> None:
             raise CacheCorruptError(f"{store}: {(~finished).sum()} of {spec.n_shards} shards are not finished.")
         write_whole(store / "shards.npy", npy_bytes(files))
         complete = {"n_rows": spec.n_rows, "n_shards": spec.n_shards, "shards_sha256": sha256_file(store / "shards.npy")}
+        if has_fp32_rows(store):
+            complete["fp32_rows"] = read_fp32_rows(store, spec).tolist()
+            if len(complete["fp32_rows"]) > MAX_FP32_ROWS:
+                raise BadInputError(
+                    f"{store}: {len(complete['fp32_rows']):,} rows were made in fp32, more than {MAX_FP32_ROWS:,}: bf16 is wrong "
+                    "for this teacher. Extract it with --precision fp32 and another --name, and delete this store."
+                )
         write_whole(store / "complete.json", seal(complete))
     if not spare.is_current(store):
         spare.write_spare(store)
@@ -152,16 +220,22 @@ def unfold(store: Path, spec: StoreSpec, sound: np.ndarray) -> None:
         files = _read_table(store, (spec.n_shards, len(spec.array_names)))
         if (store / "commits").exists():  # a fold or unfold was killed; beside complete.json these records do not count
             remove_folder(store / "commits")
+        fp32_rows = read_fp32_rows(store, spec)
         make_folder(store / "commits")
-        for shard in np.flatnonzero(sound).tolist():
-            write_commit(store, shard, files[shard])
+        for shard in range(spec.n_shards):
+            of_shard = fp32_rows[np.isin(fp32_rows // spec.shard_rows, shard)]
+            if sound[shard]:
+                write_commit(store, shard, files[shard], of_shard)
+            else:
+                _keep_rows(store, shard, of_shard)
         # the spare loses complete.json first, so that nobody ever takes it from there for an unfinished store
         spare.write_spare(store, [name for name in spare.spare_names(store) if name not in spare.FOLDED])
         remove(store / "complete.json")
     else:
         make_folder(store / "commits")
+        has_rows = has_fp32_rows(store)
         for path in _records(store):
-            if not _is_sound(path, spec, sound):
+            if not _keeps(path, spec, has_rows, sound):
                 remove(path)
         if not spare.is_current(store):
             spare.write_spare(store)
@@ -169,9 +243,19 @@ def unfold(store: Path, spec: StoreSpec, sound: np.ndarray) -> None:
         remove(store / "shards.npy")
 
 
-def _is_sound(record: Path, spec: StoreSpec, sound: np.ndarray) -> bool:
+def _keep_rows(store: Path, shard: int, fp32_rows: np.ndarray) -> None:
+    """Note, beside the records, which rows of an unfinished shard are to be made in fp32 again."""
+    if len(fp32_rows):
+        path = record_path(store, shard).with_suffix(AGAIN)
+        write_whole(path, seal({"shard": shard, "fp32_rows": fp32_rows.tolist()}))
+
+
+def _keeps(record: Path, spec: StoreSpec, has_rows: bool, sound: np.ndarray) -> bool:
+    """Whether a record stays. Of one that does not, what it says of rows made in fp32 is kept, if it can be read."""
     try:
-        shard, _ = read_record(record, spec)
+        shard, _, fp32_rows = read_record(record, spec, has_rows)
     except CacheCorruptError:
         return False
+    if not sound[shard]:
+        _keep_rows(record.parent.parent, shard, fp32_rows)
     return bool(sound[shard])

@@ -97,10 +97,10 @@ def _stores(name: str, a: dict, b: dict) -> Iterator[Line]:
     yield from differing or [Line("equal", name, "the same teacher, layers, dtype and quantiser")]
     if a["teacher"]["weights"] != b["teacher"]["weights"] and a["teacher"]["weights_sha256"] == b["teacher"]["weights_sha256"]:
         yield Line("note", name, f"the same weights from {a['teacher']['weights']} and {b['teacher']['weights']}")
-    for package in sorted(a["software"].keys() | b["software"].keys()):
-        versions = [store["software"].get(package) for store in (a, b)]
-        if versions[0] != versions[1]:
-            yield Line("note", name, f"made with {package} {versions[0]} and {versions[1]}")
+    records = [{**store["software"], **(store["made"] or {})} for store in (a, b)]
+    for key in sorted(records[0].keys() & records[1].keys()):
+        if records[0][key] != records[1][key]:
+            yield Line("note", name, f"made with {key} {records[0][key]} and {records[1][key]}")
 
 
 def _shards(what: str, a, b) -> Iterator[Line]:

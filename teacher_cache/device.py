@@ -1,4 +1,4 @@
-"""Which device and precision a command means by `auto`."""
+"""Which device and precision a command means by `auto`, and what a device is called."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def pick_device(device: str, precision: str, local_rank: int = 0) -> tuple[str, 
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, counted from cuda:0.")
     return device, ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
+
+
+def device_name(device) -> str:
+    """The kind of a torch.device: a GPU's product name, or `cpu` and the instructions that torch uses there."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import BadInputError
+from .nonfinite import finite_rows
 from .quantize import ChannelStatistics
 from .race import arrivals
 from .spec import ARRAY_NAME, StoreSpec
@@ -25,8 +25,8 @@ class Encoder:
     statistics: of each layer; empty for float16. view: of the store.
     """
 
-    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], view: int, device: torch.device, name: str):
-        self.spec, self.view, self.device, self.name = spec, view, device, name
+    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], view: int, device: torch.device):
+        self.spec, self.view, self.device = spec, view, device
         self.statistics = {
             layer: (torch.tensor(channel.centre, device=device), torch.tensor(channel.spread, device=device))
             for layer, channel in statistics.items()
@@ -35,13 +35,11 @@ class Encoder:
     def __call__(self, output, rows: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
         """Begin to encode the output for `rows`; the function that is returned waits for it: array name -> [B, *row shape].
 
-        output: teachers.base.TeacherOutput. Waiting raises BadInputError for values that are not finite, naming the row.
+        output: teachers.base.TeacherOutput. There is one array more, `finite`, bool [B]: for which rows it is; what is encoded of
+        others is of no use.
         """
         tokens, attention, spec = output.tokens, output.attention, self.spec
-        finite = tokens.isfinite().flatten(1).all(1)
-        if attention is not None:
-            finite &= attention.isfinite().all(1)
-        arrays = {"finite": finite}
+        arrays = {"finite": finite_rows(output)}
         if spec.visible:
             arrays["index"] = self._index(attention, rows)  # int32 [B, K]
             tokens = _of_visible(tokens, arrays["index"].long(), tokens.shape[2] - attention.shape[1])  # [B, L, T, D]
@@ -57,14 +55,7 @@ class Encoder:
             arrays["scale"] = torch.stack(scales, 1)  # [B, L, T, G]
         if spec.attention:
             arrays["attention"] = attention
-        wait = to_host(arrays)
-
-        def finished() -> dict[str, np.ndarray]:
-            on_host = wait()
-            require_finite(on_host.pop("finite"), rows, self.name)
-            return on_host
-
-        return finished
+        return to_host(arrays)
 
     def _index(self, attention: Tensor, rows: np.ndarray) -> Tensor:
         """race.race on the device. The logarithms come from the host: those of two devices differ in the last bit."""
@@ -90,16 +81,6 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
         return {name: copy.numpy() for name, copy in copies.items()}
 
     return wait
-
-
-def require_finite(finite: np.ndarray, rows: np.ndarray, name: str) -> None:
-    """Raise BadInputError unless the teacher's output for every row is finite. finite: bool [B]."""
-    if not finite.all():
-        bad = rows[~finite]
-        raise BadInputError(
-            f"{name} gives non-finite values for row {bad[0]} ({len(bad)} of {len(rows)} rows of its batch). "
-            "Check the weights; with --precision bf16 try fp32."
-        )
 
 
 def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .disk import DiskRates, measure_files, measure_folder
 from .durable import ASIDE
 from .errors import UsageError
 from .estimate import existing_folder, free_bytes, human
-from .fitting import FitPlan
+from .fit import fit_bytes
 from .forecast import CropSizes, byte_lines, cache_bytes
 from .images import ImageList, scan
 from .planning import ExtractPlan
@@ -113,8 +113,7 @@ def answer(asked: Question, student: Student | None) -> dict:
         "preset": student.preset if student else None, "crop_size": crop_plan.size, "crop_format": crop_format,
         "layers": list(spec.layers), "dtype": spec.dtype, "attention": spec.attention, "visible": spec.visible,
         "shards": spec.n_shards,
-        "fit_bytes": FitPlan.of(spec, teacher, plan.codec).n_bytes,
-        "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
+        "fit_bytes": fit_bytes(spec, teacher), "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
         "free_bytes": free, "present_bytes": present, "folder": str(asked.folder), "bytes_read_per_crop": read,
         "layers_read": layers,
         "rates": {**dataclasses.asdict(rates), "how": measured.get("how", [])},
@@ -256,9 +255,9 @@ def in_words(told: dict) -> str:
         f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {told['folder']}"
         + (f"; {human(told['present_bytes'])} of it are there" if told["present_bytes"] else "")
         + (f": {human(total - free - told['present_bytes'])} SHORT" if total > free + told["present_bytes"] else ""),
+        f"{'fitting':<11}{human(told['fit_bytes']):>8}   of disk for a time, before any target: the quantiser's sample",
         "",
     ]
-    lines.append(f"memory     {human(told['fit_bytes'])} at most to fit the quantiser, once, beside the teacher and its batch")
     if told["extraction_s"] is not None:
         lines.append(f"extraction {hours(told['extraction_s'])} on one device")
     read = f"{human(told['bytes_read_per_crop'])} a crop"

@@ -9,8 +9,6 @@ before quantised on its device, copied to the host and written.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,14 +26,17 @@ from .background import BackgroundWriter
 from .beton import CropReader
 from .cache import View
 from .claims import claimed, claimed_range, is_claimed_or_left, store_claim, store_claims
-from .commits import count_commits, fold, is_complete, is_folded
-from .encode import Encoder, require_finite
-from .errors import ClaimLostError, MismatchError, NotInCacheError
+from .commits import count_commits, fold, is_complete, is_folded, read_fp32_rows_to_make
+from .encode import Encoder
+from .errors import BadInputError, ClaimLostError, MismatchError, NotInCacheError
 from .estimate import full_disk_explained, human
-from .fitting import Sample
+from .fit import TRIAL_ROWS, Sample, fit, n_fit_rows
+from .nonfinite import NO_ROWS, again, finite_output, require_few
 from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
 from .progress import note, progress, waiting
-from .spec import STORE_VERSIONS, StoreSpec, comparable
+from .race import race
+from .record import changes, made_with, software
+from .spec import STORE_VERSIONS, StoreSpec, TeacherSpec, comparable
 from .store import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
 
 DECODE_AHEAD = 2
@@ -71,10 +72,11 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
             missing = [shard for shard in writer.missing_shards(store, manifest.store) if shard in own]
             if missing and not is_new:
                 require_same_probe(store, teacher)
+                _tell_changes(store, manifest, teacher, plan)
             n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
             with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
                 if missing:
-                    _extract_shards(store, missing, crops, teacher, plan.batch_size, advance)
+                    _extract_shards(view, store, missing, crops, teacher, plan.batch_size, advance)
             return _complete(store, manifest.store, wait) or bool(missing)
 
 
@@ -114,6 +116,15 @@ def _loss_explained(store: Path) -> Iterator[None]:
             f"{gone} was deleted or moved while the teacher's targets were being written to it. Put it back, or begin it anew; "
             "then run the same command again."
         ) from error
+
+
+def _tell_changes(store: Path, manifest: Manifest, teacher, plan: ExtractPlan) -> None:
+    """Say with what a store is continued, or another view of it begun, that is not what it was begun with."""
+    now = software(), made_with(teacher, plan.batch_size)
+    if differing := changes((manifest.software, manifest.made), now):
+        note(f"{store} was begun with other software or another machine; bytes may differ:")
+        for line in differing:
+            note(f"  {line}")
 
 
 def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> None:
@@ -158,7 +169,14 @@ def probe_image(size: int) -> np.ndarray:
 def probe_output(teacher, layers: tuple[int, ...]) -> np.ndarray:
     """float32 [L, D]: mean whitened token of each layer on the probe image at the teacher's own size."""
     image = torch.from_numpy(probe_image(teacher.spec.image_size))[None].to(teacher.device)
-    return teacher(image, layers).tokens[0].mean(1).cpu().numpy()
+    try:
+        output, _ = finite_output(teacher, image, np.zeros(1, "int64"), layers, lambda _: "the probe image")
+    except BadInputError as error:
+        raise BadInputError(
+            f"{teacher.spec.name} answers to the probe image with non-finite values, in fp32 too: the weights "
+            f"{teacher.spec.weights} are damaged. Give others."
+        ) from error
+    return output.tokens[0].mean(1).cpu().numpy()
 
 
 def _cut(rows: range, batch_size: int) -> list[np.ndarray]:
@@ -189,28 +207,19 @@ def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device)
                 task.cancel()
 
 
-def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
-    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite or BadInputError naming the row."""
-    tokens, attention = _finite_output(teacher, images, rows, layers)
-    return tokens.cpu().numpy(), None if attention is None else attention.cpu().numpy()
+def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...], name_of: Callable[[int], str],
+                forced: np.ndarray = NO_ROWS) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite: see nonfinite.finite_output."""
+    images = torch.as_tensor(images, device=teacher.device)
+    output, _ = finite_output(teacher, images, rows, layers, name_of, forced)
+    return output.tokens.cpu().numpy(), None if output.attention is None else output.attention.cpu().numpy()
 
 
-def _finite_output(teacher, images, rows: np.ndarray, layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same on the teacher's device."""
-    output = teacher(torch.as_tensor(images, device=teacher.device), layers)
-    finite = output.tokens.isfinite().flatten(1).all(1)
-    if output.attention is not None:
-        finite &= output.attention.isfinite().all(1)
-    require_finite(finite.cpu().numpy(), rows, teacher.spec.name)
-    return output.tokens, output.attention
-
-
-def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
+def _extract_shards(view: View, store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
     """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order."""
     manifest = read_manifest(store)
-    spec = manifest.store
-    encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device, teacher.spec.name)
-    batches = [(shard, rows) for shard in shards for rows in _cut(spec.rows_of(shard), batch_size)]
+    begun = _Begun(view, store, manifest, teacher)
+    batches = [(shard, rows) for shard in shards for rows in _cut(manifest.store.rows_of(shard), batch_size)]
     begin = time.monotonic()
     with BackgroundWriter(store, manifest, advance) as out:
         decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
@@ -220,21 +229,74 @@ def _extract_shards(store: Path, shards: list[int], crops: CropReader, teacher, 
                 with advance.waits_for("decode"):
                     images = next(decoded)
                 with advance.waits_for("teacher"):
-                    encoded = encode(teacher(images.to(teacher.device, non_blocking=True), spec.layers), rows)
+                    encoded = begun.encoding(images, rows)
             finally:  # what is encoded is kept, also if this batch fails
                 if before is not None:
                     before()
-            before = partial(_hand_over, out, shard, encoded, rows[-1] == spec.rows_of(shard)[-1], advance)
+            before = partial(_hand_over, out, shard, encoded, rows[-1] == manifest.store.rows_of(shard)[-1], advance)
         before()
+    if begun.n_fp32:
+        note(f"view {manifest.view}: {store.stem}: {begun.n_fp32:,} crops made in fp32, as bf16 gave non-finite values for them.")
     waited = {"the crops": advance.waited.get("decode", 0.0), "the disk": out.waited_s}
     _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
 
 
-def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable[[], dict[str, np.ndarray]], is_last: bool, advance) -> None:
+class _Begun:
+    """A store being filled: batches through the teacher and its encoder, such that what comes out is finite.
+
+    n_fp32: rows so far that had to be made in fp32 for that.
+    """
+
+    def __init__(self, view: View, store: Path, manifest: Manifest, teacher):
+        self.view, self.store, self.manifest, self.teacher = view, store, manifest, teacher
+        spec = manifest.store
+        self.encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device)
+        self.forced = read_fp32_rows_to_make(store, spec) if manifest.format_version >= 3 else NO_ROWS
+        self.n_fp32 = 0
+        self._of_shard = (-1, 0)
+
+    def encoding(self, images: torch.Tensor, rows: np.ndarray) -> Callable[[], tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Begin to encode a batch; the function returned waits for its row arrays, and the rows among it made in fp32."""
+        images = images.to(self.teacher.device, non_blocking=True)
+        wait = self.encode(self.teacher(images, self.manifest.store.layers), rows)
+
+        def finished() -> tuple[dict[str, np.ndarray], np.ndarray]:
+            arrays, fp32_rows = wait(), NO_ROWS
+            if not arrays["finite"].all() or np.isin(rows, self.forced).any():
+                arrays, fp32_rows = self._again(images, rows)
+            del arrays["finite"]
+            return arrays, fp32_rows
+
+        return finished
+
+    def _again(self, images: torch.Tensor, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        spec, name = self.manifest.store, self.teacher.spec.name
+        output, fp32_rows = again(self.teacher, images, rows, spec.layers, _names(self.view), self.forced)
+        other = f"Give --precision fp32 and another --name, and delete {self.store}."
+        if len(fp32_rows) and self.manifest.format_version < 3:
+            raise BadInputError(
+                f"{name} gives non-finite values in bf16 for row {fp32_rows[0]}, {_names(self.view)(fp32_rows[0])}. fp32 gives "
+                f"numbers, but {self.store} is of version {self.manifest.format_version}, which cannot say that a row was made "
+                "so. Give another --name: a new store can."
+            )
+        shard = int(rows[0]) // spec.shard_rows
+        n_before = self._of_shard[1] if self._of_shard[0] == shard else 0
+        self._of_shard = (shard, n_before + len(fp32_rows))
+        require_few(self._of_shard[1], len(spec.rows_of(shard)), f"shard {shard} of {self.store}", name, other)
+        self.n_fp32 += len(fp32_rows)
+        return self.encode(output, rows)(), fp32_rows
+
+
+def _names(view: View) -> Callable[[int], str]:
+    """The image of a row; the list is read when somebody asks."""
+    return lambda row: view.cache.images().names[row]
+
+
+def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable, is_last: bool, advance) -> None:
     with advance.waits_for("teacher"):
-        arrays = encoded()
+        arrays, fp32_rows = encoded()
     with advance.waits_for("disk"):
-        out.put(shard, arrays, is_last)
+        out.put(shard, arrays, is_last, fp32_rows)
 
 
 def _tell_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
@@ -262,10 +324,12 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
         original = read_manifest(first)
         spec, fidelity, version = original.store, original.fidelity, original.format_version
         described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
+        _tell_changes(first, original, teacher, plan)
         statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
         probe = read_small_array(first, "probe")
     elif view.number == 0:
-        statistics, fidelity, codecs = _fit(teacher, crops, spec, plan)
+        _require_finite_head(teacher)
+        statistics, fidelity, codecs = _fit(view, teacher, crops, spec, plan)
         spec = plan.store_spec(teacher.spec, len(crops), codecs)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
@@ -275,31 +339,50 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
     manifest = Manifest(
         teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
         precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
-        software=software(), format_version=version,
+        software=software(), made=made_with(teacher, plan.batch_size) if version >= 3 else None, format_version=version,
     )  # fmt: skip
     create_store(store, manifest, statistics, head, probe)
 
 
-def software() -> dict[str, str]:
-    """Versions of what a teacher's output depends on."""
-    packages = ("torch", "timm", "open_clip_torch", "numpy", "zarr", "numcodecs", "ffcv")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+def _require_finite_head(teacher) -> None:
+    """Raise BadInputError for a final norm or projection that no store can keep."""
+    for name, values in teacher.head.items():
+        if not np.isfinite(values).all():
+            raise BadInputError(
+                f"{teacher.spec.name}: {name} of its final norm holds non-finite values: the weights {teacher.spec.weights} are "
+                "damaged. Give others."
+            )
 
 
-def _fit(teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
-    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array."""
-    sample = Sample(spec, teacher.spec, plan.codec)
-    with progress("fitting the quantiser", sample.plan.n_rows, "crops") as advance:
-        batches = _cut(range(sample.plan.n_rows), plan.batch_size)
-        for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
-            tokens, attention = _finite_output(teacher, images, rows, spec.layers)
-            places = sample.places(rows, None if attention is None else attention.cpu().numpy())
-            sample.keep(rows, *(_tokens_at(tokens, of_rows) for of_rows in places))
-            advance(len(rows))
-    return sample.fit()
+def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
+    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
+
+    Rows are in random order (images.py), so the first ones are a fair sample. Only what is sampled leaves the teacher's device.
+    """
+    n_rows, n_fp32 = n_fit_rows(len(crops)), 0
+    with Sample(view.path, spec, teacher.spec) as sample:
+        with progress("fitting the quantiser", n_rows, "crops") as advance:
+            batches = _cut(range(n_rows), plan.batch_size)
+            for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
+                output, fp32_rows = finite_output(teacher, images.to(teacher.device), rows, spec.layers, _names(view))
+                n_fp32 += len(fp32_rows)
+                require_few(n_fp32, n_rows, "the quantiser's sample", teacher.spec.name, "Give --precision fp32.")
+                kept = torch.from_numpy(_kept_tokens(output, rows, spec, teacher.spec)).to(output.tokens.device)  # [B, T]
+                drawn = kept.take_along_dim(torch.from_numpy(sample.draw(len(rows))).to(kept.device), 1)
+                n_whole = int((rows < TRIAL_ROWS).sum())
+                sample.add(_taken(output.tokens, drawn), _taken(output.tokens[:n_whole], kept[:n_whole]))
+                advance(len(rows))
+        return fit(sample, spec, plan)
 
 
-def _tokens_at(tokens: torch.Tensor, places: np.ndarray) -> np.ndarray:
-    """Of tokens [B, L, T, D] those at `places`, int64 [b, n], of the first b rows: float32 [b, L, n, D] on the host."""
-    index = torch.from_numpy(np.ascontiguousarray(places)).to(tokens.device)[:, None, :, None]
-    return tokens[: len(places)].take_along_dim(index, dim=2).cpu().numpy()
+def _kept_tokens(output, rows: np.ndarray, spec: StoreSpec, teacher: TeacherSpec) -> np.ndarray:
+    """int64 [B, T]: which of the C+N tokens of these rows of view 0 a store keeps, in its order."""
+    if not spec.visible:
+        return np.broadcast_to(np.arange(teacher.n_tokens), (len(rows), teacher.n_tokens)).copy()
+    n_cls, index = int(teacher.has_cls), race(output.attention.cpu().numpy(), rows, 0, spec.visible)
+    return np.concatenate([np.broadcast_to(np.arange(n_cls), (len(rows), n_cls)), index + n_cls], 1).astype("int64")
+
+
+def _taken(tokens: torch.Tensor, places: torch.Tensor) -> np.ndarray:
+    """float32 [B, L, n, D]: the tokens at `places` [B, n] of [B, L, C+N, D]."""
+    return tokens.take_along_dim(places[:, None, :, None], dim=2).cpu().numpy()

@@ -16,7 +16,7 @@ from .estimate import human, store_bytes
 from .images import ImageList
 from .quantize import ChannelStatistics
 from .spare import pack_members
-from .spec import LayerFidelity, StoreSpec, TeacherSpec
+from .spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec
 from .store import Manifest, small_array_shapes, small_files
 
 TYPICAL_JPEG_BYTES = 27_000 / 224**2
@@ -87,7 +87,7 @@ def _small_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     """Bytes of the small files of a store and of their second copies."""
     nothing = "0" * 64
     fidelity = tuple(LayerFidelity(layer, 1 / 3, 1 / 3, 1 / 3, 65536) for layer in spec.layers)
-    manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {})
+    manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {}, MadeWith(1 << 20, False, "x" * 40))
     arrays = {name: np.zeros(shape, "float32") for name, shape in small_array_shapes(manifest).items()}
     head = {name.removeprefix("head/"): values for name, values in arrays.items() if name.startswith("head/")}
     quantised = [layer for layer in spec.layers if f"quant/{layer:02d}/centre" in arrays]

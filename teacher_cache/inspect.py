@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from .cache import Cache, View
-from .commits import is_complete, read_commits
+from .commits import is_complete, read_commits, read_fp32_rows
 from .durable import canonical_json
 from .store import Manifest, extract_command, read_manifest, shared_sha256
 
@@ -51,6 +51,7 @@ def _describe_store(view: View, name: str) -> dict:
         "teacher": teacher.to_json(), "store": spec.to_json(), "precision": manifest.precision,
         "fidelity": [asdict(layer) for layer in manifest.fidelity], "probe_sha256": manifest.probe_sha256,
         "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(path))).hexdigest(), "software": manifest.software,
+        "made": None if manifest.made is None else manifest.made.to_json(), "fp32_rows": len(read_fp32_rows(path, spec)),
         "finish": None if complete else extract_command(view.cache.path, name, manifest),
     }  # fmt: skip
 

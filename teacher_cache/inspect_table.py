@@ -89,6 +89,7 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
          f"{teacher['image_size']} px, {first['precision']}"),
         ("keeps", f"layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, codec {codecs}"
          + ", attention" * spec["attention"] + f", CLS and {spec['visible']} patches of each crop" * (spec["visible"] > 0)),
+        ("made with", _made_with(first)),
         ("a crop", f"{human(per_crop['float16'])} as float16 -> {human(per_crop['quantised'])} quantised -> {on_disk}"),
     ], is_title=True)  # fmt: skip
 
@@ -116,14 +117,24 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
             yield Text(f"  to finish view {view}: {store['finish']}", "yellow", overflow="fold")
 
 
+def _made_with(store: dict) -> str:
+    """What is on record of how a store was begun."""
+    versions = ", ".join(f"{name} {version}" for name, version in store["software"].items()) or "software not on record"
+    made = store["made"]
+    if made is None:
+        return f"{versions}; batches, device and torch.compile are not on record"
+    return f"batches of {made['batch_size']} on {made['device']}{', torch.compile' * made['compile']}; {versions}"
+
+
 def _state(store: dict) -> Text:
+    in_fp32 = f", {store['fp32_rows']:,} rows in fp32" * (store["fp32_rows"] > 0)
     if store["complete"]:
-        return Text("complete", "green")
+        return Text(f"complete{in_fp32}", "green")
     missing = [f"{first}:{stop}" for first, stop in store["missing_shards"]]
     if not missing:
         return Text("NOT complete: all shards are there, the last step is missing", "yellow")
     more = f" and {len(missing) - MOST_RANGES} more ranges" if len(missing) > MOST_RANGES else ""
-    return Text(f"NOT complete, missing {', '.join(missing[:MOST_RANGES])}{more}", "yellow")
+    return Text(f"NOT complete, missing {', '.join(missing[:MOST_RANGES])}{more}{in_fp32}", "yellow")
 
 
 def _percent(share: float) -> str:

@@ -137,12 +137,19 @@ def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) ->
     if manifests:
         found = manifests[0]
         layers = ",".join(map(str, found.store.layers))
-        base = ExtractPlan(layers, found.store.dtype, shard_rows=found.store.shard_rows, visible=found.store.visible)
+        batch_size = found.made.batch_size if found.made else base.batch_size
+        base = ExtractPlan(layers, found.store.dtype, "auto", found.store.shard_rows, batch_size, found.store.visible)
         image_size = image_size or found.teacher.image_size
     plan = dataclasses.replace(base, **given)
     for store, found in zip(begun, manifests, strict=True):
         require_like(store, target_differences(found, plan, found.teacher, found.store.n_rows))
     return plan, image_size
+
+
+def is_of_before(cache_dir: Path, name: str) -> bool:
+    """Whether a store `name` was begun by a version that did not put the teacher's activation on record, and refused none."""
+    begun = (store for store in cache_dir.glob(f"view-*/{name}.zarr") if is_begun(store))
+    return any(read_manifest(store).teacher.activation is None for store in begun)
 
 
 def target_differences(found: Manifest, plan: ExtractPlan, teacher: TeacherSpec, n_rows: int) -> list[str]:

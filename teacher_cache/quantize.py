@@ -21,13 +21,12 @@ import numpy as np
 
 GROUPS = {"int8": 128, "int4": 16}
 """Channels a scale, at most, of each quantised dtype."""
+BLOCK_CHANNELS = 64
+"""Channels whose statistics are worked out at a time: medians take a few copies of them."""
 SPREAD_FLOOR = 0.1
 """Of the median spread: dead and sparse channels have MAD 0, and without a floor every value of theirs is NaN."""
 LEAST_SPREAD = 1e-3
 """Absolute floor, for features that are constant altogether. Whitened values are at most sqrt(D), so scales stay finite."""
-
-COLUMNS = 32
-"""Channels whose statistics are worked out at a time: a copy of all tokens would not fit beside them."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ class ChannelStatistics:
     @classmethod
     def fit(cls, tokens: np.ndarray) -> ChannelStatistics:
         """tokens: float [n, D]. centre = median, spread = max(1.4826 MAD, a tenth of the median spread)."""
-        columns = [_median_and_mad(tokens[:, i : i + COLUMNS]) for i in range(0, tokens.shape[1], COLUMNS)]
-        centre, deviation = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        spread = 1.4826 * deviation
+        blocks = [slice(start, start + BLOCK_CHANNELS) for start in range(0, tokens.shape[1], BLOCK_CHANNELS)]
+        centre, spread = (np.concatenate(values) for values in zip(*(_robust(tokens[:, block]) for block in blocks), strict=True))
         floor = max(SPREAD_FLOOR * float(np.median(spread)), LEAST_SPREAD)
         return cls(centre.astype("float32"), np.maximum(spread, floor).astype("float32"))
 
@@ -50,12 +48,10 @@ class ChannelStatistics:
         return (tokens.astype("float32") - self.centre) / self.spread
 
 
-def _median_and_mad(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each channel of float [n, c] the median, and the median distance from it."""
-    by_channel = np.array(tokens.T, order="C")  # [c, n], a copy that may be reordered
-    centre = np.median(by_channel, axis=1, overwrite_input=True)
-    by_channel -= centre[:, None]
-    return centre, np.median(np.abs(by_channel, out=by_channel), axis=1, overwrite_input=True)
+def _robust(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and 1.4826 MAD of each channel of float [n, d]."""
+    centre = np.median(tokens, axis=0)
+    return centre, 1.4826 * np.median(np.abs(tokens - centre), axis=0)
 
 
 def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ CACHE_VERSIONS = (1, 2)
 """Of caches and their crops; 2 came with random crops of more than 256 pixels, and says nothing else otherwise than 1."""
 STORE_VERSIONS = (1, 2, 3)
 """Of stores, the last being that of new ones. 2 came with int4 and visible tokens; 3 with the teacher's activation and position
-rule."""
+rule, and what made the store."""
 
 MAX_SIDE = 1 << 14
 """Of images and patches in pixels, of grids in patches."""
@@ -26,6 +26,8 @@ MAX_ROWS = 1 << 32
 MAX_SHARD_ROWS = 1 << 20
 MAX_SHARD_FILES = 1 << 24
 """Shards times row arrays: shards.npy then has at most 200 MB."""
+MAX_FP32_ROWS = 1 << 20
+"""Of a store: `complete.json` then has at most 15 MB."""
 MAX_ROW_BYTES = 1 << 30
 """Of one row of one array. A reader takes memory for rows before it has seen them."""
 
@@ -47,6 +49,11 @@ def _require_count(name: str, value, most: int, least: int = 1) -> None:
     """Raise UsageError unless `value` is an integer from `least` to `most`. True is none."""
     if type(value) is not int or not least <= value <= most:
         raise UsageError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+
+
+def most_fp32_rows(n_rows: int) -> int:
+    """How many of the rows of a shard a bf16 teacher may need fp32 for; with more, bf16 is the wrong precision for it."""
+    return max(8, n_rows // 64)
 
 
 def _are_numbers(values) -> bool:
@@ -317,4 +324,29 @@ class LayerFidelity:
 
     @classmethod
     def from_json(cls, value: dict) -> LayerFidelity:
+        return from_json(cls, value)
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """How the teacher was run when a store was begun (record.py). Not identity."""
+
+    batch_size: int
+    compile: bool
+    """Whether its blocks went through torch.compile."""
+    device: str
+    """A GPU's product name; `cpu` and the instructions that were used."""
+
+    def __post_init__(self):
+        _require_count("batch_size", self.batch_size, 2**31 - 1)
+        if not isinstance(self.compile, bool):
+            raise UsageError(f"compile must be true or false, not {self.compile!r}")
+        if not isinstance(self.device, str):
+            raise UsageError(f"device must be text, not {self.device!r}")
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict) -> MadeWith:
         return from_json(cls, value)

@@ -38,7 +38,7 @@ from .durable import (
 from .errors import BadInputError, CacheCorruptError, NotInCacheError
 from .quantize import ChannelStatistics
 from .spare import SPARE, pack_members
-from .spec import NOT_BEFORE_3, STORE_VERSIONS, LayerFidelity, StoreSpec, TeacherSpec
+from .spec import NOT_BEFORE_3, STORE_VERSIONS, LayerFidelity, MadeWith, StoreSpec, TeacherSpec
 
 FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
 """Values that are never written (of uint8: that never fill a group), so that plain zarr readers can tell a hole."""
@@ -67,6 +67,8 @@ class Manifest:
     probe_sha256: str
     """Of the teacher's mean token per layer on the probe image (array `probe`)."""
     software: dict
+    made: MadeWith | None
+    """None: not on record, as in stores before version 3."""
     format_version: int = STORE_VERSIONS[-1]
 
     def __post_init__(self):
@@ -83,14 +85,16 @@ class Manifest:
         is_new = self.format_version >= 3
         if not is_new and self.format_version != self.store.least_version:
             raise ValueError(f"format version {self.format_version} of a store of version {self.store.least_version}")
-        for name in NOT_BEFORE_3:
-            if is_new == (getattr(self.teacher, name) is None):
-                raise ValueError(f"{name} of the teacher is {getattr(self.teacher, name)!r} in version {self.format_version}")
+        since_3 = {"made": self.made, **{f"{name} of the teacher": getattr(self.teacher, name) for name in NOT_BEFORE_3}}
+        for name, value in since_3.items():
+            if is_new == (value is None):
+                raise ValueError(f"{name} is {value!r} in version {self.format_version}")
 
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
         version = value.pop("format_version")
         if version < 3:
+            del value["made"]
             value["teacher"] = {key: item for key, item in value["teacher"].items() if key not in NOT_BEFORE_3}
         if version < 2:
             del value["store"]["visible"]
@@ -99,13 +103,13 @@ class Manifest:
     @classmethod
     def from_json(cls, value: dict) -> Manifest:
         try:
-            value = dict(value)
             version = value["format_version"]
             if type(version) is not int or version not in STORE_VERSIONS:
                 raise BadInputError(
                     f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
                     "Use the version of teacher-cache that wrote it."
                 )
+            value = _with_words(value, ("made",), None) if version < 3 else {**value, "made": MadeWith.from_json(value["made"])}
             teacher = _with_words(value["teacher"], NOT_BEFORE_3, None) if version < 3 else value["teacher"]
             store = _with_words(value["store"], ("visible",), 0) if version < 2 else value["store"]
             value["teacher"], value["store"] = TeacherSpec.from_json(teacher), StoreSpec.from_json(store)

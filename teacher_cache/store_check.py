@@ -11,7 +11,7 @@ import numpy as np
 from .advice import when_lost
 from .cache import View
 from .checking import check_small_files, check_spare, draw_rows, in_threads
-from .commits import FILE_DTYPE, is_complete, read_commits, read_record
+from .commits import FILE_DTYPE, has_fp32_rows, is_complete, read_commits, read_fp32_rows, read_record
 from .durable import read_sealed
 from .errors import CacheCorruptError
 from .findings import Checked, Finding, judge, without
@@ -80,7 +80,7 @@ def _is_still_finished(store: Path, spec: StoreSpec, shard: int, files: np.ndarr
         now, _ = read_commits(store, spec)
         return np.array_equal(now[shard], files[shard])
     try:
-        _, record = read_record(store / "commits" / f"{shard:06d}.json", spec)
+        _, record, _ = read_record(store / "commits" / f"{shard:06d}.json", spec, has_fp32_rows(store))
     except (CacheCorruptError, OSError):
         return False
     return np.array_equal(record, files[shard])
@@ -148,12 +148,17 @@ def _commits(store: Path, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray, list
     A shard whose record is damaged is not finished.
     """
     if is_complete(store) or not (store / "commits").exists():  # with neither, it raises
-        return *read_commits(store, spec), []
+        verdicts = []
+        try:
+            read_fp32_rows(store, spec)
+        except CacheCorruptError as error:
+            verdicts.append(judge(store / "complete.json", without(store / "complete.json", error)))
+        return *read_commits(store, spec), verdicts
     files, finished = np.zeros((spec.n_shards, len(spec.array_names)), FILE_DTYPE), np.zeros(spec.n_shards, bool)
-    verdicts = []
+    verdicts, has_rows = [], has_fp32_rows(store)
     for path in sorted((store / "commits").glob("*.json")):
         try:
-            shard, record = read_record(path, spec)
+            shard, record, _ = read_record(path, spec, has_rows)
         except CacheCorruptError as error:
             verdicts.append(judge(path, without(path, error)))
         else:

@@ -19,6 +19,7 @@ from .crops import CropPlan, load_image
 from .errors import BadInputError
 from .estimate import require_space
 from .extract import extract_view
+from .fit import fit_bytes
 from .images import ImageList, read_image
 from .planning import ExtractPlan
 
@@ -64,7 +65,8 @@ def extraction_rate(folder: Path, teacher, plan: ExtractPlan, crop_plan: CropPla
     row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     n_rows = int(min(MOST_ROWS, MOST_BYTES // (2 * row_bytes), expected * LASTS_S))
     n_rows = max(LEAST_ROWS, n_rows)
-    require_space(folder, 2 * n_rows * row_bytes + n_rows * ORIGINAL_BYTES)
+    fit = fit_bytes(replace(spec, n_rows=n_rows, shard_rows=min(spec.shard_rows, n_rows)), teacher.spec)
+    require_space(folder, max(fit, 2 * n_rows * row_bytes) + n_rows * ORIGINAL_BYTES)
     with tempfile.TemporaryDirectory(dir=folder, prefix="teacher-cache-trial-") as name:
         trial = Path(name)
         originals = _originals(images_dir, images)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -106,6 +106,7 @@ class ShardWriter:
         self.n_rows = len(spec.rows_of(shard))
         self.shapes = {array: (spec.row_shape(array, teacher), spec.row_dtype(array)) for array in spec.array_names}
         self.files: dict[str, _ShardFile] = {}
+        self.fp32_rows: list[int] = []
         store_sha256 = manifest_sha256(store)
         try:
             for column, (array, codec) in enumerate(spec.codecs):
@@ -116,8 +117,11 @@ class ShardWriter:
             self._abandon()
             raise
 
-    def append(self, rows: dict[str, np.ndarray]) -> None:
-        """Append the next rows. rows: array name -> [n, *row shape] in the store's dtype."""
+    def append(self, rows: dict[str, np.ndarray], fp32_rows: Sequence[int] = ()) -> None:
+        """Append the next rows. rows: array name -> [n, *row shape] in the store's dtype.
+
+        fp32_rows: numbers of those that were made in fp32 because bf16 gave none, ascending.
+        """
         for array, (shape, dtype) in self.shapes.items():
             if rows[array].shape[1:] != shape or rows[array].dtype != dtype:
                 raise UsageError(f"{array}: rows must be {dtype} {shape}, not {rows[array].dtype} {rows[array].shape[1:]}.")
@@ -126,6 +130,7 @@ class ShardWriter:
         chunks = self._map(lambda array: self.files[array].chunks(rows[array]), self.files)
         for file, data in zip(self.files.values(), chunks, strict=True):
             file.file.write(data)
+        self.fp32_rows += [int(row) for row in fp32_rows]
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -148,7 +153,7 @@ class ShardWriter:
         sizes = np.array([file.finish() for file in self.files.values()], FILE_DTYPE)
         for file in self.files.values():
             file.publish()
-        write_commit(self.store, self.shard, sizes)
+        write_commit(self.store, self.shard, sizes, self.fp32_rows)
 
 
 def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec, shards: range | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class FakeTeacher:
         )  # fmt: skip
         self.head = {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
         self.device, self.precision = torch.device("cpu"), "fp32"
-        self.ignored_weights, self.weights_read = (), ""
+        self.ignored_weights, self.weights_read, self.is_compiled = (), "", False
         self.n_calls = 0
 
     def __call__(self, images_u8, layers) -> TeacherOutput:
@@ -62,3 +63,30 @@ class FakeTeacher:
         tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], 2) if self.spec.has_cls else tokens
         attention = patches.mean(2).mul(4).softmax(1) if self.spec.has_cls else None
         return TeacherOutput(whiten(tokens, self.spec.norm_eps), attention)
+
+
+class Bf16Teacher(FakeTeacher):
+    """Says it runs in bf16, where it answers with an offset that tells the precisions apart, and with NaN for crops of `broken`.
+
+    broken: crops (uint8 [n, 32, 32, 3]) that overflow in bf16. in_fp32: those that do so in fp32 too. glitches: how many of its
+    first calls give NaN for all rows.
+    """
+
+    OFFSET = 0.01
+
+    def __init__(self, broken=(), in_fp32=(), glitches=0, **kwargs):
+        super().__init__(**kwargs)
+        self.precision, self.broken, self.in_fp32, self.glitches, self.alone = "bf16", broken, in_fp32, glitches, 0
+
+    def __call__(self, images, layers, precision=None):
+        output = super().__call__(images, layers)
+        if precision == "fp32":
+            self.alone += 1
+        among = self.in_fp32 if precision == "fp32" else self.broken
+        is_broken = torch.tensor([any(np.array_equal(image, crop) for crop in among) for image in images.numpy()])
+        if precision is None and self.glitches:
+            self.glitches -= 1
+            is_broken[:] = True
+        tokens = output.tokens + (self.OFFSET if precision is None else 0)
+        tokens[is_broken] = torch.nan
+        return replace(output, tokens=tokens)

@@ -8,7 +8,7 @@ import numpy as np
 
 from teacher_cache.commits import fold
 from teacher_cache.quantize import ChannelStatistics
-from teacher_cache.spec import StoreSpec, TeacherSpec
+from teacher_cache.spec import MadeWith, StoreSpec, TeacherSpec
 from teacher_cache.store import Manifest, create_store
 from teacher_cache.writer import ShardWriter
 
@@ -17,6 +17,7 @@ TEACHER = TeacherSpec(
     has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=4, resize="none",
     activation="gelu", positions="none",
 )  # fmt: skip
+MADE = MadeWith(2, False, "cpu")
 CODECS = ("none", "zstd", "lz4")
 
 
@@ -40,7 +41,7 @@ def begin(path: Path, spec: StoreSpec, view=0) -> None:
     """Create a store without rows."""
     statistics = ChannelStatistics(np.arange(6, dtype="float32"), np.arange(1, 7, dtype="float32"))
     head = {"gamma": np.full(6, 2, "float32"), "beta": np.ones(6, "float32"), "projection": np.eye(6, 4, dtype="float32")}
-    manifest = Manifest(TEACHER, spec, view, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {})
+    manifest = Manifest(TEACHER, spec, view, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE)
     probe = np.arange(6 * len(spec.layers), dtype="float32").reshape(-1, 6)
     create_store(path, manifest, dict.fromkeys(spec.layers, statistics) if spec.group else {}, head, probe)
 

@@ -65,7 +65,7 @@ def test_other_bytes(tmp_path, image_folder, teacher):
     unfold(store, read_manifest(store).store, np.array([True, True, False]))
     record = store / "commits" / "000001.json"
     changed = [[int(file["bytes"]), int(file["crc32"]) ^ 1] for file in files[1]]
-    write_whole(record, seal({"shard": 1, "files": changed}))
+    write_whole(record, seal({"shard": 1, "files": changed, "fp32_rows": []}))
     assert "fake, view 0: 1 shards have other bytes: 1:2" in differing(first, second)
 
 

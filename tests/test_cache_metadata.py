@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_fakes import TEACHER, spec_of
+from store_fakes import MADE, TEACHER, spec_of
 
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache, write_cache
@@ -204,7 +204,7 @@ def test_stores_that_cannot_be(case):
 def test_stores_that_do_not_fit_their_teacher(store, teacher, reason):
     """Blocks that the teacher does not have, attention without CLS, and rows of gigabytes are refused by the manifest."""
     with pytest.raises(UsageError, match=reason):
-        Manifest(dataclasses.replace(TEACHER, **teacher), store, 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {})
+        Manifest(dataclasses.replace(TEACHER, **teacher), store, 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE)
 
 
 # --- links and names -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_fakes import contents, failing_at, flip_bit, kills
-from store_fakes import TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
+from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
 
 from teacher_cache import commits, spare, writer
 from teacher_cache.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
@@ -390,6 +390,6 @@ def test_other_format_version(finished):
     ],
 )
 def test_command_asks_for_weights_that_do_not_come_by_themselves(weights, expected):
-    manifest = Manifest(replace(TEACHER, weights=weights), spec_of(), 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {})
+    manifest = Manifest(replace(TEACHER, weights=weights), spec_of(), 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE)
     assert extract_command(Path("C"), "t", manifest) == expected
     assert extract_command(Path("C"), "other", manifest) == expected.replace(" C", " --name other C")

@@ -89,7 +89,7 @@ def test_the_device_runs_the_same_race():
     tokens, rows = generator.normal(size=(9, 2, 17, 24)).astype("float32"), np.arange(100, 109)
     spec = ExtractPlan(layers="last2", dtype="float16", visible=K).store_spec(FakeTeacher().spec, 200)
     output = TeacherOutput(torch.from_numpy(tokens), torch.from_numpy(attention))
-    arrays = Encoder(spec, {}, 2, torch.device("cpu"), "fake")(output, rows)()
+    arrays = Encoder(spec, {}, 2, torch.device("cpu"))(output, rows)()
     index = race(attention, rows, 2, K)
     assert np.array_equal(arrays["index"], index) and sorted(arrays) == sorted(spec.array_names)
     kept = take_visible(tokens, index, 1)

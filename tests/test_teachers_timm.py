@@ -258,6 +258,11 @@ def test_weights_made_for_quickgelu_need_a_model_that_has_it(name, small_models)
         assert open_clip.get_pretrained_cfg(arch, tag)["quick_gelu"] and open_clip.get_model_config(arch)["quick_gelu"]
 
 
+def test_a_store_that_was_begun_so_can_be_gone_on_with(small_models):
+    """For a store of before such names were refused, the model is run with the activation that it was begun with."""
+    assert load_teacher("timm:vit_base_patch16_clip_224.openai", "random:0", as_begun=True).spec.activation == "gelu"
+
+
 def test_other_weights_of_a_noted_architecture_load(small_models):
     """LAION's weights for the same architecture are GELU's, and remain a teacher; the notes were found at all."""
     assert load_teacher("timm:vit_base_patch16_clip_224.laion2b", "random:0").spec.activation == "gelu"

@@ -6,6 +6,7 @@ import numpy as np
 
 from teacher_cache.beton import CropReader
 from teacher_cache.cache import View
+from teacher_cache.commits import read_fp32_rows
 from teacher_cache.extract import require_same_probe, run_teacher
 from teacher_cache.progress import progress
 from teacher_cache.quantize import ChannelStatistics, token_errors
@@ -25,11 +26,12 @@ def measured_errors(view: View, store: StoreReader, teacher, rows: np.ndarray) -
     require_same_probe(store.path, teacher)
     crops.require_same_decoder()
     plain = ChannelStatistics(np.zeros(store.teacher.dim, "float32"), np.ones(store.teacher.dim, "float32"))
+    names, in_fp32 = view.cache.images().names, read_fp32_rows(store.path, store.spec)
     medians, worst = np.zeros((2, len(layers), len(rows)))
     with progress("running the teacher again", len(rows), "crops") as advance:
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
-            tokens, _ = run_teacher(teacher, crops.read(rows[batch]), rows[batch], layers)
+            tokens, _ = run_teacher(teacher, crops.read(rows[batch]), rows[batch], layers, names.__getitem__, in_fp32)
             if store.spec.visible:
                 tokens = take_visible(tokens, store.read("index", rows[batch]), int(store.teacher.has_cls))
             for i, layer in enumerate(layers):

@@ -180,6 +180,9 @@ class Teacher:
     weights_read:      what about the weights file is worth saying: the part that was taken, `stored as float16`; may be empty
     """
 
+    is_compiled = False
+    """Whether `compile` was called."""
+
     def __init__(
         self,
         spec: TeacherSpec,
@@ -220,23 +223,26 @@ class Teacher:
         """
         for block in self._anatomy.blocks:
             block.forward = torch.compile(block.forward, backend=backend)
+        self.is_compiled = True
         return self
 
     # no_grad, not inference_mode: a live student's loss saves the targets for its backward pass, which tensors made
     # under inference_mode refuse
     @torch.no_grad()
-    def __call__(self, images_u8: Tensor, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(self, images_u8: Tensor, layers: Sequence[int], precision: str | None = None) -> TeacherOutput:
         """Targets of a batch of square RGB crops.
 
         images_u8: uint8 [B, side, side, 3] on the teacher's device; another side than `spec.image_size` is resized.
         layers:    block numbers, ascending, counted from 1; `spec.depth` is the last block.
+        precision: of this batch alone, `fp32` or `bf16`; None: the teacher's own.
         Raises UsageError for anything else.
         """
         images = self.preprocess(images_u8)  # [B, 3, H, W]
-        layers = self._check_layers(layers)
+        layers, precision = self._check_layers(layers), precision or self.precision
+        check_precision(precision, self.device)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
-        is_fp32 = self.precision == "fp32"
+        is_fp32 = precision == "fp32"
         exact = full_float32() if is_fp32 else nullcontext()
         with exact, self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=not is_fp32):
             self._anatomy.forward(images)
