@@ -49,7 +49,7 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        advice = "Take smaller batches (--batch-size, or --set accumulate=N) or another --device."
+        advice = "Take smaller batches (--batch-size, or --micro-batch of student-train) or another --device."
         _say_error(f"The GPU's memory is full. {advice}", as_json)
         sys.exit(1)
     except PermissionError as error:
