@@ -46,11 +46,11 @@ class Loop:
     def take(self, n_steps: int) -> float:
         """Crops/s, negative (measure.take_turns), of `n_steps` after two that are not timed."""
         for _ in range(2):
-            self.trainer._take_step(self.batches)
+            self.trainer._take_step(self.batches, ())
         self._wait()
         started = time.perf_counter()
         for _ in range(n_steps):
-            self.trainer._take_step(self.batches)
+            self.trainer._take_step(self.batches, ())
         self._wait()
         return -n_steps * self.trainer.config.batch_size / (time.perf_counter() - started)
 

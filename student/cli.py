@@ -148,7 +148,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             if "views" in requests:
                 raise UsageError("--change views: give --views N.")
             begun = recorded_identity(out)
-            if begun is not None:  # a run keeps its views, whatever the cache has got since
+            if begun is not None and begun.get("crops_id") == opened.crops_id:  # a run keeps its views, whatever has been added
                 requests |= {"views": str(views)} if views else {}
                 views = len(begun["views"]) if isinstance(begun.get("views"), list) and begun["views"] else views
             data = {"batch_size": config.batch_size, "accumulate": micro_batches(config, world_size(), micro_batch),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -85,15 +85,20 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
-        total = values.clone()
-        _finish(dist.all_reduce(total, async_op=True), total)
-        return total
+        return _sum_of_all(values)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
+        return _sum_of_all(gradient)
+
+
+def _sum_of_all(values: Tensor) -> Tensor:
+    total = values.clone()
+    if torch.compiler.is_compiling() or total.is_cuda:  # one graph, which knows no other way; on a GPU the device waits anyhow
+        dist.all_reduce(total)
+    else:
         _finish(dist.all_reduce(total, async_op=True), total)
-        return total
+    return total
 
 
 def tell_failure(text: str) -> None:
@@ -116,10 +121,14 @@ def _finish(work: dist.Work, values: Tensor) -> None:
     PeerFailedError when another process has failed.
     """
     if values.device.type == "cpu":
-        done = threading.Event()
-        work.get_future().add_done_callback(lambda _: done.set())
-        while not done.wait(LOOK_EVERY):
-            _require_peers()
+        # asked again and again: a callback would be run by a thread of the group, which may outlive the interpreter
+        looked, pause = time.monotonic(), 5e-5
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 5e-3)
+            if time.monotonic() - looked > LOOK_EVERY:
+                _require_peers()
+                looked = time.monotonic()
     try:
         work.wait()
     except RuntimeError:

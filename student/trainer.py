@@ -93,6 +93,7 @@ class Trainer:
             self.student.compile(fullgraph=True)
         self.forward = self.student
         if world_size() > 1:
+            barrier()  # whoever failed before this is told of here; the next line waits for all and does not look
             self.forward = DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
             if self.device.type == "cpu":
                 self.forward.register_comm_hook(None, averaged_on_cpu)
@@ -130,7 +131,9 @@ class Trainer:
             self._close_directory()
             raise
         self._torn = False
-        """Whether an update of the weights has begun and not ended."""
+        """Whether an update of the weights, with its line in the log, has begun and not ended."""
+        self._under_way = False
+        """Whether a step has begun and its update is not made."""
         self._updated: torch.cuda.Event | None = None
         self._known: dict = {}
         """What is known of the step under way, for the record of its failure."""
@@ -150,7 +153,11 @@ class Trainer:
                     self._train_to(last_step)
                 else:
                     with deferred_interrupts() as arrived:
-                        stopped = self._train_to(last_step, arrived)
+                        try:
+                            stopped = self._train_to(last_step, arrived)
+                        except Exception:
+                            arrived.clear()  # a launcher ends all when one fails; what went wrong is to be heard, not that
+                            raise
                     if stopped:  # by a signal to another process; one to this process has been delivered
                         raise KeyboardInterrupt
         finally:
@@ -226,7 +233,7 @@ class Trainer:
             tell_failure(str(error) or type(error).__name__)
         try:
             if self._torn:
-                raise RunError("the update of the weights was under way")
+                raise RunError("the update of the weights, or its line in the log, was under way")
             with self._aside_of_stuck_work():
                 self.save(only_finite=True)
             lost = ""
@@ -240,10 +247,10 @@ class Trainer:
             f"Step {self.saved_step:,} is saved; the same command goes on from there." if self.saved_step else "No step is saved."
         )
         record = ""
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and self._under_way:
             try:
                 record = f" {self._write_failure(error)} says what is known of step {self.step + 1:,}."
-            except OSError as third:
+            except Exception as third:  # noqa: BLE001
                 record = f" What is known of step {self.step + 1:,} could not be written: {third}"
         error.add_note(saved + lost + record)
 
@@ -292,6 +299,7 @@ class Trainer:
         """The report of one step, and whether the processes have agreed to stop behind it."""
         started = time.perf_counter()
         waited = 0.0
+        self._under_way = True
         if self.step in self._boundaries:
             self._use_settings()
         optim = self.settings.optim
@@ -345,12 +353,13 @@ class Trainer:
             self._torn = True
             self.optimizer.step()
             self.step += 1
+            self._under_way = False
             self.student.after_step(self.step, self.total_steps)
             if self.average:
                 self.average.update()
             if self.device.type == "cuda":
                 self._updated = torch.cuda.current_stream(self.device).record_event()
-            self._torn, self._known = False, {}
+            self._known = {}
             seconds = time.perf_counter() - started
             report = StepReport(
                 step=self.step,
@@ -363,6 +372,7 @@ class Trainer:
             )
             if self.directory:
                 self.directory.write(report)
+            self._torn = False
         return report, stopped
 
     def _draw_mask(self, batch: Batch, place: int) -> Mask:

@@ -119,7 +119,7 @@ def _files_of(path: Path) -> list[Path]:
         if not stat.S_ISDIR(path.lstat().st_mode):
             return [path]
         return sorted(file for file in path.iterdir() if not file.name.startswith(".nfs"))  # deleted, and still open
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

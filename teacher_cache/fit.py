@@ -52,7 +52,9 @@ class Sample:
         self.shapes = ((n_rows * self.n_drawn, teacher.dim), (min(TRIAL_ROWS, n_rows), n_tokens, teacher.dim))
         self.n_layers, self._n_added = len(spec.layers), [0, 0]
         self._draws, self._n_tokens = np.random.Philox(key=0), n_tokens
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="fit-", suffix=ASIDE)  # noqa: SIM115 - closed by __exit__
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix="fit-", suffix=ASIDE)
+        Path(name).unlink()
+        self._file = open(descriptor, "w+b")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> Sample:
         return self

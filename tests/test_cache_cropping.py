@@ -454,7 +454,7 @@ def test_a_cache_without_its_identity_is_no_new_one(tmp_path, image_folder):
     """A cache that has lost cache.json is to be repaired, and is not taken for an empty folder or a stranger's."""
     crop_folder(tmp_path / "c", image_folder)
     (tmp_path / "c" / "cache.json").unlink()
-    with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with teacher-cache crop --repair"):
+    with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with: teacher-cache crop --repair"):
         crop_folder(tmp_path / "c", image_folder)
 
 

@@ -259,7 +259,7 @@ def test_lists_that_are_no_text_or_gone(copied):
 def test_a_cache_that_lost_its_declaration(copied, tmp_path):
     """Without cache.json a folder is no cache, unless its spare is there: then it has lost it, and how to mend that is said."""
     (copied / "cache.json").unlink()
-    with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with teacher-cache crop --repair"):
+    with pytest.raises(CacheCorruptError, match="has lost its cache.json. Restore it with: teacher-cache crop --repair"):
         Cache(copied)
     (copied / "spare.tar").unlink()
     with pytest.raises(CacheCorruptError, match="has lost its cache.json and spare.tar.* Restore it from a backup"):

@@ -108,12 +108,12 @@ def test_one_store_trains_five_methods(batches):
 
 
 def test_processes_share_a_step(shared_cache):
-    """Every process takes its own slice of a step, together the rows that one process takes, in its order."""
+    """Every process takes its own slice of each micro-batch, together the rows that one process takes, in its order."""
     whole = CachedSource(shared_cache, ["fake"], [ALL], batch_size=8, accumulate=2)
     parts = [CachedSource(shared_cache, ["fake"], [ALL], batch_size=8, accumulate=2, rank=rank, world=2) for rank in (0, 1)]
     rows = [[batch.rows for batch in source.micro_batches(1, 5)] for source in (whole, *parts)]
-    one, first, second = (torch.stack(of).reshape(4, -1) for of in rows)
-    assert torch.equal(one, torch.cat([first, second], 1)) and first.shape == (4, 4)
+    one, first, second = (torch.stack(of).reshape(4, 2, -1) for of in rows)  # [step, micro-batch, rows]
+    assert torch.equal(one, torch.cat([first, second], 2)) and first.shape == (4, 2, 2)
 
 
 AHEAD = ["maskalign-b16", "maskalign-b16-random", "mr-mae-b16", "mr-mae-b16-clip-dino", "mr-mcmae-b"]
@@ -170,8 +170,8 @@ def test_processes_share_the_masks_of_a_step(shared_cache):
     whole = CachedSource(shared_cache, ["fake"], student.needs, **options)
     parts = [CachedSource(shared_cache, ["fake"], student.needs, rank=rank, world=2, **options) for rank in (0, 1)]
     keeps = [[batch.mask.keep for batch in source.micro_batches(1, 5)] for source in (whole, *parts)]
-    one, first, second = (torch.stack(of).reshape(4, -1, keeps[0][0].shape[1]) for of in keeps)
-    assert torch.equal(one, torch.cat([first, second], 1)) and first.shape[:2] == (4, 4)
+    one, first, second = (torch.stack(of).reshape(4, 2, -1, keeps[0][0].shape[1]) for of in keeps)
+    assert torch.equal(one, torch.cat([first, second], 2)) and first.shape[:3] == (4, 2, 2)
 
 
 def test_mae_has_the_same_pixels(shared_cache, teacher):

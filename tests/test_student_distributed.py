@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Student
+from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Student, distributed
 from student.checkpoint import latest_checkpoint, load_backbone
 from student.distributed import processes, rank, world_size
 from student.trainer import Trainer
@@ -191,3 +191,15 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     assert compiled.keys() == eager.keys()
     for key, tensor in eager.items():
         torch.testing.assert_close(compiled[key], tensor, atol=1e-5, rtol=1e-3, msg=key)
+
+
+def test_a_sum_over_processes_is_part_of_one_graph(monkeypatch):
+    """What a loss sums over all processes can be compiled as one graph, forward and backward."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        values = torch.arange(3.0, requires_grad=True)
+        torch.compile(lambda x: distributed.summed(x * 2).sum(), fullgraph=True, backend="aot_eager")(values).backward()
+        assert values.grad.tolist() == [2, 2, 2]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -205,8 +205,8 @@ def test_drop_path():
     """Branches are dropped more often from block to block, never in the first, and not at all in evaluation."""
     config = PredictorConfig("regressor", 8, 3, 2, layer_scale=0.1, drop_path=0.5)
     predictor = random_predictor(config)
-    assert [block.drop_path.drop_prob for block in predictor.blocks] == [0, 0.25, 0.5]
-    assert Predictor(PredictorConfig("regressor", 8, 1, 2, drop_path=0.5), 8, GRID).blocks[0].drop_path.drop_prob == 0
+    assert [block.drop_path1.drop_prob for block in predictor.blocks] == [0, 0.25, 0.5]
+    assert Predictor(PredictorConfig("regressor", 8, 1, 2, drop_path=0.5), 8, GRID).blocks[0].drop_path1.drop_prob == 0
 
     tokens = random_tokens()
     torch.manual_seed(0)

@@ -323,7 +323,6 @@ def test_checkpoints_are_kept_and_removed(tmp_path):
         "config.json",
         "metrics.jsonl",
         "tensorboard",
-        "trainer.lock",
     ]
 
 

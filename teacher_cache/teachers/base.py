@@ -238,8 +238,9 @@ class Teacher:
         Raises UsageError for anything else.
         """
         images = self.preprocess(images_u8)  # [B, 3, H, W]
+        if precision is not None:
+            check_precision(precision, self.device)
         layers, precision = self._check_layers(layers), precision or self.precision
-        check_precision(precision, self.device)
         n_prefix = int(self.spec.has_cls) + self.spec.n_registers
 
         is_fp32 = precision == "fp32"

@@ -192,7 +192,6 @@ VALID: dict[str, tuple[str, Callable[[], tuple[bytes, np.ndarray, int]]]] = {
     "png called jpg": ("x.jpg", lambda: (PNG, RGB, 0)),
     "jpeg called png": ("x.png", lambda: _jpeg(subsampling=0)),
     "capital ending": ("X.PNG", lambda: (PNG, RGB, 0)),
-    "hidden file": (".x.png", lambda: (PNG, RGB, 0)),
     "name in Chinese, with blanks": ("图 片 😀.png", lambda: (PNG, RGB, 0)),
     "name of 255 bytes": ("x" * 251 + ".png", lambda: (PNG, RGB, 0)),
     "data behind the end": ("x.png", lambda: (PNG + bytes(100), RGB, 0)),
