@@ -5,6 +5,8 @@ The sample of a large teacher with many layers has gigabytes. The file has no na
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 
@@ -24,8 +26,24 @@ TRIAL_ROWS = 16
 """Whole rows on which codecs are tried."""
 CODEC_GAIN = 0.15
 """`auto` compresses an array if that saves this share of its bytes."""
+NAMED = "fit-"
+"""How the file's name begins where it must have one for a moment."""
 BLOCK_VALUES = 1 << 22
 """Numbers of a layer that are stored and read back at a time to measure what that does to them."""
+
+
+def _nameless(folder: Path) -> int:
+    """A descriptor of a new file on the disk of `folder` that no folder names, so that it is gone with this process."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # of a file system that always gives names
+            raise
+    for left in folder.glob(f"{NAMED}*{ASIDE}"):  # of a process that was killed before its next line
+        left.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=NAMED, suffix=ASIDE)
+    Path(name).unlink()
+    return descriptor
 
 
 def n_fit_rows(n_rows: int) -> int:
@@ -52,9 +70,7 @@ class Sample:
         self.shapes = ((n_rows * self.n_drawn, teacher.dim), (min(TRIAL_ROWS, n_rows), n_tokens, teacher.dim))
         self.n_layers, self._n_added = len(spec.layers), [0, 0]
         self._draws, self._n_tokens = np.random.Philox(key=0), n_tokens
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix="fit-", suffix=ASIDE)
-        Path(name).unlink()
-        self._file = open(descriptor, "w+b")  # noqa: SIM115 - closed by __exit__
+        self._file = open(_nameless(folder), "w+b")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> Sample:
         return self

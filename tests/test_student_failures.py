@@ -129,7 +129,10 @@ def test_half_an_update_is_not_saved(tmp_path):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.fit()
     assert latest_checkpoint(tmp_path).name == "checkpoint-00000002.safetensors"
-    assert "Step 2 is saved" in caught.value.__notes__[0] and "update of the weights was under way" in caught.value.__notes__[0]
+    assert (
+        "Step 2 is saved" in caught.value.__notes__[0]
+        and "update of the weights, or its line in the log, was under way" in caught.value.__notes__[0]
+    )
 
 
 def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):

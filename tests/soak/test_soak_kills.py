@@ -22,6 +22,7 @@ PHASES = (
     ("crop stage, beginning", r" crops\.partial"),
     ("crop stage, a view aside", r" view-\d+\.\w+\.partial/"),
     ("crop stage, publishing", r" (view-\d+(\.\w+\.partial)?|\.\.?|\w+\.(json|txt|npy|tar)(\.\w+\.partial)?)$"),
+    ("store, fitting", r" view-\d+/#\d+"),
     ("store, beginning", r"\.zarr\.[0-9a-f]{16}\.partial| view-\d+/\w+\.zarr$"),
     ("store, clearing up", r"(unlink|rmdir) .*\.zarr/commits"),
     ("store, commit records", r"\.zarr/commits"),
