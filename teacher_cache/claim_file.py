@@ -36,6 +36,10 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 MOST_BYTES = 4096
 
 
+LOOK_S = 0.1
+"""For so long a holder tries to lock its own claim, because it may be looked at."""
+
+
 def now() -> float:
     """Seconds of this process's own clock, which nobody sets."""
     return time.monotonic()
@@ -61,15 +65,24 @@ def new_token() -> str:
 
 
 def lock(descriptor: int, folder: Path) -> bool:
-    """Lock a file for as long as it stays open; False where the file system has no locks, which is said once."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        _tell_of_no_locks(folder, error.strerror)
-        return False
-    return True
+    """Lock a file for as long as it stays open; False where the file system has no locks, which is said once.
+
+    Nobody else takes it, but somebody may look whether it is locked just now: LOOK_S are waited for that.
+    """
+    given_up = time.monotonic() + LOOK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > given_up:
+                raise
+            time.sleep(LOOK_S / 50)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _tell_of_no_locks(folder, error.strerror)
+            return False
 
 
 _has_told = False

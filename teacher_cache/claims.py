@@ -33,6 +33,8 @@ from .errors import MismatchError
 GATE = "gate"
 POLL_S = 0.5
 GATE_POLL_S = 0.01
+TIDY_S = 2.0
+"""For so long a holder that leaves waits for the gate, to remove what nobody needs any more."""
 sleep = time.sleep
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)(\.[0-9a-f]{16})?\.claim")
@@ -279,7 +281,8 @@ def claimed_range(folder: Path, first: int, last: int, what: str) -> Iterator[No
             yield
     finally:
         own.let_go()
-        with contextlib.suppress(FileNotFoundError), _gate(folder, what):  # the view may have been deleted, claims and all
+        # only to tidy up, which the next holder does as well: nothing that goes wrong here may hide what ended the block
+        with contextlib.suppress(OSError, ClaimHeldError), _gate(folder, what, TIDY_S):
             pass
 
 
@@ -338,16 +341,27 @@ def _overlapping(folder: Path, first: int, last: int, patience: Patience) -> Fou
 
 
 @contextmanager
-def _gate(folder: Path, what: str) -> Iterator[Own]:
-    """Be the only one that looks at or changes the claims in `folder`; made if it is missing, removed if it is left empty."""
+def _gate(folder: Path, what: str, most_s: float | None = None) -> Iterator[Own]:
+    """Be the only one that looks at or changes the claims in `folder`; made if it is missing, removed if it is left empty.
+
+    most_s: seconds after which a gate that somebody else holds raises ClaimHeldError; None: it is waited for.
+    """
     gate, refuse = folder / GATE, _words(_once(lambda who: claim_file.tell(f"{what}: waiting for {who}")))
+    began = claim_file.now()
+
+    def wait(found: Found, patience: Patience) -> None:
+        if most_s is not None and claim_file.now() - began > most_s:
+            raise ClaimHeldError(f"{what}: {found.who} looks at its claims.", found.who)
+        if most_s is None and not found.is_alive:
+            refuse(found, patience)
+
     while True:
         try:
             with _refusal_explained(folder.parent), contextlib.suppress(FileExistsError):
                 folder.mkdir()
             if folder.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-            own = _claim(gate, what, lambda found, patience: found.is_alive or refuse(found, patience), GATE_POLL_S)
+            own = _claim(gate, what, wait, GATE_POLL_S)
             break
         except FileNotFoundError:
             if not folder.parent.is_dir():

@@ -54,7 +54,8 @@ CROP_OPTIONS = _options(
 
 
 TAKE_OVER = click.option("--take-over", is_flag=True, help="Say that whoever holds CACHE is gone: do not watch its claim for "
-                         "minutes first. A locked one is refused all the same.")  # fmt: skip
+                         "minutes first. A locked one is refused all the same. Not for scripts that several "
+                         "processes run.")  # fmt: skip
 REPAIR = click.option("--repair", is_flag=True, help="Mend what verify finds in CACHE, and say what was mended.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be made and how large it is; write nothing.")
 

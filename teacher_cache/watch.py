@@ -66,7 +66,7 @@ class Watch:
     def _held(self) -> dict[str, dict[str, bool]]:
         """Part -> who works on it -> whether on more than the shards that are missing."""
         held: dict[str, dict[str, bool]] = {}
-        for claim in [self.root / CLAIM, *self.root.glob("view-*/*.claim"), *self.root.glob("view-*/*.claims/*.claim")]:
+        for claim in [self.root / CLAIM, *_found(self.root, "view-*/*.claim", "view-*/*.claims/*.claim")]:
             if holder := self._observer.holder_of(claim):
                 of_part = held.setdefault(part_of(self.root, claim), {})
                 of_part[holder] = of_part.get(holder, False) or not claim.parent.name.endswith(".claims")
@@ -104,9 +104,19 @@ class Watch:
         return Finding("unfinished", str(where), message, who)
 
 
+def _found(folder: Path, *patterns: str) -> list[Path]:
+    """What these patterns find in `folder`; again where a folder went away in the midst of it, at which glob raises."""
+    while True:
+        try:
+            return [path for pattern in patterns for path in folder.glob(pattern)]
+        except FileNotFoundError:
+            if not folder.is_dir():
+                return []
+
+
 def left_claims(root: Path) -> Iterator[Finding]:
     """Claims that nobody holds: their processes were killed."""
-    for claim in [root / CLAIM, *root.glob("view-*/*.claim"), *root.glob("view-*/*.claims")]:
-        held = map(holder_of, claim.glob("*.claim") if claim.suffix == ".claims" else [claim])
+    for claim in [root / CLAIM, *_found(root, "view-*/*.claim", "view-*/*.claims")]:
+        held = map(holder_of, _found(claim, "*.claim") if claim.suffix == ".claims" else [claim])
         if claim.exists() and not any(held):
             yield Finding("unfinished", str(claim), "a writer was killed. Run the same command again.")

@@ -169,9 +169,11 @@ def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec, shards: ra
 def bytes_under_way(store: Path) -> int:
     """Bytes of shard files that others are writing just now: on the disk already, though no shard is finished by them."""
     n_bytes = 0
-    for aside in store.glob(f"**/c.*{ASIDE}"):
-        with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
-            n_bytes += aside.stat().st_size
+    for folder, _, names in os.walk(store):  # of a folder that goes away meanwhile it says nothing, where glob raises
+        for name in names:
+            if name.startswith("c.") and name.endswith(ASIDE):
+                with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
+                    n_bytes += Path(folder, name).stat().st_size
     return n_bytes
 
 
