@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from .errors import ClaimLostError
+
 
 class Held(Protocol):
     """A claim that this process holds."""
@@ -62,4 +64,8 @@ def _is_about(covered: str, place: str) -> bool:
 def require_held(path: Path) -> None:
     """Raise ClaimLostError if a claim of this process on `path` has been taken over. Without a claim there is nothing to lose."""
     for claim in claims_on(path):
-        claim.require()
+        try:
+            claim.require()
+        except ClaimLostError:
+            if any(held is claim for held in _held):  # else another thread has let it go since we looked
+                raise
