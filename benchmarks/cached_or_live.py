@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.source import CachedSource, LiveSource, teacher_shape
-from student.model import Student
-from teacher_cache.crops import CropPlan
+from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
+from student.modules.model import Student
 from teacher_cache.device import pick_device
-from teacher_cache.extract import extract_view
-from teacher_cache.planning import ExtractPlan
+from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.teachers import load_teacher
 
 from . import made_up, measure

@@ -18,10 +18,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.ffcv_loader import JoinedLoader
-from pipelines.order import Order
-from teacher_cache.beton import CropReader
-from teacher_cache.reader import StoreReader
+from pipelines.feed.loader import JoinedLoader
+from pipelines.feed.order import Order
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.store.reader import StoreReader
 
 from . import made_up, measure
 from .joined_loader import consume

@@ -13,13 +13,13 @@ import click
 import numpy as np
 import torch
 
-from teacher_cache.beton import CropReader
-from teacher_cache.crops import CropPlan
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.device import pick_device
-from teacher_cache.extract import extract_view
-from teacher_cache.planning import ExtractPlan
+from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store.writer import ShardWriter
 from teacher_cache.teachers import load_teacher
-from teacher_cache.writer import ShardWriter
 
 from . import made_up, measure
 

@@ -13,17 +13,17 @@ import click
 import torch
 
 from pipelines.demo.data import write_digits
+from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
 from pipelines.presets import recipe
-from pipelines.source import CachedSource, LiveSource, teacher_shape
-from student.masking import draw_noise
-from student.model import Student
+from student.masking.maskers import draw_noise
+from student.modules.model import Student
 from teacher_cache.cache import Cache
-from teacher_cache.crops import CropPlan
-from teacher_cache.estimate import store_bytes
-from teacher_cache.extract import extract_view
-from teacher_cache.planning import ExtractPlan
-from teacher_cache.spec import DTYPES
-from teacher_cache.store import read_manifest
+from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.spec import DTYPES
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.sizes import store_bytes
 from teacher_cache.teachers import load_teacher
 
 from . import made_up, measure

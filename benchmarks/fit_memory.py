@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from teacher_cache.estimate import human
-from teacher_cache.fit import FIT_ROWS, TRIAL_ROWS, Sample, fit, fit_bytes
-from teacher_cache.planning import ExtractPlan
+from teacher_cache.extraction.fit import FIT_ROWS, TRIAL_ROWS, Sample, fit, fit_bytes
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.words import human
 
 from . import made_up, measure
 

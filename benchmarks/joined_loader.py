@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.ffcv_loader import JoinedLoader
-from teacher_cache.beton import CropReader
-from teacher_cache.reader import StoreReader
+from pipelines.feed.loader import JoinedLoader
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.store.reader import StoreReader
 
 from . import made_up, measure
 
@@ -22,7 +22,7 @@ class Alone:
     """Decoding alone, and reading alone, into arrays that are there; a batch at a time, in one thread of Python."""
 
     def __init__(self, crops: CropReader, store: StoreReader, arrays: list[str], batch: int, workers: int):
-        from teacher_cache.compiled import use_threads
+        from teacher_cache.kernels.loops import use_threads
 
         self.crops, self.store, self.use_threads, self.workers = crops, store, use_threads, workers
         self.images = np.empty((batch, crops.size, crops.size, 3), "u1")

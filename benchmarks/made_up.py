@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from teacher_cache.cache import Cache
-from teacher_cache.commits import fold
-from teacher_cache.cropping import make_crops, plan_job
-from teacher_cache.crops import CropPlan
-from teacher_cache.planning import ExtractPlan
-from teacher_cache.quantize import ChannelStatistics
-from teacher_cache.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store import Manifest, create_store
-from teacher_cache.writer import ShardWriter
+from teacher_cache.extraction.cropping import make_crops, plan_job
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.quantize import ChannelStatistics
+from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
+from teacher_cache.store.commits import fold
+from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.writer import ShardWriter
 
 NAME = "made-up"
 VIT_B16 = TeacherSpec(

@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.order import Order
-from teacher_cache.estimate import human
-from teacher_cache.spec import TeacherSpec
+from pipelines.feed.order import Order
+from teacher_cache.format.spec import TeacherSpec
+from teacher_cache.words import human
 
 from . import made_up, measure, sparse
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.source import CachedSource
+from pipelines.feed.source import CachedSource
 from student.batch import Needs
 from teacher_cache.cache import Cache
-from teacher_cache.estimate import human
-from teacher_cache.reader import StoreReader
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.words import human
 
 from . import made_up, measure, sparse
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from teacher_cache.beton import CropReader
-from teacher_cache.reader import StoreReader
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.store.reader import StoreReader
 
 
 def decode(data, size: int) -> torch.Tensor:
     """uint8 [size, size, 3] of one encoded JPEG (bytes or an array of bytes)."""
-    from teacher_cache.compiled import OK, crc32c_at, decode_one
+    from teacher_cache.kernels.loops import OK, crc32c_at, decode_one
 
     source, out = np.frombuffer(data, "u1"), np.empty((size, size, 3), "u1")
     address, n_bytes = np.uint64(source.ctypes.data), np.uint64(len(source))
@@ -47,7 +47,7 @@ class Samples:
 def _workers_of(n_workers: int) -> dict:
     """Options of a DataLoader. Workers come from a server that has imported what they need and runs no threads of numba."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "teacher_cache.compiled", "zarr"])
+    context.set_forkserver_preload([__name__, "teacher_cache.kernels.loops", "zarr"])
     return {"num_workers": n_workers, "persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": context}
 
 

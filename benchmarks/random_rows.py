@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from teacher_cache.reader import StoreReader
+from teacher_cache.store.reader import StoreReader
 
 from . import made_up, measure
 
@@ -22,7 +22,7 @@ class Ours:
     """StoreReader, into arrays that are there."""
 
     def __init__(self, store: Path, arrays: list[str], batch: int, check: str, n_threads: int, reader: str = "mmap"):
-        from teacher_cache.compiled import use_threads
+        from teacher_cache.kernels.loops import use_threads
 
         self.reader, self.use_threads, self.n_threads = StoreReader(store, reader, check), use_threads, n_threads
         dtypes = {array: self.reader.spec.row_dtype(array) for array in arrays}

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_cache.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.cache import Cache, CropsIdentity, View, view_path, write_cache
-from teacher_cache.commits import FILE_DTYPE, fold, write_commit
-from teacher_cache.crops import CROP_DTYPE, CropPlan
-from teacher_cache.durable import crc32c, npy_bytes, seal, sha256_file, write_whole
-from teacher_cache.images import ImageList
-from teacher_cache.shards import HEADER_BYTES, header, shard_file
-from teacher_cache.spare import write_spare
-from teacher_cache.spec import StoreSpec, TeacherSpec
-from teacher_cache.store import manifest_sha256
+from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
+from teacher_cache.crops.images import ImageList
+from teacher_cache.files.durable import crc32c, npy_bytes, seal, sha256_file, write_whole
+from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
+from teacher_cache.format.shards import HEADER_BYTES, header, shard_file
+from teacher_cache.format.spec import StoreSpec, TeacherSpec
+from teacher_cache.store.commits import FILE_DTYPE, fold, write_commit
+from teacher_cache.store.manifest import manifest_sha256
+from teacher_cache.store.spare import write_spare
 
 from . import made_up
 

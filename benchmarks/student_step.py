@@ -13,11 +13,11 @@ from pathlib import Path
 import click
 import torch
 
+from pipelines.feed.source import CachedSource, teacher_shape
 from pipelines.presets import recipe
-from pipelines.source import CachedSource, teacher_shape
 from student.batch import Batch
-from student.model import Student
-from student.trainer import Trainer
+from student.modules.model import Student
+from student.run.trainer import Trainer
 from teacher_cache.device import pick_device
 
 from . import made_up, measure

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import torch
 
+from pipelines.feed.source import CachedSource, teacher_shape
 from pipelines.presets import recipe
-from pipelines.source import CachedSource, teacher_shape
-from student.model import Student
+from student.modules.model import Student
 from teacher_cache.device import pick_device
 
 from . import made_up, measure

@@ -11,9 +11,9 @@ The names below are imported when first used: torch and timm take seconds, and a
 import importlib
 
 _HOMES = {
-    "backbones": ["Encoded", "ViT"],
+    "modules.backbones": ["Encoded", "ViT"],
     "batch": ["Batch", "BatchSource", "Needs", "Targets", "TeacherHead", "TeacherShape"],
-    "checkpoint": ["latest_checkpoint", "load_backbone"],
+    "files.checkpoint": ["latest_checkpoint", "load_backbone"],
     "config": [
         "AlignConfig",
         "BackboneConfig",
@@ -31,9 +31,9 @@ _HOMES = {
         "with_overrides",
     ],
     "errors": ["ConfigError", "NonFiniteLossError", "RunError", "RunMismatchError", "StudentError"],
-    "logs": ["StepReport"],
-    "model": ["Student"],
-    "trainer": ["Trainer"],
+    "files.logs": ["StepReport"],
+    "modules.model": ["Student"],
+    "run.trainer": ["Trainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605  (a list, if not a literal one)

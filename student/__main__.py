@@ -1,11 +1,11 @@
 """The console scripts student-train, also as `python -m student`, student-eval and student-report."""
 
-from teacher_cache.signals import run_program
+from teacher_cache.terminal.signals import run_program
 
 
 def train() -> None:
     def load():
-        from .cli import train
+        from .cli.commands import train
 
         return train
 
@@ -14,7 +14,7 @@ def train() -> None:
 
 def evaluate() -> None:
     def load():
-        from .cli import evaluate
+        from .cli.commands import evaluate
 
         return evaluate
 
@@ -23,7 +23,7 @@ def evaluate() -> None:
 
 def report() -> None:
     def load():
-        from .cli import report
+        from .cli.commands import report
 
         return report
 

@@ -10,14 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .errors import RunError
 
-if TYPE_CHECKING:
-    from .masking import Mask
+
+@dataclass(frozen=True)
+class Mask:
+    """A partition of the N patches of every image, counted row by row from 0."""
+
+    keep: Tensor  # int64 [B, n_keep], visible patches in the order the encoder gets them
+    drop: Tensor  # int64 [B, n_drop], the others
+
+    @property
+    def hidden(self) -> Tensor:
+        """bool [B, N], True where a patch is hidden."""
+        visible = torch.ones(
+            self.keep.shape[0], self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device
+        )
+        return visible.scatter(1, self.keep, False)
+
+    @property
+    def restore(self) -> Tensor:
+        """int64 [B, N]: where patch n stands in the sequence [keep, drop]; undoes the shuffle with `take`."""
+        return torch.argsort(torch.cat([self.keep, self.drop], dim=1), dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The console script teacher-cache, also as `python -m teacher_cache`."""
 
-from .signals import run_program
+from .terminal.signals import run_program
 
 
 def main() -> None:
     def load():
-        from .cli import main
+        from .cli.commands import main
 
         return main
 

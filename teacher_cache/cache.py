@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .advice import BOTH_LOST
-from .beton import read_checksums
-from .crops import CROP_DTYPE, CROP_FORMATS, CropPlan
-from .durable import (
+from .crops.beton import read_checksums
+from .crops.images import ImageList
+from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
+from .files.durable import (
     canonical_json,
     inside,
     is_safe_name,
@@ -28,12 +28,11 @@ from .durable import (
     sha256_file,
     write_whole,
 )
-from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
-from .images import ImageList
-from .shell import quoted
-from .spare import SPARE, pack_members
-from .spec import CACHE_VERSIONS, MAX_ROWS, from_json
-from .store import Manifest, store_file_name
+from .format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
+from .format.spec import CACHE_VERSIONS, MAX_ROWS, from_json
+from .store.manifest import Manifest, store_file_name
+from .store.spare import BOTH_LOST, SPARE, pack_members
+from .words import quoted
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.cache import Cache
-from teacher_cache.cropping import make_crops, plan_job, remove_left_over
-from teacher_cache.crops import CropPlan
+from teacher_cache.extraction.cropping import make_crops, plan_job, remove_left_over
+from teacher_cache.format.crop_plan import CropPlan
 
 PLAN = CropPlan(size=32, scale=(0.3, 1.0))
 

@@ -12,9 +12,9 @@ import torch
 from fakes import FakeTeacher, write_images
 
 from teacher_cache.cache import Cache
-from teacher_cache.cropping import make_crops, plan_job
-from teacher_cache.crops import CropPlan
-from teacher_cache.extract import ExtractPlan, extract_view
+from teacher_cache.extraction.cropping import make_crops, plan_job
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.format.crop_plan import CropPlan
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored

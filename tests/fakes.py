@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from teacher_cache.spec import TeacherSpec
+from teacher_cache.format.spec import TeacherSpec
 from teacher_cache.teachers.base import TeacherOutput, whiten
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_cache.commits import fold
-from teacher_cache.quantize import ChannelStatistics
-from teacher_cache.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store import Manifest, create_store
-from teacher_cache.writer import ShardWriter
+from teacher_cache.format.quantize import ChannelStatistics
+from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
+from teacher_cache.store.commits import fold
+from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.writer import ShardWriter
 
 TEACHER = TeacherSpec(
     name="t", weights="random:0", weights_sha256="0" * 64, image_size=16, patch_size=8, grid=(2, 2), dim=6, depth=3, heads=1,

@@ -18,7 +18,7 @@ from student import (
     TrainConfig,
     ViTConfig,
 )
-from student.micro_batches import place_of
+from student.devices.micro_batches import place_of
 
 TEACHER = TeacherShape("fake", grid=(4, 4), dim=12, depth=3, has_cls=True, has_attention=True, projection_dim=None)
 

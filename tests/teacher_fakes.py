@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from teacher_cache.teachers import TeacherEntry
-from teacher_cache.teachers.weights import random_weights
+from teacher_cache.teachers.weights.load import random_weights
 
 
 def crops_u8(n: int, side: int, seed: int = 5) -> Tensor:

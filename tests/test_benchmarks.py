@@ -15,10 +15,10 @@ from test_layers import IMPORTS, is_in
 
 from benchmarks import __main__ as every
 from benchmarks import made_up, measure, random_rows, results, sparse
-from teacher_cache.beton import CropReader
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError
-from teacher_cache.inspect import describe
-from teacher_cache.reader import StoreReader
+from teacher_cache.inspecting.inspect import describe
+from teacher_cache.store.reader import StoreReader
 
 FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"]}
 """Of the presets that a benchmark goes through, one is enough to see that it works."""

@@ -13,14 +13,16 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 from PIL import Image, ImageOps
 
-from teacher_cache import again, cropping
-from teacher_cache.again import limits, load_teacher_of, recrop, reteach
-from teacher_cache.beton import CropReader
-from teacher_cache.cli import main
-from teacher_cache.crops import CropPlan, encode
+from teacher_cache.checking import remake
+from teacher_cache.checking.remake import limits, load_teacher_of, recrop, reteach
+from teacher_cache.cli.commands import main
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.crops.cutting import encode
 from teacher_cache.errors import MismatchError, UnknownNameError, UsageError
-from teacher_cache.extract import PROBE_TOLERANCE, ExtractPlan, extract_view, probe_image
-from teacher_cache.store import read_manifest
+from teacher_cache.extraction import cropping
+from teacher_cache.extraction.extract import PROBE_TOLERANCE, ExtractPlan, extract_view, probe_image
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store.manifest import read_manifest
 from teacher_cache.teachers.base import TeacherOutput
 
 ALL = np.arange(24)
@@ -151,7 +153,7 @@ def test_another_software_or_decoder_is_not_compared(shared_cache, monkeypatch):
     view = shared_cache.view(0)
     with pytest.raises(MismatchError, match="answers to the probe image"):
         list(reteach(view, view.store_path("fake"), FakeTeacher(seed=1), ALL))
-    found = list(again.teach_views_again(shared_cache, FakeTeacher(seed=1), "fake", 4))
+    found = list(remake.teach_views_again(shared_cache, FakeTeacher(seed=1), "fake", 4))
     assert [finding.kind for finding in found] == ["unchecked", "unchecked"] and "answers to the probe" in found[0].message
     decoded = CropReader.decoded
     monkeypatch.setattr(CropReader, "decoded", lambda self: decoded(self) | {"crc32c": [0] * 24})

@@ -9,11 +9,11 @@ import pytest
 from cache_fakes import contents
 from store_fakes import begin, fill, make_store, same, spec_of, values_of
 
-from teacher_cache.background import THREAD, BackgroundWriter
-from teacher_cache.commits import fold
-from teacher_cache.reader import StoreReader
-from teacher_cache.store import read_manifest
-from teacher_cache.writer import ShardWriter
+from teacher_cache.extraction.background import THREAD, BackgroundWriter
+from teacher_cache.store.commits import fold
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.writer import ShardWriter
 
 
 def put_all(out: BackgroundWriter, spec, arrays, shards=None, batch=2) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache import claim_file, claims
-from teacher_cache.claims import claimed, claimed_range, extent_of
 from teacher_cache.errors import MismatchError
+from teacher_cache.files import claim_file, claims
+from teacher_cache.files.claims import claimed, claimed_range, extent_of
 
 HOST = socket.gethostname()
 ELSEWHERE = {"host": "node-17", "pid": 4711}
@@ -28,7 +28,7 @@ def holder(hold: str, *arguments):
     script = f"""
 import sys
 from pathlib import Path
-from teacher_cache.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed, claimed_range
 arguments = [Path(sys.argv[1]), *map(int, sys.argv[2:]), "x"]
 with {hold}(*arguments):
     print("held", flush=True)
@@ -194,7 +194,7 @@ def test_a_symlink_is_no_claim(tmp_path, hold, target):
 CONTENDER = """
 import errno, fcntl, mmap, os, random, sys, time
 from pathlib import Path
-from teacher_cache.claims import ClaimHeldError, claimed, claimed_range, extent_of
+from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, extent_of
 
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 if sys.argv[4] == "no locks":

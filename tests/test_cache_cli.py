@@ -19,16 +19,19 @@ from cache_fakes import contents, failing_at, flip_bit
 from click.testing import CliRunner
 from fakes import FakeTeacher
 
-from teacher_cache import cli, estimate, parts, teachers
-from teacher_cache.background import BackgroundWriter
-from teacher_cache.beton import CropReader
+from teacher_cache import teachers
 from teacher_cache.cache import Cache
-from teacher_cache.commits import write_commit
+from teacher_cache.checking.verify import verify
+from teacher_cache.cli import commands
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import UnknownNameError
-from teacher_cache.estimate import shard_bytes
-from teacher_cache.planning import ExtractPlan
-from teacher_cache.store import read_manifest
-from teacher_cache.verify import verify
+from teacher_cache.extraction import parts
+from teacher_cache.extraction.background import BackgroundWriter
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.files import space
+from teacher_cache.store.commits import write_commit
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.sizes import shard_bytes
 
 FAKE = ["extract", "--teacher", "fake"]
 SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
@@ -45,7 +48,7 @@ def fake_teacher(monkeypatch, teacher):
 
 def run(*arguments, code=0):
     """Run the command; what it said on stdout and stderr. A traceback is a failure of the test."""
-    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -75,7 +78,7 @@ def made(tmp_path, made_once):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", cli.main.commands)
+@pytest.mark.parametrize("command", commands.main.commands)
 def test_help(command):
     """Every command explains itself, with an example that names it, and describes every option."""
     text = run(command, "--help").output
@@ -87,7 +90,7 @@ def test_help(command):
 def test_help_of_the_whole():
     """teacher-cache --help lists the commands with a line each, and an example."""
     text = run("--help").output
-    assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in cli.main.commands)
+    assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in commands.main.commands)
     assert {"0", "1", "2", "75", "130"} <= set(text.split("Exit codes:")[1].split())
 
 
@@ -146,7 +149,7 @@ def test_stores_that_do_not_agree(tmp_path, image_folder, monkeypatch):
     extract_to(tmp_path / "c", image_folder, "--views", 2)
     shutil.rmtree(tmp_path / "c" / "view-000" / "fake.zarr")
     before = contents(tmp_path / "c")
-    monkeypatch.setattr(cli, "_load_teacher", None)
+    monkeypatch.setattr(commands, "_load_teacher", None)
     said = run(*FAKE, "--shard-rows", 4, "--codec", "zstd", "--layers", "last2", tmp_path / "c", code=2).stderr
     assert said.splitlines()[1:3] == ["  shard_rows: 8 in the store, 4 given", "  codecs: none in the store, zstd given"]
     assert "view-001/fake.zarr was made with other parameters" in said and contents(tmp_path / "c") == before
@@ -223,7 +226,7 @@ def test_dry_run_writes_nothing(tmp_path, image_folder, made):
 @pytest.mark.parametrize("command", ["crop", "extract"])
 def test_too_little_space(tmp_path, image_folder, monkeypatch, command):
     """Where the disk is too small nothing is begun; the message has both sizes and what to do. Also as a dry run."""
-    monkeypatch.setattr(estimate, "free_bytes", lambda path: 5000)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 5000)
     arguments = ["--teacher", "fake", *SMALL] if command == "extract" else []
     for more in ([], ["--dry-run"]):
         said = run(command, *arguments, "--images", image_folder, *more, tmp_path / "c", code=1).stderr
@@ -326,7 +329,7 @@ def test_shards_need_space_for_all_of_them(tmp_path, image_folder, teacher, monk
     spec = ExtractPlan("last2", shard_rows=8).store_spec(teacher.spec, 24)
     run(*FAKE, *SMALL, "--shards", "0:1", tmp_path / "c")
     own, free = ["--shards", "1:2", tmp_path / "c"], shard_bytes(spec, teacher.spec, 1) * 3 // 2
-    monkeypatch.setattr(estimate, "free_bytes", lambda path: free)
+    monkeypatch.setattr(space, "free_bytes", lambda path: free)
     said = run(*FAKE, *SMALL, *own, code=1).stderr
     assert "for shards 1:2" in said and "needed by all shards, whoever makes them" in said and " short. Make room" in said
     assert " short. Make room" in run(*FAKE, *SMALL, *own, code=1).stderr
@@ -536,7 +539,7 @@ def test_broken_files(made, image_folder, name, damage):
         file.unlink()
     add_a_view = ["crop", "--views", "2", "--images", str(image_folder), "--dry-run"]
     for arguments in (["inspect"], ["crop"], add_a_view, [*FAKE, *SMALL], [*FAKE, "--name", "b"]):
-        result = CliRunner().invoke(cli.main, [*arguments, str(made)])
+        result = CliRunner().invoke(commands.main, [*arguments, str(made)])
         assert isinstance(result.exception, SystemExit | None), (arguments, result.exception)
         assert result.exit_code in (0, 1) and result.stderr.count("Error: ") == result.exit_code, (arguments, result.output)
     if name != "cache.json" or damage != "gone":
@@ -607,7 +610,7 @@ def test_looking_imports_no_torch(cache):
     """inspect and teachers import neither torch nor zarr: they answer at once, also where torch is broken."""
     for arguments in (["inspect", str(cache.path)], ["teachers"], ["--help"]):
         script = (
-            "import sys\nfrom teacher_cache.cli import main\n"
+            "import sys\nfrom teacher_cache.cli.commands import main\n"
             f"try: main({arguments!r})\nexcept SystemExit as error: assert not error.code\n"
             "print(sorted({'torch', 'zarr', 'ffcv', 'timm', 'numba'} & set(sys.modules)), file=sys.stderr)"
         )
@@ -632,6 +635,6 @@ def test_resuming_needs_space_for_the_rest_only(tmp_path, image_folder, monkeypa
     for shard in range(5):
         write_commit(store, shard, files[shard])
     left = shard_bytes(read_manifest(store).store, teacher.spec, 5)
-    monkeypatch.setattr(estimate, "free_bytes", lambda path: left)
+    monkeypatch.setattr(space, "free_bytes", lambda path: left)
     assert run("extract", "--teacher", "fake", tmp_path / "c").exit_code == 0
     assert verify(Cache(tmp_path / "c"))[0] == []

@@ -11,9 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from teacher_cache.command import one_line_errors
 from teacher_cache.errors import BadInputError, MismatchError
-from teacher_cache.signals import Stopped, signals_raise
+from teacher_cache.terminal.command import one_line_errors
+from teacher_cache.terminal.signals import Stopped, signals_raise
 
 NUMBERS = {130: signal.SIGINT, 75: signal.SIGTERM}
 
@@ -69,7 +69,7 @@ def test_ignored_signals_stay_ignored():
 
 PROGRAM = """
 import atexit, os, signal, sys, time
-from teacher_cache.signals import run_program
+from teacher_cache.terminal.signals import run_program
 
 def send(): os.kill(os.getpid(), int(sys.argv[1]))
 
@@ -82,7 +82,7 @@ def load():
 
 def command():
     if sys.argv[2] == "before": send()
-    from teacher_cache.command import one_line_errors
+    from teacher_cache.terminal.command import one_line_errors
     try:
         with one_line_errors("Two are kept."):
             if sys.argv[2] == "work": send()

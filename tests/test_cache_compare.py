@@ -12,15 +12,15 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 
 from teacher_cache.cache import Cache
-from teacher_cache.cli import main
-from teacher_cache.commits import unfold
-from teacher_cache.compare import compare
-from teacher_cache.durable import seal, write_whole
-from teacher_cache.extract import extract_view
-from teacher_cache.inspect import describe, ranges
-from teacher_cache.inspect_table import Bar
-from teacher_cache.planning import ExtractPlan
-from teacher_cache.store import read_manifest
+from teacher_cache.cli.commands import main
+from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.files.durable import seal, write_whole
+from teacher_cache.inspecting.compare import compare
+from teacher_cache.inspecting.inspect import describe, ranges
+from teacher_cache.inspecting.table import Bar
+from teacher_cache.store.commits import unfold
+from teacher_cache.store.manifest import read_manifest
 
 
 def differing(first: Cache, second: Cache) -> list[str]:

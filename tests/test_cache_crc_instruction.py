@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from teacher_cache.crc_instruction import INSTRUCTIONS
+from teacher_cache.kernels.crc_instruction import INSTRUCTIONS
 
 CODE = """
 import numpy as np

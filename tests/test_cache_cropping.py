@@ -12,13 +12,14 @@ import pytest
 from cache_fakes import PLAN, contents, crop_folder, failing_at, flip_bit
 from fakes import image_of
 
-from teacher_cache import cropping, parts
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed
-from teacher_cache.crops import CropPlan, cut, draw, load_image
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.crops.cutting import cut, draw, load_image
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, NoSpaceError, UsageError
-from teacher_cache.verify import verify
+from teacher_cache.extraction import cropping, parts
+from teacher_cache.files.claims import claimed
+from teacher_cache.format.crop_plan import CropPlan
 
 
 @pytest.fixture(autouse=True)

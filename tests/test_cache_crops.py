@@ -20,9 +20,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from teacher_cache.crops import CROP_FORMATS, TEXT_BYTES, Crop, CropPlan, cut, draw, encode, load_image
+from teacher_cache.crops.cutting import TEXT_BYTES, cut, draw, encode, load_image
 from teacher_cache.errors import BadInputError, UsageError
-from teacher_cache.image_warnings import named
+from teacher_cache.format.crop_plan import CROP_FORMATS, Crop, CropPlan
+from teacher_cache.terminal.image_warnings import named
 
 sides = st.integers(1, 6000)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)

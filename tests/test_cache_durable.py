@@ -12,8 +12,9 @@ from cache_fakes import flip_bit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache import durable
-from teacher_cache.durable import (
+from teacher_cache.errors import BadInputError, CacheCorruptError
+from teacher_cache.files import durable
+from teacher_cache.files.durable import (
     create_aside,
     inside,
     is_safe_name,
@@ -28,7 +29,6 @@ from teacher_cache.durable import (
     unseal,
     write_whole,
 )
-from teacher_cache.errors import BadInputError, CacheCorruptError
 
 # --- names -----------------------------------------------------------------------------------------------------------
 

@@ -9,14 +9,15 @@ from cache_fakes import contents
 from click.testing import CliRunner
 from fakes import write_images
 
-from pipelines import student_rate
-from teacher_cache import cli, disk, trial
+from pipelines.presets import student_rate
+from teacher_cache.cli import commands
 from teacher_cache.errors import NoSpaceError
-from teacher_cache.verdict import Rates, Use, hours, judge
+from teacher_cache.estimating import disk, trial
+from teacher_cache.estimating.verdict import Rates, Use, hours, judge
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     return result

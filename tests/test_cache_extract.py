@@ -16,17 +16,21 @@ import torch
 from cache_fakes import contents, failing_at
 from fakes import FakeTeacher
 
-from teacher_cache import claims, extract, progress, writer
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed, claimed_range, store_claim, store_claims
-from teacher_cache.commits import is_complete
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import BadInputError, MismatchError, NoSpaceError, NotInCacheError, UsageError
-from teacher_cache.estimate import human, shard_bytes
-from teacher_cache.extract import ExtractPlan, extract_view, probe_image
-from teacher_cache.reader import StoreReader
-from teacher_cache.store import read_manifest
+from teacher_cache.extraction import extract
+from teacher_cache.extraction.extract import ExtractPlan, extract_view, probe_image
+from teacher_cache.files import claims
+from teacher_cache.files.claims import claimed, claimed_range, store_claim, store_claims
+from teacher_cache.store import writer
+from teacher_cache.store.commits import is_complete
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.sizes import shard_bytes
 from teacher_cache.teachers.base import TeacherOutput
+from teacher_cache.terminal import progress
+from teacher_cache.words import human
 
 PLAN = ExtractPlan(shard_rows=8, batch_size=5)
 
@@ -107,7 +111,7 @@ def test_head_and_manifest(shared_cache, teacher):
 
 def test_measured_fidelity_is_true(shared_cache, teacher):
     """The error that a store reports is the one that its rows have."""
-    from teacher_cache.quantize import token_errors
+    from teacher_cache.format.quantize import token_errors
 
     reader = StoreReader(shared_cache.view(0).store_path("fake"))
     images = torch.from_numpy(CropReader(shared_cache.view(0).path).read(range(24)))
@@ -299,7 +303,7 @@ def test_crashes_while_a_shard_is_published(crops, teacher, undisturbed, monkeyp
 
 def test_killed_before_its_records_were_removed(crops, teacher, undisturbed, monkeypatch):
     """Commit records that outlived the completion of their store go away when the command is run again."""
-    from teacher_cache import commits
+    from teacher_cache.store import commits
 
     with monkeypatch.context() as patch:
         patch.setattr(commits.shutil, "rmtree", failing_at(shutil.rmtree, 1, KeyboardInterrupt()))

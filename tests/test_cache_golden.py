@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image, __version__, features
 
-from teacher_cache.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.cache import Cache, write_cache
-from teacher_cache.commits import fold, read_fp32_rows
-from teacher_cache.crops import CropPlan
-from teacher_cache.durable import npy_bytes, read_sealed, seal, sha256_file, write_whole
-from teacher_cache.reader import READERS, StoreReader
-from teacher_cache.spare import write_spare
-from teacher_cache.store import create_store, read_small_array
-from teacher_cache.verify import verify
-from teacher_cache.writer import ShardWriter
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
+from teacher_cache.files.durable import npy_bytes, read_sealed, seal, sha256_file, write_whole
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store.commits import fold, read_fp32_rows
+from teacher_cache.store.manifest import create_store, read_small_array
+from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.spare import write_spare
+from teacher_cache.store.writer import ShardWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_v1"
 NUMBERS = GOLDEN.with_suffix(".json")

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.cropping import make_crops, plan_job
-from teacher_cache.crops import CropPlan
-from teacher_cache.durable import read_sealed
-from teacher_cache.verify import verify
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.extraction.cropping import make_crops, plan_job
+from teacher_cache.files.durable import read_sealed
+from teacher_cache.format.crop_plan import CropPlan
 
 GOLDEN = Path(__file__).parent / "golden" / "crops_v2"
 PLAN = CropPlan(seed=1, size=264)

@@ -38,17 +38,17 @@ from test_cache_golden import (
     write_again,
 )
 
-from teacher_cache import extract
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.commits import read_fp32_rows, unfold
-from teacher_cache.cropping import make_crops, plan_job
-from teacher_cache.crops import CROP_FORMATS
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import MismatchError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.reader import READERS, StoreReader
-from teacher_cache.store import read_manifest
-from teacher_cache.verify import verify
+from teacher_cache.extraction import extract
+from teacher_cache.extraction.cropping import make_crops, plan_job
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.format.crop_plan import CROP_FORMATS
+from teacher_cache.store.commits import read_fp32_rows, unfold
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.reader import READERS, StoreReader
 
 GOLDEN = GOLDEN_V1.with_name("cache_v3")
 NUMBERS = GOLDEN.with_suffix(".json")

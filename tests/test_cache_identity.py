@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from cache_fakes import PLAN, contents, crop_folder, failing_at
 
-from teacher_cache import parts
 from teacher_cache.cache import Cache, CropsIdentity
-from teacher_cache.crops import CropPlan
-from teacher_cache.durable import read_sealed, seal, write_whole
+from teacher_cache.crops.images import ImageList
 from teacher_cache.errors import BadInputError, CacheCorruptError
-from teacher_cache.images import ImageList
+from teacher_cache.extraction import parts
+from teacher_cache.files.durable import read_sealed, seal, write_whole
+from teacher_cache.format.crop_plan import CropPlan
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = ImageList(("a/1.png", "b/2.png"), np.array([0, 1]), ("a", "b"))

@@ -12,8 +12,8 @@ import pytest
 from scipy.stats import chi2_contingency
 from torchvision.datasets import ImageFolder
 
+from teacher_cache.crops.images import ImageList, in_one_line, read_image, scan
 from teacher_cache.errors import BadInputError, UsageError
-from teacher_cache.images import ImageList, in_one_line, read_image, scan
 
 
 def touch(folder, *names):

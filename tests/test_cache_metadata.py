@@ -15,17 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_fakes import MADE, TEACHER, spec_of
 
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache, write_cache
-from teacher_cache.commits import read_commits
-from teacher_cache.durable import read_sealed, seal
+from teacher_cache.checking.verify import verify_folder
+from teacher_cache.crops.beton import CropReader
+from teacher_cache.crops.images import ImageList
 from teacher_cache.errors import CacheCorruptError, TeacherCacheError, UsageError
-from teacher_cache.images import ImageList
-from teacher_cache.inspect import describe
-from teacher_cache.reader import StoreReader
-from teacher_cache.spare import is_current
-from teacher_cache.store import Manifest, read_small_array, shared_sha256
-from teacher_cache.verify import verify_folder
+from teacher_cache.files.durable import read_sealed, seal
+from teacher_cache.inspecting.inspect import describe
+from teacher_cache.store.commits import read_commits
+from teacher_cache.store.manifest import Manifest, read_small_array, shared_sha256
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.spare import is_current
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_v1"
 STORE = "view-000/fake.zarr"

@@ -11,18 +11,18 @@ import pytest
 from cache_fakes import contents, crop_folder
 from fakes import Bf16Teacher, FakeTeacher, write_images
 
-from teacher_cache.again import teach_views_again
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.commits import fold, is_complete, read_commits, read_fp32_rows, read_fp32_rows_to_make, unfold
-from teacher_cache.durable import read_sealed, seal
+from teacher_cache.checking.remake import teach_views_again
+from teacher_cache.checking.repair import repair_store
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import BadInputError, CacheCorruptError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.inspect import describe
-from teacher_cache.reader import StoreReader
-from teacher_cache.repair import repair_store
-from teacher_cache.store import read_manifest
-from teacher_cache.verify import verify
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files.durable import read_sealed, seal
+from teacher_cache.inspecting.inspect import describe
+from teacher_cache.store.commits import fold, is_complete, read_commits, read_fp32_rows, read_fp32_rows_to_make, unfold
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.reader import StoreReader
 
 PLAN = ExtractPlan("last2", shard_rows=8, batch_size=3)
 
@@ -152,7 +152,7 @@ def test_without_the_image_it_works(cache, tmp_path):
 
 def test_too_many(cache, monkeypatch):
     """More such rows than a shard may have stop the extraction, which then says that bf16 is wrong; a fit stops likewise."""
-    monkeypatch.setattr("teacher_cache.nonfinite.most_fp32_rows", lambda n_rows: 2)
+    monkeypatch.setattr("teacher_cache.store.nonfinite.most_fp32_rows", lambda n_rows: 2)
     with pytest.raises(BadInputError, match="for 3 of the 8 rows of shard 2 of .*bf16 is wrong .*--precision fp32 and another"):
         extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 16, 17, 18)), PLAN)
     fp32 = FakeTeacher()
@@ -168,7 +168,7 @@ def test_more_than_the_record_holds(cache, monkeypatch):
     spec = read_manifest(store).store
     unfold(store, spec, np.array([True, True, False]))
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN, range(0, 2))
-    monkeypatch.setattr("teacher_cache.commits.MAX_FP32_ROWS", 1)
+    monkeypatch.setattr("teacher_cache.store.commits.MAX_FP32_ROWS", 1)
     with pytest.raises(BadInputError, match="2 rows were made in fp32, more than 1: bf16 is wrong"):
         extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN)
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from teacher_cache import progress
-from teacher_cache.progress import LINE_EVERY_S, Progress, clock
+from teacher_cache.terminal import progress
+from teacher_cache.terminal.progress import LINE_EVERY_S, Progress, clock
 
 
 class Clock:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from teacher_cache import encode
-from teacher_cache.quantize import (
+from teacher_cache.extraction import encode
+from teacher_cache.format.quantize import (
     GROUPS,
     LEAST_SPREAD,
     ChannelStatistics,

@@ -26,15 +26,16 @@ from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 
 from benchmarks import made_up
-from teacher_cache import compiled, decompress, sigbus, writer
-from teacher_cache.durable import crc32c
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, NotInCacheError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.quantize import ChannelStatistics, dequantise
-from teacher_cache.reader import READERS, StoreReader
-from teacher_cache.shards import HEADER_BYTES
-from teacher_cache.store import Manifest, read_manifest
-from teacher_cache.writer import missing_shards
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files.durable import crc32c
+from teacher_cache.format.quantize import ChannelStatistics, dequantise
+from teacher_cache.format.shards import HEADER_BYTES
+from teacher_cache.kernels import decompress, loops, sigbus
+from teacher_cache.store import writer
+from teacher_cache.store.manifest import Manifest, read_manifest
+from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.writer import missing_shards
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -578,7 +579,7 @@ def test_too_few_files(tmp_path):
 FULL_OF_MAPS = """
 import ctypes, mmap, sys
 import numcodecs, numpy as np
-from teacher_cache.reader import StoreReader
+from teacher_cache.store.reader import StoreReader
 
 libc, n_maps = ctypes.CDLL(None), int(open("/proc/sys/vm/max_map_count").read()) - len(open("/proc/self/maps").readlines())
 filler = mmap.mmap(-1, 4096 * n_maps)
@@ -633,7 +634,7 @@ def test_a_store_can_be_moved(store, tmp_path, reader):
 CUT_SHORT = """
 import os, sys
 from teacher_cache import sigbus
-from teacher_cache.reader import StoreReader
+from teacher_cache.store.reader import StoreReader
 path, array, shard, install = sys.argv[1:]
 if install == "install":
     sigbus.install()
@@ -671,7 +672,7 @@ def test_crops_cut_short_say_so(cache):
     code = """
 import os, sys
 from teacher_cache import sigbus
-from teacher_cache.beton import CropReader
+from teacher_cache.crops.beton import CropReader
 sigbus.install()
 crops = CropReader(sys.argv[1])
 os.truncate(crops.path, 0)
@@ -724,7 +725,7 @@ def test_closed_maps_are_forgotten(store_of):
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8, 16])
-@pytest.mark.parametrize("n_bytes", [0, 63, 64, compiled.STREAMED - 1, compiled.STREAMED, compiled.STREAMED + 37, 151_296])
+@pytest.mark.parametrize("n_bytes", [0, 63, 64, loops.STREAMED - 1, loops.STREAMED, loops.STREAMED + 37, 151_296])
 def test_copies_are_equal(n_bytes, shift):
     """However many bytes are copied, whether past the caches or not, and wherever they lie: these and no others."""
     source, start = np.random.default_rng(n_bytes).integers(1, 256, n_bytes + 64, dtype="uint8"), 16 + shift
@@ -732,7 +733,7 @@ def test_copies_are_equal(n_bytes, shift):
         target = np.zeros(n_bytes + 96, "uint8")
         begin = start - target.ctypes.data % 16  # from a multiple of 16 if `shift` is one
         addresses = np.uint64(target.ctypes.data + begin), np.uint64(source.ctypes.data + 3)
-        compiled.copy_bytes(*addresses, np.uint64(n_bytes), is_read_soon)
+        loops.copy_bytes(*addresses, np.uint64(n_bytes), is_read_soon)
         assert np.array_equal(target[begin : begin + n_bytes], source[3 : 3 + n_bytes])
         assert not target[:begin].any() and not target[begin + n_bytes :].any()
 
@@ -759,8 +760,8 @@ def test_large_rows_are_equal(tmp_path):
 def test_announced_ranges(store_of, monkeypatch, reader, codec):
     """What the kernel is told to read are the very bytes of the rows asked for, with their CRC-32C, and it takes the advice."""
     path, spec, _ = store_of(codec=codec)
-    opened, told, advise = StoreReader(path, reader), [], compiled.advise
-    monkeypatch.setattr(compiled, "advise", lambda *arguments: told.append((arguments[0], advise(*arguments))))
+    opened, told, advise = StoreReader(path, reader), [], loops.advise
+    monkeypatch.setattr(loops, "advise", lambda *arguments: told.append((arguments[0], advise(*arguments))))
     rows = np.array([6, 0, 4, 4])
     opened.announce(["tokens/03", "scale"], rows)
     assert [n_refused for _, n_refused in told] == [0, 0]
@@ -800,6 +801,6 @@ def test_announcing_a_wrong_index(tmp_path, reader):
     opened = StoreReader(path, reader)
     with opened.opened(["attention"], np.array([0, 1])):
         column = opened.columns["attention"]
-        ranges = compiled.row_ranges(np.array([0, 1]), opened.shards.handles[column], opened.shards.sizes[column],
+        ranges = loops.row_ranges(np.array([0, 1]), opened.shards.handles[column], opened.shards.sizes[column],
                                      opened.shards.by_pread, 3)  # fmt: skip
     assert ranges[0].tolist() == [0, 0, 0] and ranges[1, 2] == 4 * 4 + 4

@@ -14,20 +14,20 @@ from fakes import Bf16Teacher, FakeTeacher, write_images
 from PIL import __version__ as PILLOW
 from store_fakes import TEACHER
 
-from teacher_cache import extract
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.commits import unfold
-from teacher_cache.compare import compare
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import BadInputError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.fit import Sample, fit, fit_bytes
-from teacher_cache.inspect import describe
-from teacher_cache.planning import plan_targets
-from teacher_cache.quantize import ChannelStatistics
-from teacher_cache.record import jpeg_decoder, software
-from teacher_cache.spec import MadeWith
-from teacher_cache.store import create_store, read_head, read_manifest, read_small_array, read_statistics
+from teacher_cache.extraction import extract
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.extraction.fit import Sample, fit, fit_bytes
+from teacher_cache.extraction.planning import plan_targets
+from teacher_cache.extraction.record import jpeg_decoder, software
+from teacher_cache.format.quantize import ChannelStatistics
+from teacher_cache.format.spec import MadeWith
+from teacher_cache.inspecting.compare import compare
+from teacher_cache.inspecting.inspect import describe
+from teacher_cache.store.commits import unfold
+from teacher_cache.store.manifest import create_store, read_head, read_manifest, read_small_array, read_statistics
 
 PLAN = ExtractPlan("last2", shard_rows=8, batch_size=3)
 
@@ -128,8 +128,10 @@ def test_an_old_store_has_no_place_for_rows_in_fp32(cache):
 
 def test_the_sample_costs_a_layer(tmp_path, monkeypatch):
     """However many layers, fitting holds one of them and as much again; the file has the bytes foretold, and is gone after."""
-    monkeypatch.setattr("teacher_cache.fit.BLOCK_VALUES", 1 << 14)  # blocks as small beside a layer as they are in earnest
-    monkeypatch.setattr("teacher_cache.quantize.BLOCK_CHANNELS", 16)
+    monkeypatch.setattr(
+        "teacher_cache.extraction.fit.BLOCK_VALUES", 1 << 14
+    )  # blocks as small beside a layer as they are in earnest
+    monkeypatch.setattr("teacher_cache.format.quantize.BLOCK_CHANNELS", 16)
     teacher = replace(TEACHER, dim=128, depth=12, grid=(8, 8))
     plan = ExtractPlan("last12")
     spec = plan.store_spec(teacher, 1024)

@@ -9,17 +9,19 @@ import shutil
 import pytest
 from cache_fakes import contents, crop_folder, failing_at, flip_bit
 
-from teacher_cache import advice, beton, writer
-from teacher_cache.advice import mending_commands
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed, claimed_range
-from teacher_cache.cropping import CLAIM
-from teacher_cache.crops import CropPlan
+from teacher_cache.checking import advice
+from teacher_cache.checking.advice import mending_commands
+from teacher_cache.checking.findings import Finding
+from teacher_cache.checking.repair import repair_lists, repair_store, repair_view
+from teacher_cache.checking.verify import verify_folder, views_on_disk
+from teacher_cache.crops import beton
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.findings import Finding
-from teacher_cache.repair import repair_lists, repair_store, repair_view
-from teacher_cache.verify import verify_folder, views_on_disk
+from teacher_cache.extraction.cropping import CLAIM
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store import writer
 
 PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
 

@@ -13,16 +13,16 @@ import pytest
 from cache_fakes import crop_folder
 from click.testing import CliRunner
 
-from teacher_cache import claims
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed, claimed_range, store_claim, store_claims
-from teacher_cache.cli import main
-from teacher_cache.durable import write_whole
+from teacher_cache.checking.repair import repair_lists
+from teacher_cache.checking.verify import verify
+from teacher_cache.cli.commands import main
 from teacher_cache.errors import NotAllowedError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.reader import StoreReader
-from teacher_cache.repair import repair_lists
-from teacher_cache.verify import verify
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files import claims
+from teacher_cache.files.claims import claimed, claimed_range, store_claim, store_claims
+from teacher_cache.files.durable import write_whole
+from teacher_cache.store.reader import StoreReader
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o027], ids=oct)

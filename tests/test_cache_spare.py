@@ -12,9 +12,9 @@ import pytest
 from cache_fakes import contents, flip_bit
 from store_fakes import begin, make_store, spec_of
 
-from teacher_cache.durable import seal
 from teacher_cache.errors import CacheCorruptError
-from teacher_cache.spare import SPARE, is_current, pack, pack_members, read_spare, spare_names, write_spare
+from teacher_cache.files.durable import seal
+from teacher_cache.store.spare import SPARE, is_current, pack, pack_members, read_spare, spare_names, write_spare
 
 
 @pytest.fixture(scope="module")

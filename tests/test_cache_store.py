@@ -11,16 +11,24 @@ import pytest
 from cache_fakes import contents, failing_at, flip_bit, kills
 from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache import commits, spare, writer
-from teacher_cache.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
-from teacher_cache.durable import read_sealed, seal, sha256_file
 from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
-from teacher_cache.estimate import store_bytes
-from teacher_cache.reader import StoreReader
-from teacher_cache.shards import HEADER_BYTES, header, require_header
-from teacher_cache.spare import is_current
-from teacher_cache.store import Manifest, extract_command, manifest_sha256, read_manifest, read_small_array
-from teacher_cache.writer import ShardWriter, missing_bytes, missing_shards
+from teacher_cache.files.durable import read_sealed, seal, sha256_file
+from teacher_cache.format.shards import HEADER_BYTES, header, require_header
+from teacher_cache.store.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
+from teacher_cache.store.manifest import (
+    Manifest,
+    commits,
+    extract_command,
+    manifest_sha256,
+    read_manifest,
+    read_small_array,
+    spare,
+    writer,
+)
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.sizes import store_bytes
+from teacher_cache.store.spare import is_current
+from teacher_cache.store.writer import ShardWriter, missing_bytes, missing_shards
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from teacher_cache import claim_file, claims, durable, guard
-from teacher_cache.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
-from teacher_cache.cli import main
+from teacher_cache.cli.commands import main
 from teacher_cache.errors import ClaimLostError
+from teacher_cache.files import claim_file, claims, durable, guard
+from teacher_cache.files.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
 
 HOST = socket.gethostname()
 BEFORE = {"host": "node-17", "pid": 4711}
@@ -236,7 +236,7 @@ BUSY = """
 import sys, threading
 from pathlib import Path
 from teacher_cache import claim_file
-from teacher_cache.claims import claimed
+from teacher_cache.files.claims import claimed
 claim_file.BEAT_S = 0.01
 def beat():
     (file,) = Path(sys.argv[1]).iterdir()
@@ -308,8 +308,8 @@ SLEEPER = """
 import fcntl, sys, time
 from pathlib import Path
 from teacher_cache import claim_file, durable
-from teacher_cache.claims import claimed, claimed_range
-from teacher_cache.cli import main
+from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.cli.commands import main
 from teacher_cache.errors import ClaimLostError
 fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
 claim_file.BEAT_S = 0.02
@@ -356,7 +356,7 @@ TAKER = """
 import sys, time
 from pathlib import Path
 from teacher_cache import claims
-from teacher_cache.claims import ClaimHeldError, claimed, claimed_range, taking_over
+from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, taking_over
 root, hold = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
 try:
@@ -461,7 +461,7 @@ def test_nothing_goes_past_it():
         for path in (root / room).rglob("*.py")
         if renames.search(path.read_text())
     }
-    assert found == {"teacher_cache/durable.py", "teacher_cache/claims.py"}
+    assert found == {"teacher_cache/files/durable.py", "teacher_cache/files/claims.py"}
 
 
 def test_what_the_dead_left_aside(tmp_path):

@@ -16,21 +16,22 @@ from cache_fakes import contents, crop_folder, failing_at, flip_bit
 from click.testing import CliRunner
 from rich.console import Console
 
-from teacher_cache import parts, writer
-from teacher_cache.advice import mending_commands
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
-from teacher_cache.cli import _findings_table, main
-from teacher_cache.commits import read_commits
-from teacher_cache.durable import crc32c, seal
+from teacher_cache.checking.advice import mending_commands
+from teacher_cache.checking.shard_check import ArrayCheck
+from teacher_cache.checking.verify import verify, verify_folder
+from teacher_cache.cli.commands import _findings_table, main
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import UsageError
-from teacher_cache.estimate import human
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.shard_check import ArrayCheck
-from teacher_cache.shards import HEADER_BYTES, index_bytes
-from teacher_cache.spare import write_spare
-from teacher_cache.store import manifest_sha256, read_manifest
-from teacher_cache.verify import verify, verify_folder
+from teacher_cache.extraction import parts
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files.durable import crc32c, seal
+from teacher_cache.format.shards import HEADER_BYTES, index_bytes
+from teacher_cache.store import writer
+from teacher_cache.store.commits import read_commits
+from teacher_cache.store.manifest import manifest_sha256, read_manifest
+from teacher_cache.store.spare import write_spare
+from teacher_cache.words import human
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,23 @@ from cache_fakes import crop_folder
 from fakes import FakeTeacher
 from student_fakes import tiny_config
 
-from pipelines.source import CachedSource, stored_shape
-from student.batch import Needs
+from pipelines.feed.source import CachedSource, stored_shape
+from student.batch import Mask, Needs
 from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, PredictorConfig, ReconstructConfig, ViTConfig
 from student.errors import ConfigError, RunError
-from student.masking import Mask, draw_noise
-from student.model import Student
-from teacher_cache.again import reteach, teach_views_again
-from teacher_cache.beton import CropReader
-from teacher_cache.encode import Encoder, to_host
+from student.masking.maskers import draw_noise
+from student.modules.model import Student
+from teacher_cache.checking.remake import reteach, teach_views_again
+from teacher_cache.checking.verify import verify
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.race import race, take_visible
-from teacher_cache.reader import READERS, StoreReader
-from teacher_cache.spec import StoreSpec
-from teacher_cache.store import read_manifest
+from teacher_cache.extraction.encode import Encoder, to_host
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.format.race import race, take_visible
+from teacher_cache.format.spec import StoreSpec
+from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.reader import READERS, StoreReader
 from teacher_cache.teachers.base import TeacherOutput
-from teacher_cache.verify import verify
 
 K = 7
 PLAN = ExtractPlan(layers="last3", shard_rows=8, batch_size=5)

@@ -12,16 +12,16 @@ import pytest
 from cache_fakes import CHANGES, crop_folder, flip_bit
 from click.testing import CliRunner
 
-from teacher_cache import verify as verify_module
-from teacher_cache.advice import mending_commands
 from teacher_cache.cache import Cache
-from teacher_cache.claims import claimed, claimed_range, holder_of, store_claim, store_claims
-from teacher_cache.cli import main
-from teacher_cache.cropping import CLAIM
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.repair import repair_lists, repair_store, repair_view
-from teacher_cache.verify import verify, verify_folder
-from teacher_cache.watch import Watch
+from teacher_cache.checking import verify as verify_module
+from teacher_cache.checking.advice import mending_commands
+from teacher_cache.checking.repair import repair_lists, repair_store, repair_view
+from teacher_cache.checking.verify import verify, verify_folder
+from teacher_cache.checking.writers import Watch
+from teacher_cache.cli.commands import main
+from teacher_cache.extraction.cropping import CLAIM
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.files.claims import claimed, claimed_range, holder_of, store_claim, store_claims
 
 ME = f"process {os.getpid()} on host {socket.gethostname()}"
 PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)

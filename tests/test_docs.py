@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from student.cli import evaluate, report, train
-from teacher_cache.cli import main as teacher_cache
+from student.cli.commands import evaluate, report, train
+from teacher_cache.cli.commands import main as teacher_cache
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"teacher-cache": teacher_cache, "student-train": train, "student-eval": evaluate, "student-report": report}

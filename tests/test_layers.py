@@ -5,18 +5,31 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "student"]}
-"""Room -> the other rooms that it may import."""
-MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in ("extract", "encode", "trial", "device", "compiled", "teachers"))
-"""In the room of the format; everything else there works where torch is not installed."""
-BASE = tuple(f"teacher_cache.{name}" for name in ("claims", "claim_file", "guard", "durable", "errors"))
+PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "student"]}
+"""Package -> the other packages that it may import."""
+ROOMS = {
+    "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
+                      "teachers", "extraction", "checking", "estimating", "inspecting"],
+    "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "run", "evals"],
+    "pipelines": ["feed", "presets", "pages", "demo"],
+}  # fmt: skip
+"""Package -> its rooms, folders and modules, from the lowest: a room imports from those before it. Beside them, programs."""
+APART = [("teacher_cache.store", "teacher_cache.crops")]
+"""Rooms of which neither knows the other."""
+TORCH_ROOMS = ("extraction.extract", "extraction.encode", "estimating.trial", "device", "kernels.loops", "teachers")
+MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
+"""In the package of the format; everything else there works where torch is not installed."""
+BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
 """How files are written and who may write them is one thing for a cache and for a run: all that student may know of a cache."""
+MOST_LINES, MOST_MODULES = 450, 14
+"""Of a module; of a folder, `__init__.py` not counted."""
 
 
 def module_name(path: Path) -> str:
@@ -41,8 +54,8 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module_name(path): imports_of(path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
-EDGE = {module for module in IMPORTS if module.endswith((".cli", ".__main__"))}
+IMPORTS = {module_name(path): imports_of(path) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+EDGE = {module for module in IMPORTS if module.endswith(".__main__") or "cli" in module.split(".")}
 """Programs: the commands, and the demo, which runs commands. They may import from every room."""
 MAKES_A_TEACHER = "pipelines.demo.train_teacher"
 
@@ -53,20 +66,49 @@ def violations(modules, *forbidden: str) -> list[str]:
 
 def test_the_walk_sees_what_it_should():
     """Imports inside functions, relative ones and those of submodules are all seen; the edges and all rooms are there."""
-    assert is_in("teacher_cache.compiled", *IMPORTS["teacher_cache.reader"])  # inside a function
-    assert "student.batch" in IMPORTS["student.masking"]  # relative
-    assert "pipelines.recipe" in IMPORTS["pipelines.presets"]  # from a package's __init__, two dots
-    assert {"teacher_cache.cli", "student.cli"} <= EDGE
-    assert violations(["teacher_cache.cli"], "pipelines")
+    assert is_in("teacher_cache.kernels.loops", *IMPORTS["teacher_cache.store.reader"])  # inside a function
+    assert "student.batch" in IMPORTS["student.masking.maskers"]  # relative, two dots
+    assert "pipelines.presets.recipe" in IMPORTS["pipelines.presets"]  # from a package's __init__
+    assert {"teacher_cache.cli.commands", "student.cli.commands"} <= EDGE
+    assert violations(["teacher_cache.cli.commands"], "pipelines")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_along_the_arrows(room):
-    """teacher_cache knows no other room, student of that one the base alone, pipelines both; only a program may know all."""
-    others = set(ROOMS) - {room, *ROOMS[room]}
-    allowed = ("teacher_cache", *BASE) if room == "student" else ()  # `from teacher_cache import guard` names both
-    modules = [m for m in IMPORTS if is_in(m, room) and m not in EDGE]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_along_the_arrows(package):
+    """teacher_cache knows no other package, student of that one the base alone, pipelines both; only a program may know all."""
+    others = set(PACKAGES) - {package, *PACKAGES[package]}
+    allowed = ("teacher_cache", "teacher_cache.files", *BASE) if package == "student" else ()  # `from a import b` names both
+    modules = [m for m in IMPORTS if is_in(m, package) and m not in EDGE]
     assert [(m, name) for m in modules for name in IMPORTS[m] if is_in(name, *others) and not is_base(name, allowed)] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_import_downwards(package):
+    """Every module of a package is in a room or a program, and a room imports from the rooms below it alone."""
+    rooms = [f"{package}.{room}" for room in ROOMS[package]]
+
+    def height(module: str) -> int | None:
+        return next((place for place, room in enumerate(rooms) if is_in(module, room)), None)
+
+    modules = [m for m in IMPORTS if is_in(m, package) and m != package and m not in EDGE]
+    assert [m for m in modules if height(m) is None] == []
+    upwards = [(m, name) for m in modules for name in IMPORTS[m] if (there := height(name)) is not None and there > height(m)]
+    assert upwards == []
+
+
+@pytest.mark.parametrize(("one", "other"), APART)
+def test_rooms_beside_each_other(one, other):
+    """What is kept of a teacher and what is kept of the images know nothing of each other."""
+    assert violations([m for m in IMPORTS if is_in(m, one)], other) == []
+    assert violations([m for m in IMPORTS if is_in(m, other)], one) == []
+
+
+def test_rooms_stay_small():
+    """No module grows beyond what is read in one go, and no folder beyond what is seen at one look."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert {str(path): n for path in files if (n := len(path.read_text().splitlines())) > MOST_LINES} == {}
+    folders = Counter(path.parent for path in files if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in folders.items() if n > MOST_MODULES} == {}
 
 
 def is_base(name: str, allowed: tuple[str, ...]) -> bool:
@@ -75,8 +117,8 @@ def is_base(name: str, allowed: tuple[str, ...]) -> bool:
 
 def test_the_base_stands_alone():
     """What student may know of a cache imports nothing else of this project, and no torch."""
-    found = {name for module in BASE for name in IMPORTS[module] if is_in(name, *ROOMS)}
-    assert {name for name in found if not is_in(name, *BASE)} <= {"teacher_cache"}
+    found = {name for module in BASE for name in IMPORTS[module] if is_in(name, *PACKAGES)}
+    assert {name for name in found if not is_in(name, *BASE)} <= {"teacher_cache", "teacher_cache.files"}
     assert violations(BASE, "torch") == []
 
 
@@ -88,7 +130,7 @@ def test_nothing_imports_the_edge():
 def test_the_format_needs_no_torch():
     """Of teacher_cache, only the compiled loops, the device, extraction and the teachers import torch or what needs it."""
     free = [m for m in IMPORTS if is_in(m, "teacher_cache") and not is_in(m, *MAY_IMPORT_TORCH)]
-    assert {"teacher_cache.reader", "teacher_cache.store", "teacher_cache.verify"} <= set(free)
+    assert {"teacher_cache.store.reader", "teacher_cache.store.manifest", "teacher_cache.checking.verify"} <= set(free)
     assert violations(free, "torch", "torchvision", "timm", "open_clip") == []
 
 
@@ -103,9 +145,9 @@ def test_what_is_loaded_at_run_time():
     """Looking into a cache loads neither torch nor zarr; training from one loads no teacher and no open_clip."""
     code = """
 import sys
-import teacher_cache.inspect, teacher_cache.cache, teacher_cache.verify
+import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.checking.verify
 assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect and verify"
-import pipelines.source, pipelines.presets, student.trainer
+import pipelines.feed.source, pipelines.presets, student.run.trainer
 assert {"torch", "timm", "ffcv"} <= set(sys.modules), "this test looks at the wrong modules"
 print([name for name in sys.modules if name.startswith(("teacher_cache.teachers", "open_clip"))])
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fakes import image_of
 
-from pipelines.labelled import LabelledImages
+from pipelines.feed.labelled import LabelledImages
 from teacher_cache.errors import BadInputError, MismatchError
 
 

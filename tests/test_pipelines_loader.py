@@ -16,12 +16,12 @@ import torch
 import zarr
 from cache_fakes import flip_bit
 
-from pipelines.ffcv_loader import JoinedLoader
-from teacher_cache import compiled
-from teacher_cache.beton import CropReader
-from teacher_cache.commits import write_commit
+from pipelines.feed.loader import JoinedLoader
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, UsageError
-from teacher_cache.reader import StoreReader
+from teacher_cache.kernels import loops
+from teacher_cache.store.commits import write_commit
+from teacher_cache.store.reader import StoreReader
 
 ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
 
@@ -339,7 +339,7 @@ def test_announced_crops_and_rows(shared_cache, loader, monkeypatch):
     view, told = shared_cache.view(0), []
     crops, store = CropReader(view.path), StoreReader(view.store_path("fake"))
     loader.open(crops, [store])
-    monkeypatch.setattr(compiled, "advise", lambda ranges, by_pread: told.append(ranges.copy()))
+    monkeypatch.setattr(loops, "advise", lambda ranges, by_pread: told.append(ranges.copy()))
     rows = np.array([20, 3])
     loader.announce(rows)
     of_crops, *of_arrays = told

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import Order
+from pipelines.feed.order import Order
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,10 +15,10 @@ from pipelines.presets import PRESETS, recipe
 from pipelines.presets.__main__ import shape_of, table
 from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import ContrastConfig, TrainConfig
-from student.masking import draw_noise
-from student.model import Student
-from student.optim import build_optimizer, learning_rate
-from teacher_cache.crops import CropPlan
+from student.masking.maskers import draw_noise
+from student.modules.model import Student
+from student.run.optim import build_optimizer, learning_rate
+from teacher_cache.format.crop_plan import CropPlan
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 METHODS = ["mae-b16", "mr-mae-b16", "mr-mcmae-b", "mimco-b16", "mimco-swin-t", "cae-v2-b16", "maskalign-b16", "milan-b16"]

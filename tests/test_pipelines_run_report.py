@@ -12,26 +12,26 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pipelines.feed.source import normalise, stored_shape
+from pipelines.pages.of_run import curves, pictures
+from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
+from pipelines.pages.pictures.maps import NOTHING
 from pipelines.presets import recipe
-from pipelines.run_report import curves, pictures
-from pipelines.run_report.facts import WARM_UP_STEPS, read_run
-from pipelines.show.maps import NOTHING
-from pipelines.source import normalise, stored_shape
-from student.attention import cls_attention
-from student.backbones import build_backbone
-from student.checkpoint import save_checkpoint
-from student.cli import report
+from student.batch import Mask
+from student.cli.commands import report
 from student.config import SwinConfig, ViTConfig
-from student.logs import StepReport
-from student.masking import Mask
-from student.model import Student
-from student.optim import build_optimizer
-from student.run_directory import RunDirectory
-from student.targets import normalise_patches, patchify
+from student.files.checkpoint import save_checkpoint
+from student.files.logs import StepReport
+from student.files.run_directory import RunDirectory
+from student.modules.attention import cls_attention
+from student.modules.backbones import build_backbone
+from student.modules.model import Student
+from student.modules.targets import normalise_patches, patchify
+from student.run.optim import build_optimizer
 from teacher_cache.cache import Cache
-from teacher_cache.extract import extract_view
-from teacher_cache.planning import ExtractPlan
-from teacher_cache.store import read_manifest
+from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.planning import ExtractPlan
+from teacher_cache.store.manifest import read_manifest
 
 N_STEPS = 12
 

@@ -14,17 +14,18 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 from PIL import Image
 
+from pipelines.feed.source import teacher_shape
+from pipelines.pages.pictures.crops import box_of, finished_ranges, look, open_store
+from pipelines.pages.pictures.laws import METHODS, hidden_patches, laws_for, one_a_kind
+from pipelines.pages.pictures.maps import NOTHING, colours_of_tokens, hide, similarities
 from pipelines.presets import PRESETS, recipe
-from pipelines.show.crops import box_of, finished_ranges, look, open_store
-from pipelines.show.laws import METHODS, hidden_patches, laws_for, one_a_kind
-from pipelines.show.maps import NOTHING, colours_of_tokens, hide, similarities
-from pipelines.source import teacher_shape
 from student.batch import TeacherShape
 from teacher_cache.cache import Cache
-from teacher_cache.cli import main
-from teacher_cache.crops import CROP_DTYPE, CropPlan, cut, draw
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.reader import StoreReader
+from teacher_cache.cli.commands import main
+from teacher_cache.crops.cutting import cut, draw
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
+from teacher_cache.store.reader import StoreReader
 
 VIT = TeacherShape("t", (14, 14), 768, 12, True, True, None)
 

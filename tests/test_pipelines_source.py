@@ -12,16 +12,16 @@ import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
 
+from pipelines.feed.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
-from pipelines.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
 from student.batch import Batch, Needs
-from student.masking import draw_noise
-from student.model import Student
-from teacher_cache import quantize
-from teacher_cache.beton import CropReader
+from student.masking.maskers import draw_noise
+from student.modules.model import Student
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.reader import READERS
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.format import quantize
+from teacher_cache.store.reader import READERS
 
 ALL = Needs(layers=(-5, -4, -3, -2, -1), attention=True)
 # The stated bounds, relative: float16 rounding (2**-11 a value), and int8 with its measured error of about 1 %.
@@ -213,7 +213,7 @@ def test_batches_stay_what_they_were(shared_cache):
 @pytest.mark.parametrize("group", [16, 100, 128])
 @pytest.mark.parametrize("dim", [199, 200, 256])
 def test_dequantise_equals_the_reference(dim, group, dtype):
-    """The device's dequantisation equals teacher_cache.quantize's, also where the last group or byte is short."""
+    """The device's dequantisation equals teacher_cache.format.quantize's, also where the last group or byte is short."""
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(3, 5, dim)).astype("float32") * generator.lognormal(size=dim).astype("float32")
     statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, dim))

@@ -11,16 +11,16 @@ import pytest
 import torch
 from test_pipelines_loader import loader_of
 
-from pipelines import ffcv_loader, upload
-from pipelines.source import CachedSource
-from pipelines.upload import Upload
+from pipelines.feed import loader, upload
+from pipelines.feed.source import CachedSource
+from pipelines.feed.upload import Upload
 from student.batch import Needs
 
 GPU = torch.device("cuda", 1)
 
 
 class MadeUpGpu:
-    """Stands in for torch in pipelines.upload and notes what is asked of it, in order. Its tensors are arrays."""
+    """Stands in for torch in pipelines.feed.upload and notes what is asked of it, in order. Its tensors are arrays."""
 
     def __init__(self):
         self.said, self.now, self.pinned = [], threading.local(), lambda array: True
@@ -165,9 +165,9 @@ def test_sources_send_to_their_device(shared_cache, monkeypatch):
             assert [array.dtype for array in arrays] == ["uint8", "uint8"]
             return False
 
-    monkeypatch.setattr(ffcv_loader, "Upload", Noted)
+    monkeypatch.setattr(loader, "Upload", Noted)
     said = []
-    monkeypatch.setattr(ffcv_loader.log, "warning", lambda message, *values: said.append(message))
+    monkeypatch.setattr(loader.log, "warning", lambda message, *values: said.append(message))
     source = CachedSource(shared_cache, ["fake"], [Needs((-1,))], batch_size=8)
     source.device = torch.device("meta")
     batches = source.micro_batches(0, 1)

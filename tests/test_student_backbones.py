@@ -9,10 +9,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from student import MCMAEConfig, SwinConfig, ViT, ViTConfig
-from student.backbones import build_backbone
-from student.backbones.mcmae import MaskedConvBlock
-from student.masking import Mask
-from student.positions import sincos_positions
+from student.batch import Mask
+from student.modules.backbones import build_backbone
+from student.modules.backbones.mcmae import MaskedConvBlock
+from student.modules.positions import sincos_positions
 
 CONFIG = ViTConfig(image_size=16, patch_size=4, dim=16, depth=3, heads=2, drop_path=0.2)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -11,15 +11,15 @@ import pytest
 from click.testing import CliRunner
 from student_fakes import TEACHER, FakeSource, tiny_config
 
+from pipelines.pages.of_run.facts import read_run
 from pipelines.presets import PRESETS, recipe
-from pipelines.run_report.facts import read_run
 from student import RunMismatchError, Student, TrainConfig
-from student.begun import as_begun
-from student.checkpoint import load_backbone, recorded_config
-from student.cli import train
+from student.cli.commands import train
 from student.config import keeping
 from student.config.later import ADDED_LATER
-from student.trainer import Trainer
+from student.files.begun import as_begun
+from student.files.checkpoint import load_backbone, recorded_config
+from student.run.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN = GOLDEN / "run_v1"

@@ -8,9 +8,9 @@ import torch
 from student_fakes import TEACHER, FakeSource, tiny_config
 
 from student import ConfigError, RunError, RunMismatchError, Student
-from student.changes import Change, config_at, extended, from_json, to_json
-from student.checkpoint import checkpoints, describe_checkpoint
-from student.trainer import Trainer
+from student.files.changes import Change, config_at, extended, from_json, to_json
+from student.files.checkpoint import checkpoints, describe_checkpoint
+from student.run.trainer import Trainer
 
 CONFIG = tiny_config()
 RATE = CONFIG.optim.base_lr

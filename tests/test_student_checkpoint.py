@@ -14,7 +14,7 @@ from student_fakes import TEACHER, FakeSource, tiny_config
 from timm.models.vision_transformer import VisionTransformer
 
 from student import RunError, RunMismatchError, Student
-from student.checkpoint import (
+from student.files.checkpoint import (
     checkpoints,
     describe_checkpoint,
     latest_checkpoint,
@@ -23,9 +23,9 @@ from student.checkpoint import (
     load_student,
     save_checkpoint,
 )
-from student.optim import build_optimizer
-from student.run_directory import read_description
-from student.trainer import Trainer
+from student.files.run_directory import read_description
+from student.run.optim import build_optimizer
+from student.run.trainer import Trainer
 
 IDENTITY = {"cache": "fake", "rows": 20}
 
@@ -143,7 +143,7 @@ def test_failed_write_leaves_the_old_one(trained, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("student.checkpoint.save_file", no_space)
+    monkeypatch.setattr("student.files.checkpoint.save_file", no_space)
     with pytest.raises(RunError, match="No space left"):
         save_checkpoint(tmp_path, 2, student, optimizer, trained.config, IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001.safetensors"]

@@ -10,16 +10,7 @@ from hypothesis import strategies as st
 from student_fakes import tiny_config
 
 import student
-from student import (
-    AlignConfig,
-    ConfigError,
-    MaskConfig,
-    MimicConfig,
-    OptimConfig,
-    TrainConfig,
-    ViTConfig,
-    with_overrides,
-)
+from student import AlignConfig, ConfigError, MaskConfig, MimicConfig, OptimConfig, TrainConfig, ViTConfig, with_overrides
 from student.config import as_overrides
 
 

@@ -16,10 +16,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Student, distributed
-from student.checkpoint import latest_checkpoint, load_backbone
-from student.distributed import processes, rank, world_size
-from student.trainer import Trainer
+from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Student
+from student.devices import distributed
+from student.devices.distributed import processes, rank, world_size
+from student.files.checkpoint import latest_checkpoint, load_backbone
+from student.run.trainer import Trainer
 
 OPTIM = replace(tiny_config().optim, base_lr=1e-3, clip_grad=1.0, ema=0.9)
 CONFIG = tiny_config(optim=OPTIM, batch_size=8, accumulate=2)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from student import ConfigError, SwinConfig, ViT, ViTConfig
-from student.backbones import build_backbone
 from student.evals import KNNEvaluator, extract_features, knn_accuracy
+from student.modules.backbones import build_backbone
 
 
 def directions(*degrees: float) -> torch.Tensor:

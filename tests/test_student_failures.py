@@ -7,13 +7,13 @@ import pytest
 import torch
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-import student.trainer
+import student.run.trainer
 from student import NonFiniteLossError, RunError, Student
-from student.checkpoint import latest_checkpoint, load_student
-from student.drop_path import draw_drops
-from student.masking import draw_noise
+from student.files.checkpoint import latest_checkpoint, load_student
+from student.masking.maskers import draw_noise
+from student.modules.drop_path import draw_drops
+from student.run.trainer import Trainer
 from student.seeds import position_seed
-from student.trainer import Trainer
 
 CONFIG = tiny_config(accumulate=2)
 
@@ -142,8 +142,8 @@ def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
         raise RunError("could not be written: No space left on device")
 
     trainer = make_trainer(tmp_path, failing(RunError("a damaged row"), (3, 0)))
-    monkeypatch.setattr(student.trainer, "save_checkpoint", no_space)
-    monkeypatch.setattr(student.trainer, "write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(student.run.trainer, "save_checkpoint", no_space)
+    monkeypatch.setattr(student.run.trainer, "write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(RunError, match="a damaged row") as caught:
         trainer.fit()
     assert "Step 3 could not be saved: could not be written" in caught.value.__notes__[0]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from student import distributed
+from student.devices import distributed
+from student.devices.launch import Launch, launch_of
 from student.errors import ConfigError
-from student.launch import Launch, launch_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 

@@ -22,11 +22,11 @@ from student import (
     TeacherShape,
     ViTConfig,
 )
-from student.backbones import Encoded
+from student.batch import Mask
 from student.config import ObjectiveConfig
-from student.masking import Mask
-from student.objectives import OBJECTIVES, build_objective
-from student.objectives.align import _initial_mixing
+from student.modules.backbones import Encoded
+from student.modules.objectives import OBJECTIVES, build_objective
+from student.modules.objectives.align import _initial_mixing
 
 BACKBONE = ViTConfig(image_size=8, patch_size=4, dim=8, depth=3, heads=2)  # 2 x 2 patches
 MASK = Mask(keep=torch.tensor([[2, 0], [1, 2]]), drop=torch.tensor([[1, 3], [0, 3]]))

@@ -6,8 +6,8 @@ import torch
 from numpy_predictor import predict, sincos
 
 from student import ConfigError, PredictorConfig
-from student.masking import Mask
-from student.predictor import Predictor
+from student.batch import Mask
+from student.modules.predictor import Predictor
 
 GRID = (2, 3)
 MASK = Mask(keep=torch.tensor([[4, 0, 1], [5, 2, 0]]), drop=torch.tensor([[2, 5, 3], [1, 3, 4]]))

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from student.progress import StepDisplay
-from student.run_directory import StepReport
+from student.files.run_directory import StepReport
+from student.run.progress import StepDisplay
 
 
 def show(console: Console, n_steps: int = 10) -> None:

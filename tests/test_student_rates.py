@@ -13,8 +13,8 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from pipelines.presets import recipe
 from student import OptimConfig
-from student.cli import train
-from student.optim import learning_rate
+from student.cli.commands import train
+from student.run.optim import learning_rate
 
 
 def show_rates(*arguments) -> str:

@@ -16,12 +16,12 @@ import torch
 from cache_fakes import contents
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-import student.checkpoint
+import student.files.checkpoint
 from student import MimicConfig, RunError, RunMismatchError, Student, ViTConfig
-from student.checkpoint import latest_checkpoint, load_backbone
-from student.run_directory import RunDirectory, read_description
-from student.trainer import Trainer
-from teacher_cache import claim_file, claims
+from student.files.checkpoint import latest_checkpoint, load_backbone
+from student.files.run_directory import RunDirectory, read_description
+from student.run.trainer import Trainer
+from teacher_cache.files import claim_file, claims
 
 CONFIG = tiny_config(
     epochs=1,
@@ -73,9 +73,9 @@ def kill_at(monkeypatch):
     for name in ("fsync", "replace", "unlink", "mkdir", "ftruncate", "pwrite"):
         monkeypatch.setattr(os, name, killing(getattr(os, name)))
     half_a_checkpoint = lambda tensors, path: path.write_bytes(b"half")  # noqa: E731
-    monkeypatch.setattr(student.checkpoint, "save_file", killing(student.checkpoint.save_file, half_a_checkpoint))
+    monkeypatch.setattr(student.files.checkpoint, "save_file", killing(student.files.checkpoint.save_file, half_a_checkpoint))
     half_a_line = lambda logs, report: logs._metrics.write(b'{"step": ')  # noqa: E731
-    monkeypatch.setattr(student.logs.StepLogs, "write", killing(student.logs.StepLogs.write, half_a_line))
+    monkeypatch.setattr(student.files.logs.StepLogs, "write", killing(student.files.logs.StepLogs.write, half_a_line))
 
     def arm(n: int | None) -> None:
         nonlocal left

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from student_fakes import fake_batch
 
 from student import Needs, RunError, TeacherHead
-from student.targets import final_norm, normalise_patches, patchify, teacher_output, unit_length
+from student.modules.targets import final_norm, normalise_patches, patchify, teacher_output, unit_length
 
 
 def test_whitened_tokens_determine_norm_and_projection():

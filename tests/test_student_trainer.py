@@ -8,7 +8,7 @@ import pytest
 import torch
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-import student.checkpoint
+import student.files.checkpoint
 from student import (
     ConfigError,
     MaskConfig,
@@ -21,10 +21,10 @@ from student import (
     Student,
     ViTConfig,
 )
-from student.checkpoint import latest_checkpoint
-from student.interrupts import deferred_interrupts
-from student.trainer import Trainer
-from teacher_cache.signals import Stopped, signals_raise
+from student.files.checkpoint import latest_checkpoint
+from student.run.interrupts import deferred_interrupts
+from student.run.trainer import Trainer
+from teacher_cache.terminal.signals import Stopped, signals_raise
 
 
 def make_trainer(out_dir, config=None, before=lambda step, index: None, **options) -> Trainer:
@@ -88,7 +88,7 @@ def signal_in_the_update(out_dir, config):
 
 def signals_while_saving(out_dir, config):
     """Ctrl-C, and while its checkpoint is written SIGTERM and Ctrl-C again."""
-    write = student.checkpoint.save_file
+    write = student.files.checkpoint.save_file
 
     def disturbed_write(tensors, path, metadata):
         if "00000007" in path.name:
@@ -97,7 +97,7 @@ def signals_while_saving(out_dir, config):
         write(tensors, path, metadata)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), signals_raise():
-        patch.setattr(student.checkpoint, "save_file", disturbed_write)
+        patch.setattr(student.files.checkpoint, "save_file", disturbed_write)
         make_trainer(out_dir, config, before=interrupt_at(7, 1)).fit()
 
 

@@ -12,9 +12,10 @@ from open_clip.transformer import QuickGELU
 from teacher_fakes import crops_u8
 
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
-from teacher_cache.teachers import TEACHERS, load_teacher, weights
+from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import POSITIONS, RESIZE, activation_name, resize_position_table, whiten
-from teacher_cache.teachers.weight_files import STAND_INS
+from teacher_cache.teachers.weights import load
+from teacher_cache.teachers.weights.files import STAND_INS
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +165,8 @@ def without_numbers(monkeypatch):
     for name in ("kaiming_uniform_", "uniform_", "trunc_normal_", "normal_", "xavier_uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
     monkeypatch.setattr(torch, "randn", torch.empty)
-    monkeypatch.setattr(weights, "random_weights", lambda model, seed: None)
-    monkeypatch.setattr(weights, "sha256_tensors", lambda tensors: "0" * 64)
+    monkeypatch.setattr(load, "random_weights", lambda model, seed: None)
+    monkeypatch.setattr(load, "sha256_tensors", lambda tensors: "0" * 64)
 
 
 @pytest.mark.parametrize("name", sorted(TEACHERS))

@@ -16,7 +16,7 @@ from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import resize_position_table, whiten
 from teacher_cache.teachers.clip import build_tower, load
-from teacher_cache.teachers.weights import random_weights
+from teacher_cache.teachers.weights.load import random_weights
 
 TINY = dataclasses.replace(
     TEACHERS["clip-b16"],

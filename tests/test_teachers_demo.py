@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from pipelines.demo import data
 from pipelines.demo.train_teacher import center_crops, final_tokens, ship
+from teacher_cache.crops.images import scan
 from teacher_cache.errors import MismatchError
-from teacher_cache.images import scan
 from teacher_cache.teachers import load_teacher
 from teacher_cache.teachers.demo import BUILT_IN
-from teacher_cache.teachers.weights import sha256_tensors
+from teacher_cache.teachers.weights.load import sha256_tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from teacher_fakes import dino_full_file, noise, prefixed, save, timm_vit
 
 from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
-from teacher_cache.teachers.file_parts import Layout, split_key
 from teacher_cache.teachers.timm_vit import build_vit
-from teacher_cache.teachers.weights import load_weights, random_weights, sha256_tensors
+from teacher_cache.teachers.weights.load import load_weights, random_weights, sha256_tensors
+from teacher_cache.teachers.weights.parts import Layout, split_key
 
 
 @pytest.fixture(scope="module")

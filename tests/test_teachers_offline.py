@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from teacher_cache.errors import BadInputError
 from teacher_cache.teachers import load_teacher
-from teacher_cache.teachers.offline import downloaded, offline_setting
-from teacher_cache.teachers.weights import random_weights
+from teacher_cache.teachers.weights.load import random_weights
+from teacher_cache.teachers.weights.offline import downloaded, offline_setting
 
 
 @pytest.fixture(autouse=True)

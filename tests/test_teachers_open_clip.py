@@ -14,7 +14,7 @@ from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import load_teacher
 from teacher_cache.teachers.base import whiten
 from teacher_cache.teachers.open_clip_vit import _require_not_openais
-from teacher_cache.teachers.weights import LoadedWeights, random_weights
+from teacher_cache.teachers.weights.load import LoadedWeights, random_weights
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 

@@ -30,7 +30,7 @@ from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import whiten
 from teacher_cache.teachers.published_vit import COLUMNS_FIRST, LEARNED, ROWS_FIRST, fixed_positions, kind_of_positions
-from teacher_cache.teachers.weight_files import read_file
+from teacher_cache.teachers.weights.files import read_file
 
 FAMILIES = {
     "dino": dino_file,

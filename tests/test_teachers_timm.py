@@ -15,7 +15,7 @@ from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import load_teacher
 from teacher_cache.teachers.base import whiten
 from teacher_cache.teachers.timm_vit import as_teacher, at_image_size
-from teacher_cache.teachers.weights import LoadedWeights, random_weights
+from teacher_cache.teachers.weights.load import LoadedWeights, random_weights
 
 BASE = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=0)
 VARIANTS = {

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from teacher_cache.errors import BadInputError
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.timm_vit import build_vit
-from teacher_cache.teachers.weight_files import STAND_INS, StandIn, read_file
-from teacher_cache.teachers.weights import Layout, load_weights, random_weights
+from teacher_cache.teachers.weights.files import STAND_INS, StandIn, read_file
+from teacher_cache.teachers.weights.load import Layout, load_weights, random_weights
 
 MARK = Path(tempfile.gettempdir()) / "teacher-cache-a-weights-file-ran-code"
 

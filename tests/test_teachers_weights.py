@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.timm_vit import build_vit
-from teacher_cache.teachers.weights import random_weights, sha256_tensors
+from teacher_cache.teachers.weights.load import random_weights, sha256_tensors
 
 
 @pytest.fixture

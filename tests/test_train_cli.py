@@ -20,11 +20,11 @@ from fakes import FakeTeacher
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipelines.ffcv_loader import JoinedLoader
+from pipelines.feed.loader import JoinedLoader
 from student.batch import Needs
-from student.cli import evaluate, train
-from student.model import Student
-from teacher_cache.extract import ExtractPlan, extract_view
+from student.cli.commands import evaluate, train
+from student.modules.model import Student
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
 
 FIT = ["--set", "backbone.image_size=32", "--set", "backbone.patch_size=8", "--set", "batch_size=8"]
 CHECKPOINT = "checkpoint-00000001.safetensors"
@@ -83,8 +83,9 @@ def test_the_teacher_is_absent(shared_cache, tmp_path):
     arguments = ["--cache", str(shared_cache.path), "--preset", "mr-mae-b16", "--tiny", *FIT, "--teacher", "fake",
                  "--out", str(tmp_path / "run"), "--max-steps", "2"]  # fmt: skip
     code = (
-        "import sys; from student.cli import train; train(sys.argv[1:], standalone_mode=False);"
-        "print([m for m in sys.modules if m.startswith(('teacher_cache.teachers', 'open_clip', 'teacher_cache.extract'))])"
+        "import sys; from student.cli.commands import train; train(sys.argv[1:], standalone_mode=False);"
+        "print([m for m in sys.modules if m.startswith(('teacher_cache.teachers', 'open_clip',"
+        "'teacher_cache.extraction'))])"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -234,7 +235,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.source.JoinedLoader", Noted)
+        patch.setattr("pipelines.feed.source.JoinedLoader", Noted)
         assert maskalign(shared_cache, tmp_path / "ahead").exit_code == 0
         patch.setattr(Student, "masks_ahead", lambda student, config: None)
         assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
@@ -245,7 +246,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
 
 def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
     """A store whose targets are infinite stops the run at its step with the rows; the run folder goes on once they are mended."""
-    from pipelines.source import CachedSource
+    from pipelines.feed.source import CachedSource
 
     sound = CachedSource._targets
 
@@ -269,7 +270,7 @@ def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
 
 def test_a_damaged_row_loses_no_step(shared_cache, tmp_path, monkeypatch):
     """A row that cannot be read ends the run with its own message and code, behind a sentence that says which step is saved."""
-    from pipelines.source import CachedSource
+    from pipelines.feed.source import CachedSource
     from teacher_cache.errors import CacheCorruptError
 
     sound, calls = CachedSource._targets, []

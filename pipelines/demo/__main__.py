@@ -14,7 +14,7 @@ import click
 import torch
 
 from student.errors import StudentError
-from teacher_cache.command import one_line_errors
+from teacher_cache.terminal.command import one_line_errors
 
 OUT = Path("demo-out")
 VIEWS = 4
@@ -30,8 +30,8 @@ def run(command: click.Command, program: str, *arguments) -> None:
 
 
 def main() -> None:
-    from student.cli import train
-    from teacher_cache.cli import main as teacher_cache
+    from student.cli.commands import train
+    from teacher_cache.cli.commands import main as teacher_cache
 
     from .data import write_digits
 
@@ -65,10 +65,10 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from student.backbones import build_backbone
-    from student.checkpoint import latest_checkpoint, load_backbone
+    from student.files.checkpoint import latest_checkpoint, load_backbone
+    from student.modules.backbones import build_backbone
 
-    from ..labelled import LabelledImages
+    from ..feed.labelled import LabelledImages
     from ..presets import recipe
 
     config = recipe("mae-demo").config
@@ -116,7 +116,7 @@ def pixel_accuracy(voters, asked) -> dict[str, float]:
 
 def teacher_tokens():
     """The demo teacher as images (normalised for the student) -> tokens after its final norm, CLS first."""
-    from student.pixels import PIXEL_MEAN, PIXEL_STD
+    from student.modules.pixels import PIXEL_MEAN, PIXEL_STD
     from teacher_cache.teachers import load_teacher
 
     teacher = load_teacher("demo")

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from teacher_cache.command import one_line_errors
-from teacher_cache.durable import ASIDE, canonical_json, sync_folder
 from teacher_cache.errors import MismatchError, UsageError
+from teacher_cache.files.durable import ASIDE, canonical_json, sync_folder
+from teacher_cache.terminal.command import one_line_errors
 
 N_CLASSES, N_PER_CLASS = 10, 500
 N_VAL_PER_CLASS = 100

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from student.evals.knn import knn_accuracy
-from teacher_cache.crops import CropPlan, cut, draw
-from teacher_cache.durable import write_whole
-from teacher_cache.images import scan
+from teacher_cache.crops.cutting import cut, draw
+from teacher_cache.crops.images import scan
+from teacher_cache.files.durable import write_whole
+from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import Teacher
 from teacher_cache.teachers.demo import BUILT_IN

@@ -8,9 +8,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from teacher_cache.durable import write_whole
 from teacher_cache.errors import UsageError
-from teacher_cache.estimate import human
+from teacher_cache.files.durable import write_whole
+from teacher_cache.words import human
 
 from .palette import THEMES
 

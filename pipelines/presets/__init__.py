@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from teacher_cache.errors import UnknownNameError
 
-from ..recipe import Recipe
 from . import cae_v2, mae, maskalign, milan, mimco, mr_mae, mr_mcmae
+from .recipe import Recipe
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     function.__name__.replace("_", "-"): function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from student.batch import TeacherShape
-from student.model import Student
+from student.modules.model import Student
 from teacher_cache.teachers import TEACHERS
 
 from . import PRESETS, recipe

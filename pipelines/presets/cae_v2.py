@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from student.config import CosineConfig, MaskConfig, OptimConfig, PredictorConfig, TrainConfig, ViTConfig
-from teacher_cache.crops import CropPlan
+from teacher_cache.format.crop_plan import CropPlan
 
-from ..recipe import Recipe
+from .recipe import Recipe
 from .sizes import VIT_B, VIT_L, VIT_S
 
 

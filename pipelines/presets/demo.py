@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from student.config import OptimConfig, PredictorConfig, ReconstructConfig, ViTConfig
-from teacher_cache.crops import CropPlan
+from teacher_cache.format.crop_plan import CropPlan
 
 DEMO_PLAN = CropPlan(size=32, scale=(0.5, 1.0), flip_p=0.0)
 """Digits: mild crops, and no flip, which would turn some into other signs."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from student.config import AlignConfig, MaskConfig, OptimConfig, TrainConfig
-from teacher_cache.crops import CropPlan
+from teacher_cache.format.crop_plan import CropPlan
 
-from ..recipe import Recipe
 from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
+from .recipe import Recipe
 from .sizes import VIT_B, VIT_L
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from student.config import MCMAEConfig
-from teacher_cache.crops import CropPlan
+from teacher_cache.format.crop_plan import CropPlan
 
-from ..recipe import Recipe
 from .mr_mae import mr_mae_b16
+from .recipe import Recipe
 
 
 def mr_mcmae_b() -> Recipe:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownNameError
-from ..spec import TeacherSpec
+from ..format.spec import TeacherSpec
 
 if TYPE_CHECKING:
     from .base import Teacher

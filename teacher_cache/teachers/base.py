@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInputError, UsageError
-from ..spec import TeacherSpec
+from ..format.spec import TeacherSpec
 from .float32 import full_float32
 
 RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"

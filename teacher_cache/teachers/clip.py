@@ -16,7 +16,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from . import TeacherEntry
 from .base import Teacher, check_precision
 from .open_clip_vit import LAYOUTS, as_teacher, at_image_size
-from .weights import load_weights, require_weights
+from .weights.load import load_weights, require_weights
 
 
 def build_tower(entry: TeacherEntry) -> VisionTransformer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import TeacherEntry
 from .base import Teacher, check_precision
 from .timm_vit import as_teacher, at_image_size, build_vit
-from .weights import Layout, load_weights
+from .weights.load import Layout, load_weights
 
 BUILT_IN = Path(__file__).with_name("demo_teacher.safetensors")
 """float16 on disk, computed in float32."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from .published_vit import COLUMNS_FIRST, load_published
-from .weights import Layout
+from .weights.load import Layout
 
 LAYOUTS = (Layout(inside=("model",), ignore=("mask_token", "decoder_*")),)
 

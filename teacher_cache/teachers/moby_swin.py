@@ -17,10 +17,10 @@ import os
 from timm.models.swin_transformer import SwinTransformer
 
 from ..errors import UsageError
-from ..spec import TeacherSpec
+from ..format.spec import TeacherSpec
 from . import TeacherEntry
 from .base import NO_POSITIONS, RESIZE, Anatomy, Teacher, activation_of, check_precision
-from .weights import Layout, load_weights, require_weights
+from .weights.load import Layout, load_weights, require_weights
 
 DEPTHS = {768: (2, 2, 6, 2), 1024: (2, 2, 18, 2)}
 """Width of the last stage -> blocks of each stage: Swin-T, Swin-B."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from .published_vit import ROWS_FIRST, load_published
-from .weights import Layout
+from .weights.load import Layout
 
 LAYOUTS = (
     Layout(

@@ -21,7 +21,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from ..errors import UnknownNameError, UsageError
-from ..spec import TeacherSpec
+from ..format.spec import TeacherSpec
 from . import OPEN_CLIP_PREFIX
 from .base import (
     POSITIONS,
@@ -34,8 +34,8 @@ from .base import (
     grid_for,
     resize_position_table,
 )
-from .offline import downloaded
-from .weights import Layout, LoadedWeights, load_weights
+from .weights.load import Layout, LoadedWeights, load_weights
+from .weights.offline import downloaded
 
 _OTHER_PARTS = (
     "transformer.*", "token_embedding.*", "positional_embedding", "ln_final.*", "text_projection",  # CLIP's text tower

@@ -19,7 +19,7 @@ from ..errors import BadInputError
 from . import TeacherEntry
 from .base import Teacher, check_precision
 from .timm_vit import as_teacher, at_image_size, build_vit
-from .weights import Layout, is_random, load_weights, require_weights
+from .weights.load import Layout, is_random, load_weights, require_weights
 
 LEARNED = "learned"
 COLUMNS_FIRST = "MAE's fixed one (sine and cosine of the column, then of the row)"

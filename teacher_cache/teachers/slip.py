@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from .published_vit import LEARNED, load_published
-from .weights import Layout
+from .weights.load import Layout
 
 LAYOUTS = (
     Layout(

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UsageError
-from ..spec import TeacherSpec
+from ..format.spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
 from .base import (
     NO_POSITIONS,
@@ -32,8 +32,8 @@ from .base import (
     grid_for,
     resize_position_table,
 )
-from .offline import downloaded
-from .weights import Layout, LoadedWeights, load_weights, sha256_tensors
+from .weights.load import Layout, LoadedWeights, load_weights, sha256_tensors
+from .weights.offline import downloaded
 
 _NOT_IN_TIMM = ("mask_token", "dino_head.*", "ibot_head.*")
 """What DINOv2's files have beside the ViT: all of them the first, checkpoints of its trainer the heads too."""

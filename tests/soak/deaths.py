@@ -26,7 +26,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from teacher_cache.background import THREAD
+from teacher_cache.extraction.background import THREAD
 
 EXIT = 9
 """Exit code of a process that died where it was told to."""

@@ -21,17 +21,19 @@ import warm
 from fakes import FakeTeacher
 from PIL import Image
 
-import pipelines.labelled
+import pipelines.feed.labelled
+import pipelines.feed.source
 import pipelines.presets
-import pipelines.source
 import student.evals
-import student.trainer
-import teacher_cache.again
+import student.run.trainer
+import teacher_cache.checking.remake
+import teacher_cache.checking.repair
 import teacher_cache.device
-import teacher_cache.extract
-import teacher_cache.inspect
-import teacher_cache.repair
-from teacher_cache import compiled, parts, sigbus, teachers
+import teacher_cache.extraction.extract
+import teacher_cache.inspecting.inspect
+from teacher_cache import teachers
+from teacher_cache.extraction import parts
+from teacher_cache.kernels import loops, sigbus
 
 Image.init()
 torch.set_num_threads(1)
@@ -41,10 +43,10 @@ torch.set_num_interop_threads(1)
 def compile_now() -> None:
     """Compile what every child would compile: the loops as serial ones, and the handler of SIGBUS, which stays unset."""
     addresses, rows, word = np.zeros(0, "uint64"), np.zeros(0, "int64"), np.uint64(0)
-    compiled.decode_rows = numba.njit(nogil=True)(compiled.decode_rows.py_func)
-    compiled.decode_rows(rows, np.zeros((0, 32, 32, 3), "uint8"), word, addresses, addresses, np.zeros(0, "uint32"), True, rows)
-    compiled.copy_rows = numba.njit(nogil=True)(compiled.copy_rows.py_func)
-    compiled.copy_rows(rows, word, 1, addresses, addresses, False, 1, word, np.zeros(0, "uint8"), 1, rows)
+    loops.decode_rows = numba.njit(nogil=True)(loops.decode_rows.py_func)
+    loops.decode_rows(rows, np.zeros((0, 32, 32, 3), "uint8"), word, addresses, addresses, np.zeros(0, "uint32"), True, rows)
+    loops.copy_rows = numba.njit(nogil=True)(loops.copy_rows.py_func)
+    loops.copy_rows(rows, word, 1, addresses, addresses, False, 1, word, np.zeros(0, "uint8"), 1, rows)
     handler = sigbus._compile()
     sigbus._compile = lambda: handler
 

@@ -12,13 +12,13 @@ from cache_fakes import failing_at, flip_bit
 from forks import Command, run_forked, start_forked
 from safetensors import safe_open
 
-from pipelines.source import CachedSource
+from pipelines.feed.source import CachedSource
 from student.batch import Needs
-from teacher_cache import writer
 from teacher_cache.cache import Cache
+from teacher_cache.checking.verify import verify_folder
 from teacher_cache.errors import TeacherCacheError
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.verify import verify_folder
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.store import writer
 
 STORES = {"fake": "none", "fake-zstd": "zstd"}
 """Name of a store -> its codec: what compiled code copies, and what is decompressed."""

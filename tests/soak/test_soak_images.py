@@ -15,8 +15,8 @@ from fakes import image_of
 from forks import Ended, fork, run_forked
 from odd_images import BAD, VALID, make_bad, saved
 
-from teacher_cache.beton import CropReader
 from teacher_cache.cache import Cache
+from teacher_cache.crops.beton import CropReader
 
 N_GOOD = 3
 

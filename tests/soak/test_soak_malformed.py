@@ -21,11 +21,11 @@ from forks import Ended, fork, run_forked
 from safetensors.torch import load_file, save_file
 
 from pipelines.presets import PRESETS, recipe
-from student.checkpoint import latest_checkpoint
+from student.files.checkpoint import latest_checkpoint
 from teacher_cache.cache import Cache
-from teacher_cache.durable import read_sealed, seal
 from teacher_cache.errors import TeacherCacheError
-from teacher_cache.reader import READERS, StoreReader
+from teacher_cache.files.durable import read_sealed, seal
+from teacher_cache.store.reader import READERS, StoreReader
 from teacher_cache.teachers.demo import BUILT_IN
 
 MEMORY = 1 << 30

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from forks import Command, Ended, fork, run_forked, start_forked
 
-from teacher_cache import sigbus
-from teacher_cache.beton import CropReader
+from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import TeacherCacheError
-from teacher_cache.reader import StoreReader
+from teacher_cache.kernels import sigbus
+from teacher_cache.store.reader import StoreReader
 
 EXTRACT = ("--teacher", "fake", "--layers", "last2", "--shard-rows", 8)
 STORE = "view-000/fake.zarr"

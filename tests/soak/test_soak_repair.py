@@ -13,10 +13,10 @@ from cache_fakes import contents, crop_folder
 from fakes import write_images
 from forks import Command, run_forked, start_forked
 
-from teacher_cache.advice import mending_commands
-from teacher_cache.extract import ExtractPlan, extract_view
-from teacher_cache.findings import Finding
-from teacher_cache.verify import verify_folder
+from teacher_cache.checking.advice import mending_commands
+from teacher_cache.checking.findings import Finding
+from teacher_cache.checking.verify import verify_folder
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
 
 STORES = {"int8": ExtractPlan("last2"), "zstd": ExtractPlan("last", codec="zstd"), "half": ExtractPlan("last", dtype="float16")}
 WAYS = {"cut": 2, "deleted": 0, "emptied": 1, "swapped": 0}

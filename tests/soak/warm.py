@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import student.cli
-import teacher_cache.cli
+import student.cli.commands
+import teacher_cache.cli.commands
 
-PROGRAMS = {"teacher-cache": teacher_cache.cli.main, "student-train": student.cli.train, "student-eval": student.cli.evaluate}
+PROGRAMS = {
+    "teacher-cache": teacher_cache.cli.commands.main,
+    "student-train": student.cli.commands.train,
+    "student-eval": student.cli.commands.evaluate,
+}
 
 
 def run_program(program: str, *arguments) -> NoReturn:

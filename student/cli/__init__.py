@@ -1,0 +1,1 @@
+"""The commands student-train, student-eval and student-report: parse, call, print."""

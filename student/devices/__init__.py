@@ -1,0 +1,1 @@
+"""How a step is shared by processes and cut up in each."""

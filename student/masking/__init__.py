@@ -1,0 +1,1 @@
+"""Which patches a student sees."""

@@ -1,0 +1,1 @@
+"""The loop, and what may happen to it."""

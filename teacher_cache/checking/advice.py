@@ -1,0 +1,82 @@
+"""What to do about what verify found: the commands that mend it, or a sentence where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import CacheCorruptError, TeacherCacheError
+from ..store.commits import is_complete
+from ..store.manifest import extract_command, manifest_of
+from ..store.spare import BOTH_LOST
+from ..words import quoted
+from .findings import Finding
+from .small_files import SmallFiles
+
+
+def when_lost(folder: Path, kind: str) -> str:
+    """BOTH_LOST, for a store with the commands."""
+    if kind != "store":
+        return BOTH_LOST[kind]
+    again = _extract_command(folder.parent.parent, folder.name.removesuffix(".zarr"))
+    return f"{BOTH_LOST[kind]} rm -r {quoted(folder)} && {again}"
+
+
+def mending_commands(cache_dir: Path, findings: Sequence[Finding], images: str = "DIR") -> list[str]:
+    """What to type to mend what was found, in that order; nothing for what no command mends, or a writer is at work on.
+
+    images: where the originals are.
+    """
+    at_work = {Path(f.path).relative_to(cache_dir).parts[1:] for f in findings if f.holder is not None}
+    found = [(Path(f.path).relative_to(cache_dir).parts, f.kind) for f in findings if f.holder is None]
+    damaged, unfinished = ([parts for parts, kind in found if kind == wanted] for wanted in ("damaged", "unfinished"))
+    views = sorted(path for path in cache_dir.glob("view-*") if path.is_dir())
+    if _is_lost(cache_dir, "cache") or any(_is_lost(view, "view") for view in views):
+        return []  # every repair begins with these, and refuses
+    cache, originals = quoted(cache_dir), quoted(images)
+
+    commands = []
+    of_crops = [parts for parts in damaged if not _is_of_store(parts)]
+    if of_crops:
+        with_images = f" --images {originals}" if any(parts[-1:] == ("crops.beton",) for parts in of_crops) else ""
+        commands.append(f"teacher-cache crop --repair{with_images} {cache}")
+    new_views = [parts[0] for parts in unfinished if len(parts) == 1 and parts[0].removeprefix("view-").isdecimal()]
+    if new_views and () not in at_work:
+        n_views = 1 + max(int(view.removeprefix("view-")) for view in (*new_views, *(path.name for path in views))
+                          if view.removeprefix("view-").isdecimal())  # fmt: skip
+        commands.append(f"teacher-cache crop --images {originals} --views {n_views} {cache}")
+    for name in dict.fromkeys(parts[1].removesuffix(".zarr") for parts in (*damaged, *unfinished) if _is_of_store(parts)):
+        if (f"{name}.zarr",) in at_work or any(_is_lost(view / f"{name}.zarr", "store") for view in views):
+            continue
+        command = _extract_command(cache_dir, name)
+        repair = any(_is_of_store(parts) and parts[1] == f"{name}.zarr" for parts in damaged)
+        commands.append(command.replace("teacher-cache extract", "teacher-cache extract --repair", 1) if repair else command)
+    return commands
+
+
+def _is_of_store(parts: tuple[str, ...]) -> bool:
+    return len(parts) > 1 and parts[1].endswith(".zarr")
+
+
+def _is_lost(folder: Path, kind: str) -> bool:
+    """Whether a small file of a folder that is there is lost in both copies, so that repair refuses."""
+    if not folder.is_dir():
+        return False
+    try:
+        has_list = kind != "store" or is_complete(folder) or (folder / "commits").exists()
+        files = SmallFiles(folder, kind)
+        return bool(files.lost) or not (has_list or "complete.json" in files.wrong)
+    except CacheCorruptError:  # a link that leads out; repair refuses it too
+        return True
+
+
+def _extract_command(cache_dir: Path, name: str) -> str:
+    """The command that extracts a store, from the first view whose manifest of it is sound in either copy."""
+    for store in sorted(cache_dir.glob(f"view-*/{name}.zarr")):
+        try:
+            root = SmallFiles(store, "store").sound("zarr.json")
+            if root is not None:
+                return extract_command(cache_dir, name, manifest_of(root, store / "zarr.json"))
+        except (TeacherCacheError, OSError):
+            continue
+    return f"teacher-cache extract --teacher TEACHER --weights WEIGHTS --name {name} {quoted(cache_dir)}"

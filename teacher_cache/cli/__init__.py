@@ -1,0 +1,1 @@
+"""The commands of teacher-cache: parse, call, print."""

@@ -1,0 +1,1 @@
+"""How large, how long, and whether it pays: before anything is made."""

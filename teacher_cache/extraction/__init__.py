@@ -1,0 +1,1 @@
+"""Fills a cache: the stage of crops, the stage of targets, and how both are shared."""

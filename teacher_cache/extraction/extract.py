@@ -1,0 +1,389 @@
+"""Extraction: the crops of each view, the frozen teacher, a store. Run once; interrupted, run again.
+
+A shard is the unit of work: decode its crops, run the teacher, quantise, append, commit. Batches restart at each shard, so the
+same inputs give the same bytes, interrupted or not, by one process or by several that share the shards out. The quantiser is
+fitted once, on view 0, by one process, before any shard. While the teacher works on one batch, the next are decoded, and those
+before quantised on its device, copied to the host and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..cache import View
+from ..crops.beton import CropReader
+from ..errors import BadInputError, ClaimLostError, MismatchError, NotInCacheError
+from ..files.claims import claimed, claimed_range, is_claimed_or_left, store_claim, store_claims
+from ..files.space import full_disk_explained
+from ..format.race import race
+from ..format.spec import STORE_VERSIONS, StoreSpec, TeacherSpec, comparable
+from ..store import writer
+from ..store.commits import count_commits, fold, is_complete, is_folded, read_fp32_rows_to_make
+from ..store.manifest import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
+from ..store.nonfinite import NO_ROWS, again, finite_output, require_few
+from ..terminal.progress import note, progress, waiting
+from ..words import human
+from .background import BackgroundWriter
+from .encode import Encoder
+from .fit import TRIAL_ROWS, Sample, fit, n_fit_rows
+from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
+from .record import changes, made_with, software
+
+DECODE_AHEAD = 2
+"""Batches that are decoded while the teacher works on another."""
+SLOW_SHARE, SLOW_S = 0.1, 60.0
+"""A share of the time, and a time, from which one says what the teacher had to wait for."""
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+"""Relative L2 difference of the probe's output that another machine may show."""
+
+
+def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: range | None = None) -> bool:
+    """Finish the store `name` of one view, or those of its shards that are in `shards`; returns False if there was nothing to do.
+
+    teacher: a teachers.base.Teacher. View 0 has to be begun before any other, because they share its quantiser.
+    shards: several processes may work on one store if each is given its own range. One of them begins it, the others wait for
+    that; the one that makes the last shard completes it.
+    Raises MismatchError if a store of that name was made with anything else than what is given now, or if another process works
+    on the same shards; UsageError if `shards` begins behind the last shard.
+    """
+    store = view.store_path(name)
+    own = own_shards(shards, plan.store_spec(teacher.spec, view.cache.n_images))
+    if is_begun(store):
+        _require_same(store, view, teacher, plan)
+        if is_folded(store) and not any(map(is_claimed_or_left, (store_claim(store), store_claims(store)))):
+            return False  # else what follows clears away the claims of the dead
+    wait = None if shards is None else waiting(f"view {view.number}: {name}")
+    with full_disk_explained(store, lambda: _kept(store, teacher, plan, view, own)):
+        crops = CropReader(view.path)
+        crops.require_same_decoder()
+        is_new = _begin_once(view, name, teacher, plan, crops, wait)
+        with _loss_explained(store), claimed_range(store_claims(store), own.start, own.stop, f"The store {store}"):
+            manifest = read_manifest(store)
+            missing = [shard for shard in writer.missing_shards(store, manifest.store) if shard in own]
+            if missing and not is_new:
+                require_same_probe(store, teacher)
+                _tell_changes(store, manifest, teacher, plan)
+            n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
+            with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
+                if missing:
+                    _extract_shards(view, store, missing, crops, teacher, plan.batch_size, advance)
+            return _complete(store, manifest.store, wait) or bool(missing)
+
+
+def _begin_once(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader, wait: Callable | None) -> bool:
+    """Begin the store unless it was begun, perhaps by another process that is at it; returns whether this one did."""
+    store = view.store_path(name)
+    if is_begun(store):
+        return False
+    with claimed(store_claim(store), f"The store {store}", wait):
+        if is_begun(store):
+            _require_same(store, view, teacher, plan)
+            return False
+        _begin(view, name, teacher, plan, crops)
+        return True
+
+
+def _complete(store: Path, spec: StoreSpec, wait: Callable | None) -> bool:
+    """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
+    with claimed(store_claim(store), f"The store {store}", wait):
+        if writer.missing_shards(store, spec):
+            return False
+        is_news = not is_complete(store)
+        fold(store, spec)
+        return is_news
+
+
+@contextmanager
+def _loss_explained(store: Path) -> Iterator[None]:
+    """Say so if a store goes away under the hands of its writer."""
+    try:
+        yield
+    except (OSError, NotInCacheError, ClaimLostError) as error:
+        gone = next((folder for folder in (store.parent.parent, store.parent, store) if not folder.exists()), None)
+        if gone is None:
+            raise
+        raise NotInCacheError(
+            f"{gone} was deleted or moved while the teacher's targets were being written to it. Put it back, or begin it anew; "
+            "then run the same command again."
+        ) from error
+
+
+def _tell_changes(store: Path, manifest: Manifest, teacher, plan: ExtractPlan) -> None:
+    """Say with what a store is continued, or another view of it begun, that is not what it was begun with."""
+    now = software(), made_with(teacher, plan.batch_size)
+    if differing := changes((manifest.software, manifest.made), now):
+        note(f"{store} was begun with other software or another machine; bytes may differ:")
+        for line in differing:
+            note(f"  {line}")
+
+
+def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> None:
+    """Raise MismatchError naming every way in which the store `name` of a view, if it was begun, is not the one asked for."""
+    store = view.store_path(name)
+    if is_begun(store):
+        _require_same(store, view, teacher, plan)
+
+
+def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
+    found = read_manifest(store)
+    mine, theirs = comparable(replace(teacher.spec, weights=found.teacher.weights).to_json(), found.teacher.to_json())
+    mine |= {"precision": teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
+    theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
+    if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
+        for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
+            values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
+    of_store = target_differences(found, plan, teacher.spec, view.cache.n_images)
+    require_like(store, differences(theirs, mine) + of_store)
+
+
+def require_same_probe(store: Path, teacher) -> None:
+    """Raise MismatchError if the teacher does not answer to the probe image as it did when the store was begun."""
+    manifest = read_manifest(store)
+    before, now = read_small_array(store, "probe"), probe_output(teacher, manifest.store.layers)
+    difference = float(np.linalg.norm(now - before) / np.linalg.norm(before))
+    if not difference <= PROBE_TOLERANCE[manifest.precision]:
+        raise MismatchError(
+            f"{store}: {teacher.spec.name} answers to the probe image {difference:.2g} (relative L2) differently from when the "
+            f"store was begun; up to {PROBE_TOLERANCE[manifest.precision]} is rounding. Software then: {manifest.software}. "
+            f"Continue on a machine with that software, or delete {store}."
+        )
+
+
+def probe_image(size: int) -> np.ndarray:
+    """A fixed picture without meaning: uint8 [size, size, 3], smooth gradients and stripes, the same everywhere."""
+    y, x = np.mgrid[:size, :size]
+    channels = [(x * 255) // size, (y * 255) // size, ((x * 7 + y * 3) % 64) * 4]
+    return np.stack(channels, -1).astype("uint8")
+
+
+def probe_output(teacher, layers: tuple[int, ...]) -> np.ndarray:
+    """float32 [L, D]: mean whitened token of each layer on the probe image at the teacher's own size."""
+    image = torch.from_numpy(probe_image(teacher.spec.image_size))[None].to(teacher.device)
+    try:
+        output, _ = finite_output(teacher, image, np.zeros(1, "int64"), layers, lambda _: "the probe image")
+    except BadInputError as error:
+        raise BadInputError(
+            f"{teacher.spec.name} answers to the probe image with non-finite values, in fp32 too: the weights "
+            f"{teacher.spec.weights} are damaged. Give others."
+        ) from error
+    return output.tokens[0].mean(1).cpu().numpy()
+
+
+def _cut(rows: range, batch_size: int) -> list[np.ndarray]:
+    """Row numbers, `batch_size` at a time."""
+    return [np.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
+
+
+def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device) -> Iterator[torch.Tensor]:
+    """The crops of each batch, uint8 [B, size, size, 3] on the host, from where `device` can fetch them while it works.
+
+    DECODE_AHEAD batches are decoded in a thread while the caller works.
+    """
+
+    def decode(rows: np.ndarray) -> torch.Tensor:
+        images = torch.from_numpy(crops.read(rows))
+        return images.pin_memory() if device.type == "cuda" else images
+
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
+        pending = deque(ahead.submit(decode, rows) for rows in batches[:DECODE_AHEAD])
+        try:
+            for following in [*batches[DECODE_AHEAD:], *[None] * DECODE_AHEAD][: len(batches)]:
+                images = pending.popleft().result()
+                if following is not None:
+                    pending.append(ahead.submit(decode, following))
+                yield images
+        finally:
+            for task in pending:
+                task.cancel()
+
+
+def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...], name_of: Callable[[int], str],
+                forced: np.ndarray = NO_ROWS) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite: see nonfinite.finite_output."""
+    images = torch.as_tensor(images, device=teacher.device)
+    output, _ = finite_output(teacher, images, rows, layers, name_of, forced)
+    return output.tokens.cpu().numpy(), None if output.attention is None else output.attention.cpu().numpy()
+
+
+def _extract_shards(view: View, store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
+    """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order."""
+    manifest = read_manifest(store)
+    begun = _Begun(view, store, manifest, teacher)
+    batches = [(shard, rows) for shard in shards for rows in _cut(manifest.store.rows_of(shard), batch_size)]
+    begin = time.monotonic()
+    with BackgroundWriter(store, manifest, advance) as out:
+        decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
+        before: Callable[[], None] | None = None  # hands the batch before to the writer when it is encoded
+        for shard, rows in batches:
+            try:
+                with advance.waits_for("decode"):
+                    images = next(decoded)
+                with advance.waits_for("teacher"):
+                    encoded = begun.encoding(images, rows)
+            finally:  # what is encoded is kept, also if this batch fails
+                if before is not None:
+                    before()
+            before = partial(_hand_over, out, shard, encoded, rows[-1] == manifest.store.rows_of(shard)[-1], advance)
+        before()
+    if begun.n_fp32:
+        note(f"view {manifest.view}: {store.stem}: {begun.n_fp32:,} crops made in fp32, as bf16 gave non-finite values for them.")
+    waited = {"the crops": advance.waited.get("decode", 0.0), "the disk": out.waited_s}
+    _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
+
+
+class _Begun:
+    """A store being filled: batches through the teacher and its encoder, such that what comes out is finite.
+
+    n_fp32: rows so far that had to be made in fp32 for that.
+    """
+
+    def __init__(self, view: View, store: Path, manifest: Manifest, teacher):
+        self.view, self.store, self.manifest, self.teacher = view, store, manifest, teacher
+        spec = manifest.store
+        self.encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device)
+        self.forced = read_fp32_rows_to_make(store, spec) if manifest.format_version >= 3 else NO_ROWS
+        self.n_fp32 = 0
+        self._of_shard = (-1, 0)
+
+    def encoding(self, images: torch.Tensor, rows: np.ndarray) -> Callable[[], tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Begin to encode a batch; the function returned waits for its row arrays, and the rows among it made in fp32."""
+        images = images.to(self.teacher.device, non_blocking=True)
+        wait = self.encode(self.teacher(images, self.manifest.store.layers), rows)
+
+        def finished() -> tuple[dict[str, np.ndarray], np.ndarray]:
+            arrays, fp32_rows = wait(), NO_ROWS
+            if not arrays["finite"].all() or np.isin(rows, self.forced).any():
+                arrays, fp32_rows = self._again(images, rows)
+            del arrays["finite"]
+            return arrays, fp32_rows
+
+        return finished
+
+    def _again(self, images: torch.Tensor, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        spec, name = self.manifest.store, self.teacher.spec.name
+        output, fp32_rows = again(self.teacher, images, rows, spec.layers, _names(self.view), self.forced)
+        other = f"Give --precision fp32 and another --name, and delete {self.store}."
+        if len(fp32_rows) and self.manifest.format_version < 3:
+            raise BadInputError(
+                f"{name} gives non-finite values in bf16 for row {fp32_rows[0]}, {_names(self.view)(fp32_rows[0])}. fp32 gives "
+                f"numbers, but {self.store} is of version {self.manifest.format_version}, which cannot say that a row was made "
+                "so. Give another --name: a new store can."
+            )
+        shard = int(rows[0]) // spec.shard_rows
+        n_before = self._of_shard[1] if self._of_shard[0] == shard else 0
+        self._of_shard = (shard, n_before + len(fp32_rows))
+        require_few(self._of_shard[1], len(spec.rows_of(shard)), f"shard {shard} of {self.store}", name, other)
+        self.n_fp32 += len(fp32_rows)
+        return self.encode(output, rows)(), fp32_rows
+
+
+def _names(view: View) -> Callable[[int], str]:
+    """The image of a row; the list is read when somebody asks."""
+    return lambda row: view.cache.images().names[row]
+
+
+def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable, is_last: bool, advance) -> None:
+    with advance.waits_for("teacher"):
+        arrays, fp32_rows = encoded()
+    with advance.waits_for("disk"):
+        out.put(shard, arrays, is_last, fp32_rows)
+
+
+def _tell_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
+    """Say what the teacher had to wait for, if it was for long."""
+    for whom, waited_s in waited.items():
+        if seconds > SLOW_S and waited_s > SLOW_SHARE * seconds:
+            note(f"{what}: {whom} could not keep up with the teacher, which waited {waited_s / seconds:.0%} of the time for it.")
+
+
+def _kept(store: Path, teacher, plan: ExtractPlan, view: View, own: range) -> str:
+    """What a full disk leaves of a store, and what its own shards still need."""
+    spec = plan.store_spec(teacher.spec, view.cache.n_images)
+    needed = f"{human(writer.missing_bytes(store, spec, teacher.spec, own))} are still to be written"
+    kept = f"{count_commits(store, spec)} of {spec.n_shards} shards are finished and kept; " if is_begun(store) else ""
+    return f"{kept}{needed}. Make room and run the same command again."
+
+
+def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
+    """Create the store with the quantiser of a view that has it; else, on view 0, with a freshly fitted one."""
+    store = view.store_path(name)
+    having = [other for other in view.cache.views() if is_begun(other.store_path(name))]
+    spec, described, version = plan.store_spec(teacher.spec, len(crops)), teacher.spec, STORE_VERSIONS[-1]
+    if having:
+        _require_same(first := having[0].store_path(name), having[0], teacher, plan)
+        original = read_manifest(first)
+        spec, fidelity, version = original.store, original.fidelity, original.format_version
+        described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
+        _tell_changes(first, original, teacher, plan)
+        statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
+        probe = read_small_array(first, "probe")
+    elif view.number == 0:
+        _require_finite_head(teacher)
+        statistics, fidelity, codecs = _fit(view, teacher, crops, spec, plan)
+        spec = plan.store_spec(teacher.spec, len(crops), codecs)
+        head, probe = teacher.head, probe_output(teacher, spec.layers)
+    else:
+        raise NotInCacheError(
+            f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
+        )
+    manifest = Manifest(
+        teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
+        precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
+        software=software(), made=made_with(teacher, plan.batch_size) if version >= 3 else None, format_version=version,
+    )  # fmt: skip
+    create_store(store, manifest, statistics, head, probe)
+
+
+def _require_finite_head(teacher) -> None:
+    """Raise BadInputError for a final norm or projection that no store can keep."""
+    for name, values in teacher.head.items():
+        if not np.isfinite(values).all():
+            raise BadInputError(
+                f"{teacher.spec.name}: {name} of its final norm holds non-finite values: the weights {teacher.spec.weights} are "
+                "damaged. Give others."
+            )
+
+
+def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
+    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
+
+    Rows are in random order (images.py), so the first ones are a fair sample. Only what is sampled leaves the teacher's device.
+    """
+    n_rows, n_fp32 = n_fit_rows(len(crops)), 0
+    with Sample(view.path, spec, teacher.spec) as sample:
+        with progress("fitting the quantiser", n_rows, "crops") as advance:
+            batches = _cut(range(n_rows), plan.batch_size)
+            for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
+                output, fp32_rows = finite_output(teacher, images.to(teacher.device), rows, spec.layers, _names(view))
+                n_fp32 += len(fp32_rows)
+                require_few(n_fp32, n_rows, "the quantiser's sample", teacher.spec.name, "Give --precision fp32.")
+                kept = torch.from_numpy(_kept_tokens(output, rows, spec, teacher.spec)).to(output.tokens.device)  # [B, T]
+                drawn = kept.take_along_dim(torch.from_numpy(sample.draw(len(rows))).to(kept.device), 1)
+                n_whole = int((rows < TRIAL_ROWS).sum())
+                sample.add(_taken(output.tokens, drawn), _taken(output.tokens[:n_whole], kept[:n_whole]))
+                advance(len(rows))
+        return fit(sample, spec, plan)
+
+
+def _kept_tokens(output, rows: np.ndarray, spec: StoreSpec, teacher: TeacherSpec) -> np.ndarray:
+    """int64 [B, T]: which of the C+N tokens of these rows of view 0 a store keeps, in its order."""
+    if not spec.visible:
+        return np.broadcast_to(np.arange(teacher.n_tokens), (len(rows), teacher.n_tokens)).copy()
+    n_cls, index = int(teacher.has_cls), race(output.attention.cpu().numpy(), rows, 0, spec.visible)
+    return np.concatenate([np.broadcast_to(np.arange(n_cls), (len(rows), n_cls)), index + n_cls], 1).astype("int64")
+
+
+def _taken(tokens: torch.Tensor, places: torch.Tensor) -> np.ndarray:
+    """float32 [B, L, n, D]: the tokens at `places` [B, n] of [B, L, C+N, D]."""
+    return tokens.take_along_dim(places[:, None, :, None], dim=2).cpu().numpy()

@@ -1,0 +1,163 @@
+"""Fitting the quantiser to a sample of tokens that does not fit into memory: it lies in a file, and is read a layer at a time.
+
+The sample of a large teacher with many layers has gigabytes. The file has no name, so that nothing stays of it whatever happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ..files.durable import ASIDE
+from ..format.quantize import ChannelStatistics, dequantise, quantise, token_errors
+from ..format.spec import ARRAY_NAME, LayerFidelity, StoreSpec, TeacherSpec
+from ..store import writer
+from .planning import ExtractPlan
+
+FIT_ROWS = 2048
+"""Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
+FIT_TOKENS = 32
+"""Tokens drawn from each of these rows."""
+TRIAL_ROWS = 16
+"""Whole rows on which codecs are tried."""
+CODEC_GAIN = 0.15
+"""`auto` compresses an array if that saves this share of its bytes."""
+NAMED = "fit-"
+"""How the file's name begins where it must have one for a moment."""
+BLOCK_VALUES = 1 << 22
+"""Numbers of a layer that are stored and read back at a time to measure what that does to them."""
+
+
+def _nameless(folder: Path) -> int:
+    """A descriptor of a new file on the disk of `folder` that no folder names, so that it is gone with this process."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # of a file system that always gives names
+            raise
+    for left in folder.glob(f"{NAMED}*{ASIDE}"):  # of a process that was killed before its next line
+        left.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=NAMED, suffix=ASIDE)
+    Path(name).unlink()
+    return descriptor
+
+
+def n_fit_rows(n_rows: int) -> int:
+    """Rows that are sampled, the first of view 0."""
+    return min(FIT_ROWS, max(TRIAL_ROWS, n_rows // 8), n_rows)
+
+
+def fit_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
+    """Bytes of the file that a sample takes on the disk of the cache, before any target is there."""
+    n_rows, n_tokens = n_fit_rows(spec.n_rows), spec.n_tokens(teacher)
+    n_sampled = n_rows * min(FIT_TOKENS, n_tokens) + min(TRIAL_ROWS, n_rows) * n_tokens
+    return 4 * len(spec.layers) * n_sampled * teacher.dim
+
+
+class Sample:
+    """Tokens of some rows, [L, n, D], and whole rows, [L, TRIAL_ROWS, T, D], in a file without a name. A context manager.
+
+    folder: on whose disk it lies. Rows are added in their order.
+    """
+
+    def __init__(self, folder: Path, spec: StoreSpec, teacher: TeacherSpec):
+        n_rows, n_tokens = n_fit_rows(spec.n_rows), spec.n_tokens(teacher)
+        self.n_drawn = min(FIT_TOKENS, n_tokens)
+        self.shapes = ((n_rows * self.n_drawn, teacher.dim), (min(TRIAL_ROWS, n_rows), n_tokens, teacher.dim))
+        self.n_layers, self._n_added = len(spec.layers), [0, 0]
+        self._draws, self._n_tokens = np.random.Philox(key=0), n_tokens
+        self._file = open(_nameless(folder), "w+b")  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> Sample:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def draw(self, n_rows: int) -> np.ndarray:
+        """int64 [n_rows, FIT_TOKENS]: which of the T tokens are drawn of the next rows; all of them where there are fewer."""
+        drawn = [np.argsort(self._draws.random_raw(self._n_tokens), kind="stable")[:FIT_TOKENS] for _ in range(n_rows)]
+        return np.array(drawn, "int64").reshape(n_rows, -1)
+
+    def add(self, drawn: np.ndarray, whole: np.ndarray) -> None:
+        """drawn: float32 [B, L, FIT_TOKENS, D], the tokens drawn of the next rows.
+
+        whole: [b, L, T, D], all tokens of those of these rows that come before TRIAL_ROWS.
+        """
+        for kind, rows in enumerate((drawn.swapaxes(0, 1).reshape(self.n_layers, -1, drawn.shape[-1]), whole.swapaxes(0, 1))):
+            for layer in range(self.n_layers):
+                block = np.ascontiguousarray(rows[layer], "float32")
+                self._file.seek(self._start(kind, layer) + 4 * self._n_added[kind] * int(np.prod(self.shapes[kind][1:])))
+                self._file.write(block.data.cast("B") if block.size else b"")
+            self._n_added[kind] += rows.shape[1]
+
+    def tokens(self, layer: int) -> np.ndarray:
+        """float32 [n, D] of the layer at place `layer`."""
+        return self._read(0, layer)
+
+    def rows(self, layer: int) -> np.ndarray:
+        """float32 [TRIAL_ROWS, T, D]"""
+        return self._read(1, layer)
+
+    def _start(self, kind: int, layer: int) -> int:
+        sizes = [4 * int(np.prod(shape)) for shape in self.shapes]
+        return layer * sum(sizes) + kind * sizes[0]
+
+    def _read(self, kind: int, layer: int) -> np.ndarray:
+        values = np.empty(self.shapes[kind], "float32")
+        self._file.seek(self._start(kind, layer))
+        if self._file.readinto(values.data.cast("B")) != values.nbytes:
+            raise OSError("the sample that the quantiser is fitted on is shorter than what was written to it")
+        return values
+
+
+def fit(sample: Sample, spec: StoreSpec, plan: ExtractPlan):
+    """Channel statistics by layer (none for float16), fidelity of each layer, codec of each array."""
+    statistics, fidelity = {}, []
+    codecs = dict.fromkeys(spec.array_names, "none" if plan.codec == "auto" else plan.codec)
+    for place, layer in enumerate(spec.layers):
+        tokens = sample.tokens(place)
+        channel = ChannelStatistics.fit(tokens)
+        if spec.is_quantised:
+            statistics[layer] = channel
+        errors = _errors(tokens, channel, spec)
+        median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
+        fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
+        del tokens  # before the next layer comes
+        if plan.codec == "auto":
+            stored = (_round_trip(row, channel, spec)[0] for row in sample.rows(place))
+            codecs[ARRAY_NAME.format(layer)] = _choose_codec(stored)
+    return statistics, tuple(fidelity), codecs
+
+
+def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:
+    """What storing does to each of these tokens, float64 [n]; worked out in blocks, as it takes ten times their memory."""
+    n_tokens = max(1, BLOCK_VALUES // tokens.shape[1])
+    blocks = (tokens[start : start + n_tokens] for start in range(0, len(tokens), n_tokens))
+    return np.concatenate([token_errors(block, _round_trip(block, channel, spec)[1], channel) for block in blocks])
+
+
+def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [..., D] as they are stored, and as float32 [..., D] read back."""
+    if not spec.is_quantised:
+        stored = tokens.astype("float16")
+        return stored, stored.astype("float32")
+    stored, scale = quantise(tokens, channel, spec.dtype, spec.group)
+    return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)
+
+
+def _choose_codec(rows) -> str:
+    """What `auto` means for stored tokens: zstd if it saves CODEC_GAIN of the bytes of these rows, else none.
+
+    Scales and attention are a hundredth of the bytes: compressing them would save nothing and cost the compiled read.
+    """
+    encode = writer.encoder("zstd")
+    compressed = n_bytes = 0
+    for row in rows:
+        compressed += len(encode(row.tobytes()))
+        n_bytes += row.nbytes
+    return "zstd" if compressed <= (1 - CODEC_GAIN) * n_bytes else "none"

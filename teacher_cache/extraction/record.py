@@ -1,0 +1,54 @@
+"""What a store was made with, beside what was asked of it: software, device, batches. On record, and no part of its identity.
+
+None of it makes another teacher, but each may move the last bit of a number; so whoever continues a store with something else is
+told. This is no promise that nothing else matters.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from functools import cache
+from pathlib import Path
+
+from ..device import device_name
+from ..format.spec import MadeWith
+
+PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "zarr", "numcodecs", "ffcv")
+
+
+def software() -> dict[str, str]:
+    """Versions of what a teacher's output depends on, the decoder of crops among them."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions, "jpeg_decoder": jpeg_decoder()}
+
+
+@cache
+def jpeg_decoder() -> str:
+    """Which library FFCV decodes JPEGs with, e.g. `libjpeg-turbo 2.1.5 (build 20230203)`: it says so itself.
+
+    It is the system's (never Pillow's, which brings its own), so no package knows its version, and it has no call that tells it.
+    """
+    import ffcv._libffcv as library  # loads it
+
+    loaded = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "turbojpeg" in line}
+    for path in [*sorted(loaded), library.__file__]:  # the latter if it was linked into FFCV itself
+        try:
+            found = re.search(rb"libjpeg-turbo version ([0-9][\w.]* \(build \w+\))", Path(path).read_bytes())
+        except OSError:
+            continue  # replaced by an update since it was loaded
+        if found:
+            return f"libjpeg-turbo {found[1].decode()}"
+    return "unknown"
+
+
+def made_with(teacher, batch_size: int) -> MadeWith:
+    """How this process runs a teacher (teachers.base.Teacher)."""
+    return MadeWith(batch_size, bool(teacher.is_compiled), device_name(teacher.device))
+
+
+def changes(then: tuple[dict, MadeWith | None], now: tuple[dict, MadeWith | None]) -> list[str]:
+    """`torch: 2.5.0 then, 2.6.0 now` for all that two records both say and that differs. Each: software, and how it was run."""
+    a, b = ({**software, **(made.to_json() if made else {})} for software, made in (then, now))
+    return [f"{name}: {a[name]} then, {b[name]} now" for name in a if name in b and a[name] != b[name]]

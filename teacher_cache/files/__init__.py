@@ -1,0 +1,1 @@
+"""Files that are whole or absent, have one writer, and fit on their disk."""

@@ -1,0 +1,1 @@
+"""The format as values: what docs/format.md says, without a file being opened."""

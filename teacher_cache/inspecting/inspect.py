@@ -1,0 +1,71 @@
+"""What is in a cache, from JSON, names and sizes alone: neither torch nor zarr is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+
+import numpy as np
+
+from ..cache import Cache, View
+from ..files.durable import canonical_json
+from ..store.commits import is_complete, read_commits, read_fp32_rows
+from ..store.manifest import Manifest, extract_command, read_manifest, shared_sha256
+
+
+def describe(cache: Cache) -> dict:
+    """Everything `teacher-cache inspect` says, as plain JSON values."""
+    identity = cache.identity
+    return {
+        "path": str(cache.path),
+        "crops_id": cache.crops_id,
+        "n_images": cache.n_images,
+        "n_skipped": cache.n_skipped,
+        "n_classes": len(identity.classes),
+        "names_sha256": identity.names_sha256,
+        "labels_sha256": identity.labels_sha256,
+        "crop_format": identity.crop_format,
+        "plan": identity.plan.to_json(),
+        "views": [_describe_view(view) for view in cache.views()],
+    }
+
+
+def _describe_view(view: View) -> dict:
+    beton = (view.path / "crops.beton").stat().st_size if (view.path / "crops.beton").exists() else 0
+    stores = [_describe_store(view, name) for name in view.store_names()]
+    return {"view": view.number, "crops_sha256": view.crops_sha256, "crop_bytes": beton, "stores": stores}
+
+
+def _describe_store(view: View, name: str) -> dict:
+    path = view.store_path(name)
+    manifest = read_manifest(path)
+    spec, teacher = manifest.store, manifest.teacher
+    files, finished = read_commits(path, spec)
+    n_rows = sum(len(spec.rows_of(int(shard))) for shard in finished.nonzero()[0])
+    n_bytes = int(files["bytes"].sum())
+    complete = is_complete(path)
+    return {
+        "name": name, "complete": complete, "rows_done": n_rows, "rows": spec.n_rows,
+        "shards_done": int(finished.sum()), "shards": spec.n_shards, "missing_shards": ranges(~finished), "bytes": n_bytes,
+        "bytes_per_crop": bytes_per_crop(manifest, n_bytes / n_rows if n_rows else None),
+        "teacher": teacher.to_json(), "store": spec.to_json(), "precision": manifest.precision,
+        "fidelity": [asdict(layer) for layer in manifest.fidelity], "probe_sha256": manifest.probe_sha256,
+        "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(path))).hexdigest(), "software": manifest.software,
+        "made": None if manifest.made is None else manifest.made.to_json(), "fp32_rows": len(read_fp32_rows(path, spec)),
+        "finish": None if complete else extract_command(view.cache.path, name, manifest),
+    }  # fmt: skip
+
+
+def ranges(chosen: np.ndarray) -> list[list[int]]:
+    """bool [n] -> the runs of True as [first, one behind the last], as --shards takes them."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype("int8")))
+    return edges.reshape(-1, 2).tolist()
+
+
+def bytes_per_crop(manifest: Manifest, on_disk: float | None) -> dict:
+    """Bytes of one crop's targets: what is kept as float16, as quantised, and on disk (None before the first shard)."""
+    spec, teacher = manifest.store, manifest.teacher
+    quantised = sum(spec.row_bytes(array, teacher) for array in spec.array_names)
+    attention = spec.row_bytes("attention", teacher) if spec.attention else 0
+    float16 = len(spec.layers) * spec.n_tokens(teacher) * teacher.dim * 2 + attention
+    return {"float16": float16, "quantised": quantised, "on_disk": None if on_disk is None else round(on_disk)}

@@ -1,0 +1,1 @@
+"""Compiled loops that run without the GIL, and what guards the memory they read."""

@@ -1,0 +1,1 @@
+"""One teacher's targets on disk: manifest, commits, shards, writer and reader."""

@@ -1,0 +1,258 @@
+"""Reading a store: any rows of any array, in any order, checked, and never a fill value.
+
+Three readers give equal bytes. `mmap` maps shard files and copies rows with compiled code; `pread` reads them with compiled code
+and holds no maps, so that a file cut short under it is an error where a map would end the process; `zarr` goes through
+zarr-python, fifty times as slow, and works wherever zarr does (docs/design/0004).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CacheCorruptError, CropNotCachedError, NotInCacheError, TeacherCacheError, UsageError
+from ..files.durable import crc32c
+from ..format.quantize import dequantise
+from ..format.race import require_patches
+from ..format.shards import index_bytes
+from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
+from ..kernels.decompress import decompress, promised_bytes
+from .commits import is_complete, read_commits
+from .manifest import check_array_json, read_head, read_manifest, read_statistics
+from .window import ShardWindow
+
+READERS = ("mmap", "pread", "zarr")
+CHECKS = {"never": 0, "first": 1, "always": 2}
+"""When the CRC-32C of a row is compared: never, the first time this process reads the row, at every read."""
+
+
+class StoreReader:
+    """Read access to one teacher's targets of one view. Opening it reads its records; shards are opened as they are needed.
+
+    reader: one of READERS. check: one of CHECKS (zarr always checks). window: shard files that stay open at most, one an array;
+    None chooses. Any thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records do not
+    check out.
+    """
+
+    def __init__(self, store: Path, reader: str = "mmap", check: str = "first", window: int | None = None):
+        if reader not in READERS or check not in CHECKS:
+            raise UsageError(f"reader is {', '.join(READERS)}, check is {', '.join(CHECKS)}; given {reader!r}, {check!r}.")
+        self.path, self.reader, self.check = Path(store), reader, check
+        self.manifest = read_manifest(self.path)
+        self.teacher, self.spec = self.manifest.teacher, self.manifest.store
+        self.columns = {array: column for column, array in enumerate(self.spec.array_names)}
+        """Place of each array in `self.shards`."""
+        self.files, self.finished = read_commits(self.path, self.spec)
+        self.shards = ShardWindow(self.path, self.manifest, self.files, reader != "mmap", window)
+        self._zarr_arrays: dict = {}
+
+    def __len__(self) -> int:
+        return self.spec.n_rows
+
+    @property
+    def is_complete(self) -> bool:
+        return is_complete(self.path)
+
+    @cached_property
+    def statistics(self):
+        """ChannelStatistics per layer; empty for float16."""
+        return read_statistics(self.path, self.spec)
+
+    @cached_property
+    def head(self) -> dict[str, np.ndarray]:
+        """`gamma`, `beta` [D] and, where the teacher has one, `projection` [D, E]; float32."""
+        return read_head(self.path, self.teacher)
+
+    def row_shape(self, array: str, n_tokens: int | None = None) -> tuple[int, ...]:
+        """StoreSpec.row_shape; an array this store lacks raises NotInCacheError that names those it has."""
+        if array not in self.columns:
+            raise NotInCacheError(f"{self.path} has no {array}; it has {', '.join(self.columns)}.")
+        return self.spec.row_shape(array, self.teacher, n_tokens)
+
+    @contextlib.contextmanager
+    def opened(self, arrays: list[str], rows: np.ndarray) -> Iterator[None]:
+        """Inside, the shards that hold `rows` of `arrays` are open: compiled code may read them through `self.shards`.
+
+        Raises as `read` does for rows that are not there, and CacheCorruptError for a shard that is not the committed one.
+        """
+        self._require(rows)
+        with self.shards.holding([self.columns[array] for array in arrays], rows // self.spec.shard_rows):
+            yield
+
+    def announce(self, arrays: list[str], rows: np.ndarray) -> None:
+        """Let the kernel begin to read `rows` of `arrays` from the disk, for a `read` that comes soon; does not wait for it.
+
+        Never raises for what is missing or damaged: that is for the `read` to say. The zarr reader ignores it.
+        """
+        if self.reader == "zarr":
+            return
+        from ..kernels import loops
+
+        shards = self.shards
+        with contextlib.suppress(TeacherCacheError, OSError), self.opened(arrays, rows):
+            for column in (self.columns[array] for array in arrays):
+                ranges = loops.row_ranges(rows, shards.handles[column], shards.sizes[column], shards.by_pread,
+                                             self.spec.shard_rows)  # fmt: skip
+                loops.advise(ranges, shards.by_pread)
+
+    def close(self) -> None:
+        """Close what is open. Reading opens it again; which rows have been checked is remembered."""
+        self.shards.close()
+
+    def read(self, array: str, rows, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
+        """Copy `rows` of `array` into `out` ([len(rows), *row_shape] of the stored dtype, C-contiguous), in that order.
+
+        places: integer [len(rows), K], to read only the tokens that stand there of each row, in that order: K for T in the shape
+        (row_shape). Raises CropNotCachedError for a row that was never extracted, CacheCorruptError for damaged bytes.
+        """
+        rows = np.ascontiguousarray(rows, "int64")
+        if places is not None:
+            if array in NOT_BY_TOKEN:
+                raise UsageError(f"{array} has no tokens to choose from; it is read whole.")
+            places = self.require_places(places, len(rows))
+        n_tokens = None if places is None else places.shape[1]
+        shape, dtype = (len(rows), *self.row_shape(array, n_tokens)), np.dtype(self.spec.row_dtype(array))
+        if out is None:
+            out = np.empty(shape, dtype)
+        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+            raise UsageError(f"{array}: out must be C-contiguous {dtype} {shape}, not {out.dtype} {out.shape}.")
+        if self.is_plain(array):
+            with self.opened([array], rows):
+                self._copy(array, rows, out, places)
+        elif places is not None:
+            by_token = places.reshape(len(rows), *[1] * (len(shape) - 3), n_tokens, 1)
+            np.copyto(out, np.take_along_axis(self.read(array, rows), by_token, axis=-2))
+        elif self.reader == "zarr":
+            self._read_zarr(array, rows, out)
+        else:
+            with self.opened([array], rows):
+                self._decode(array, rows, out)
+        if array == "index":
+            require_patches(out, self.teacher.n_patches, rows, self.path / array)
+        return out
+
+    def is_plain(self, array: str) -> bool:
+        """Whether compiled code can copy its rows as they lie on disk."""
+        return self.reader != "zarr" and dict(self.spec.codecs)[array] == "none"
+
+    def require_places(self, places: np.ndarray, n_rows: int) -> np.ndarray:
+        """`places` as int32 [n_rows, K], C-contiguous; UsageError unless they are that and each a token of a row."""
+        places = np.ascontiguousarray(places)
+        if places.ndim != 2 or len(places) != n_rows or places.dtype.kind not in "iu":
+            raise UsageError(f"places must be integers [{n_rows}, K], not {places.dtype} {list(places.shape)}.")
+        n_tokens = self.spec.n_tokens(self.teacher)
+        if places.size and (places.min() < 0 or places.max() >= n_tokens):
+            raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
+        return places.astype("int32", copy=False)
+
+    def tokens(self, rows, layer: int) -> np.ndarray:
+        """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
+
+        T = C+N, or of a store of visible tokens C+K, in the order of `index`.
+        """
+        stored = self.read(ARRAY_NAME.format(layer), rows)
+        if not self.spec.is_quantised:
+            return stored.astype("float32")
+        scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
+        return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)
+
+    def _require(self, rows: np.ndarray) -> None:
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise NotInCacheError(f"{self.path}: rows {rows.min()} to {rows.max()} asked for, it has 0 to {len(self) - 1}.")
+        missing = rows[~self.finished[rows // self.spec.shard_rows]]
+        if len(missing):
+            raise CropNotCachedError(
+                f"{self.path}: row {missing[0]} was never extracted ({len(missing)} of {len(rows)} asked for). "
+                "Run teacher-cache extract to finish the store."
+            )
+
+    def _copy(self, array: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> None:
+        from ..kernels.loops import check_rows, copy_rows, copy_tokens
+
+        column, errors = self.columns[array], np.zeros(len(rows), "int64")
+        shards, stride = self.shards, out.strides[0] if len(out) else 0
+        target = np.uint64(out.ctypes.data), stride
+        source = shards.handles[column], shards.sizes[column], shards.by_pread, self.spec.shard_rows
+        check = shards.checked[column], CHECKS[self.check], errors
+        if places is None:
+            copy_rows(rows, *target, *source, np.uint64(self.spec.row_bytes(array, self.teacher)), *check)
+        else:
+            layout = map(np.uint64, self.spec.token_layout(array, self.teacher))
+            copy_tokens(rows, places, *layout, *target, *source, *check)
+        check_rows(errors, rows, self.path / array)
+
+    def _decode(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Decompress rows, which works without the GIL, on as many threads as there are processors."""
+        codec = dict(self.spec.codecs)[array]
+
+        def one(i: int) -> None:
+            chunk = self._chunk(array, int(rows[i]))
+            try:
+                decompress(codec, chunk, out[i].reshape(-1).view("u1"))
+            except CacheCorruptError as error:
+                raise self._damaged(array, rows[i], error) from error
+
+        tasks = [self._pool.submit(one, i) for i in range(len(rows))]
+        try:
+            for task in tasks:
+                task.result()
+        finally:  # none may read on when the shards are no longer held
+            for task in tasks:
+                task.cancel()
+            wait(tasks)
+
+    def _chunk(self, array: str, row: int) -> bytes:
+        """The stored bytes of one row, whose shard is held open, without their CRC-32C, which is compared as `check` says."""
+        column, (shard, slot) = self.columns[array], divmod(row, self.spec.shard_rows)
+        n_bytes, checked = int(self.shards.sizes[column, shard]), self.shards.checked[column]
+        entry = n_bytes - index_bytes(self.spec.shard_rows) + 16 * slot
+        offset, length = struct.unpack("<QQ", self.shards.read(column, shard, entry, 16))
+        if length < 4 or offset + length > n_bytes:
+            raise self._damaged(array, row, "the shard's index is wrong")
+        data = self.shards.read(column, shard, offset, length)
+        if self.check == "always" or self.check == "first" and not checked[row]:
+            if crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+                raise self._damaged(array, row, "its CRC-32C does not fit")
+            checked[row] = 1
+        return data[:-4]
+
+    def _damaged(self, array: str, row: int, why) -> CacheCorruptError:
+        message = f"{self.path / array}: row {row} is damaged ({why}). Run teacher-cache verify on this cache."
+        return CacheCorruptError(message)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decompress")
+
+    def _read_zarr(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Row by row. zarr opens a shard by its name at each read, answers for a missing one in silence, and believes what a
+        chunk says of its own length: so shards and chunks are looked at before, each time."""
+        source, codec = self._zarr_array(array), dict(self.spec.codecs)[array]
+        row_bytes = self.spec.row_bytes(array, self.teacher)
+        with self.opened([array], rows):
+            for row in rows.tolist():
+                if promised_bytes(codec, self._chunk(array, row)) != row_bytes:
+                    raise self._damaged(array, row, "it is not as long as a row")
+        self.close()
+        for i, row in enumerate(rows.tolist()):
+            try:
+                out[i] = source[row]
+            except (ValueError, RuntimeError, OSError) as error:
+                raise self._damaged(array, row, error) from error
+            if np.array_equal(out[i], np.full_like(out[i], source.fill_value), equal_nan=True):  # never written
+                raise self._damaged(array, row, "zarr does not find it")
+
+    def _zarr_array(self, array: str):
+        import zarr
+
+        if array not in self._zarr_arrays:
+            check_array_json(self.path, array)
+            self._zarr_arrays[array] = zarr.open_array(self.path / array, mode="r")
+        return self._zarr_arrays[array]

@@ -1,0 +1,1 @@
+"""Files of published weights: found, opened without unpickling, matched name by name."""

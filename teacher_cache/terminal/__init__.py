@@ -1,0 +1,1 @@
+"""How a command speaks while it works and how it ends: progress, signals, one sentence for an error, an exit code."""
