@@ -14,10 +14,10 @@ from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, 
 from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
 from teacher_cache.files.durable import read_sealed, seal, sha256_file
 from teacher_cache.format.shards import HEADER_BYTES, header, require_header
+from teacher_cache.store import commits
 from teacher_cache.store.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
 from teacher_cache.store.manifest import (
     Manifest,
-    commits,
     extract_command,
     manifest_sha256,
     read_manifest,
