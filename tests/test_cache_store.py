@@ -14,7 +14,7 @@ from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, 
 from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
 from teacher_cache.files.durable import read_sealed, seal, sha256_file
 from teacher_cache.format.shards import HEADER_BYTES, header, require_header
-from teacher_cache.store import commits
+from teacher_cache.store import commits, spare, writer
 from teacher_cache.store.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
 from teacher_cache.store.manifest import (
     Manifest,
@@ -22,8 +22,6 @@ from teacher_cache.store.manifest import (
     manifest_sha256,
     read_manifest,
     read_small_array,
-    spare,
-    writer,
 )
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.store.sizes import store_bytes
