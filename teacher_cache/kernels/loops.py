@@ -6,28 +6,21 @@ codes in an array, because an exception cannot leave compiled code that FFCV run
 
 from __future__ import annotations
 
-import ctypes
 import platform
 
 from .pointers import load_u64, load_u8, pointer_u8  # isort: skip - before numba, whose threading layer it chooses
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
-from numba import carray, njit, prange, types
+from numba import carray, prange, types
 from numba.extending import intrinsic
 
 from ..errors import CacheCorruptError, CropNotCachedError
 from ..format.shards import CLOSED, EMPTY_SLOT
+from .compiled import kernel
 from .crc_instruction import crc_instruction
-
-_torch_threads = torch.get_num_threads()
-from ffcv.libffcv import ctypes_imdecode  # noqa: E402
-
-# importing ffcv leaves both torch and numba with one thread
-torch.set_num_threads(_torch_threads)
-numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+from .outside import fadvise, imdecode, madvise, memcpy, pread
 
 OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING, CUT_SHORT, NOT_OPEN = range(7)
 """Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
@@ -57,7 +50,7 @@ def _crc32c_word(typingctx, crc, word):
 
 if _INSTRUCTION:
 
-    @njit(nogil=True)
+    @kernel()
     def crc32c_at(address, n_bytes):
         """CRC-32C of `n_bytes` at `address`."""
         crc = np.uint64(0xFFFFFFFF)
@@ -71,7 +64,7 @@ if _INSTRUCTION:
 
 else:
 
-    @njit(nogil=True)
+    @kernel()
     def crc32c_at(address, n_bytes):
         """CRC-32C of `n_bytes` at `address`, a byte at a time (what is compiled for has no instruction that we use)."""
         crc = np.uint64(0xFFFFFFFF)
@@ -81,12 +74,6 @@ else:
         return np.uint32(crc ^ np.uint64(0xFFFFFFFF))
 
 
-_libc = ctypes.CDLL(None)
-_memcpy, _pread, _madvise, _fadvise = _libc.memcpy, _libc.pread, _libc.madvise, _libc.posix_fadvise
-_memcpy.argtypes, _memcpy.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
-_pread.argtypes, _pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_ssize_t
-_madvise.argtypes, _madvise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
-_fadvise.argtypes, _fadvise.restype = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int], ctypes.c_int
 _WILLNEED = 3  # of madvise and of posix_fadvise
 
 
@@ -127,27 +114,27 @@ def _store_fence(typingctx):
 
 if platform.machine() in ("x86_64", "AMD64"):
 
-    @njit(nogil=True)
+    @kernel()
     def copy_bytes(target, source, n_bytes, is_read_soon):
         """memcpy; of much that is not read soon, past the processor's caches."""
         if is_read_soon or n_bytes < np.uint64(STREAMED) or target & np.uint64(15) != np.uint64(0):
-            _memcpy(target, source, n_bytes)
+            memcpy(target, source, n_bytes)
             return
         done = n_bytes & ~np.uint64(63)
         for i in range(done >> np.uint64(6)):
             _stream_64(target + np.uint64(64) * np.uint64(i), source + np.uint64(64) * np.uint64(i))
         _store_fence()
-        _memcpy(target + done, source + done, n_bytes - done)
+        memcpy(target + done, source + done, n_bytes - done)
 
 else:
 
-    @njit(nogil=True)
+    @kernel()
     def copy_bytes(target, source, n_bytes, is_read_soon):
         """memcpy."""
-        _memcpy(target, source, n_bytes)
+        memcpy(target, source, n_bytes)
 
 
-@njit(nogil=True)
+@kernel()
 def decode_one(source, n_bytes, crc, is_jpeg, out):
     """Check and decode the encoded crop at address `source` into `out` (uint8 [size, size, 3]); returns a code."""
     if crc32c_at(source, n_bytes) != crc:
@@ -155,15 +142,15 @@ def decode_one(source, n_bytes, crc, is_jpeg, out):
     height, width = out.shape[0], out.shape[1]
     if is_jpeg:
         # FFCV's decoder: libjpeg-turbo, fast DCT; the trailing arguments are offset, scale 1/1, no crop, no flip
-        code = ctypes_imdecode(source, n_bytes, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, False, False)
+        code = imdecode(source, n_bytes, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
         return OK if code == 0 else BAD_JPEG
     if n_bytes != np.uint64(height * width * 3):
         return BAD_SIZE
-    _memcpy(out.ctypes.data, source, n_bytes)
+    memcpy(out.ctypes.data, source, n_bytes)
     return OK
 
 
-@njit(nogil=True, parallel=True)
+@kernel(parallel=True)
 def decode_rows(rows, out, base, pointers, sizes, crcs, is_jpeg, errors):
     """Decode crops `rows` of a .beton mapped at address `base` into `out`; `errors` int64 [len(rows)] receives codes."""
     for i in prange(len(rows)):
@@ -171,7 +158,7 @@ def decode_rows(rows, out, base, pointers, sizes, crcs, is_jpeg, errors):
         errors[i] = decode_one(base + pointers[row], sizes[row], crcs[row], is_jpeg, out[i])
 
 
-@njit(nogil=True)
+@kernel()
 def _judge_entry(offset, n_bytes, shard_bytes, row_bytes):
     """A code for one entry of a shard's index: whether it can be that of an uncompressed row."""
     if offset == np.uint64(EMPTY_SLOT):
@@ -181,7 +168,7 @@ def _judge_entry(offset, n_bytes, shard_bytes, row_bytes):
     return OK
 
 
-@njit(nogil=True)
+@kernel()
 def _find(shard, shard_bytes, slot, n_slots, row_bytes):
     """Of one uncompressed row of a shard mapped at address `shard`: a code, and the address of its bytes.
 
@@ -192,7 +179,7 @@ def _find(shard, shard_bytes, slot, n_slots, row_bytes):
     return _judge_entry(offset, load_u64(entry + np.uint64(8)), shard_bytes, row_bytes), shard + offset
 
 
-@njit(nogil=True)
+@kernel()
 def _crc_behind(row, row_bytes):
     """The CRC-32C that follows the row at address `row`."""
     stored = np.uint64(0)
@@ -201,7 +188,7 @@ def _crc_behind(row, row_bytes):
     return stored
 
 
-@njit(nogil=True)
+@kernel()
 def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
     """Copy one uncompressed row out of a shard mapped at address `shard` to address `out`; returns a code."""
     code, source = _find(shard, shard_bytes, slot, n_slots, row_bytes)
@@ -214,19 +201,19 @@ def copy_one(shard, shard_bytes, slot, n_slots, row_bytes, check, out):
     return OK
 
 
-@njit(nogil=True)
+@kernel()
 def _fill(out, n_bytes, descriptor, offset):
     """Read `n_bytes` at `offset` of a file to address `out`; False if they are not there or cannot be read."""
     done = np.uint64(0)
     while done < n_bytes:
-        n_read = _pread(descriptor, out + done, n_bytes - done, offset + done)
+        n_read = pread(descriptor, out + done, n_bytes - done, offset + done)
         if n_read <= 0:
             return False
         done += np.uint64(n_read)
     return True
 
 
-@njit(nogil=True)
+@kernel()
 def read_one(descriptor, shard_bytes, slot, n_slots, row_bytes, check, out):
     """What `copy_one` does, with pread of an open file: one that was cut short is a code and not the end of the process."""
     words = np.zeros(2, np.uint64)
@@ -249,7 +236,7 @@ def read_one(descriptor, shard_bytes, slot, n_slots, row_bytes, check, out):
     return OK
 
 
-@njit(nogil=True, parallel=True)
+@kernel(parallel=True)
 def copy_rows(rows, out, out_stride, handles, shard_sizes, by_pread, shard_rows, row_bytes, checked, check, errors):
     """Copy `rows` of one uncompressed array into `out` (address), `out_stride` bytes apart.
 
@@ -273,7 +260,7 @@ def copy_rows(rows, out, out_stride, handles, shard_sizes, by_pread, shard_rows,
             checked[row] = 1
 
 
-@njit(nogil=True)
+@kernel()
 def _gather(row, out, places, n_parts, n_tokens, token_bytes):
     """Copy to address `out` the tokens at `places` of each of the `n_parts` parts of a row (uint8 [n_parts * n_tokens *
     token_bytes])."""
@@ -281,11 +268,11 @@ def _gather(row, out, places, n_parts, n_tokens, token_bytes):
     for part in range(n_parts):
         start = np.uint64(row.ctypes.data) + np.uint64(part) * n_tokens * token_bytes
         for place in places:
-            _memcpy(to, start + np.uint64(place) * token_bytes, token_bytes)
+            memcpy(to, start + np.uint64(place) * token_bytes, token_bytes)
             to += token_bytes
 
 
-@njit(nogil=True, parallel=True)
+@kernel(parallel=True)
 def copy_tokens(rows, places, n_parts, n_tokens, token_bytes, out, out_stride, handles, shard_sizes, by_pread, shard_rows,
                 checked, check, errors):  # fmt: skip
     """Copy of each of `rows` only the tokens at its `places` (integer [len(rows), K], each below `n_tokens`; not looked at).
@@ -318,7 +305,7 @@ def copy_tokens(rows, places, n_parts, n_tokens, token_bytes, out, out_stride, h
                 checked[row] = 1
 
 
-@njit(nogil=True)
+@kernel()
 def row_ranges(rows, handles, shard_sizes, by_pread, shard_rows):
     """Where the stored bytes of `rows` of one array lie: uint64 [len(rows), 3], handle of the shard, offset in it, bytes.
 
@@ -337,13 +324,13 @@ def row_ranges(rows, handles, shard_sizes, by_pread, shard_rows):
             if not _fill(at, np.uint64(16), handle, entry):
                 continue
         else:
-            _memcpy(at, handle + entry, np.uint64(16))
+            memcpy(at, handle + entry, np.uint64(16))
         if words[0] <= shard_bytes and words[1] <= shard_bytes - words[0]:
             ranges[i, 0], ranges[i, 1], ranges[i, 2] = handle, words[0], words[1]
     return ranges
 
 
-@njit(nogil=True)
+@kernel()
 def advise(ranges, by_pread):
     """Tell the kernel that `ranges` (see `row_ranges`) will be read soon, so that it begins to; does not wait for it.
 
@@ -355,10 +342,10 @@ def advise(ranges, by_pread):
         if n_bytes == 0:
             continue
         if by_pread:
-            n_refused += _fadvise(handle, offset, n_bytes, _WILLNEED) != 0
+            n_refused += fadvise(handle, offset, n_bytes, _WILLNEED) != 0
         else:
             start = (handle + offset) & ~page
-            n_refused += _madvise(start, handle + offset + n_bytes - start, _WILLNEED) != 0
+            n_refused += madvise(start, handle + offset + n_bytes - start, _WILLNEED) != 0
     return n_refused
 
 
