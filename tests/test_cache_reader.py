@@ -633,7 +633,7 @@ def test_a_store_can_be_moved(store, tmp_path, reader):
 
 CUT_SHORT = """
 import os, sys
-from teacher_cache import sigbus
+from teacher_cache.kernels import sigbus
 from teacher_cache.store.reader import StoreReader
 path, array, shard, install = sys.argv[1:]
 if install == "install":
@@ -671,7 +671,7 @@ def test_crops_cut_short_say_so(cache):
     """crops.beton that is cut short in place is named likewise; it has no other reader to advise."""
     code = """
 import os, sys
-from teacher_cache import sigbus
+from teacher_cache.kernels import sigbus
 from teacher_cache.crops.beton import CropReader
 sigbus.install()
 crops = CropReader(sys.argv[1])
@@ -692,7 +692,7 @@ def test_other_bus_errors_take_their_way(tmp_path):
     assert run_cut_short(path, "tokens/01", "no").returncode == -signal.SIGBUS
     code = """
 import faulthandler, mmap, sys
-from teacher_cache import sigbus
+from teacher_cache.kernels import sigbus
 faulthandler.enable()
 sigbus.install()
 with open(sys.argv[1], "r+b") as file:

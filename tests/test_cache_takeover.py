@@ -235,7 +235,7 @@ def test_without_locks(tmp_path, hold, number, monkeypatch, clock, capsys):
 BUSY = """
 import sys, threading
 from pathlib import Path
-from teacher_cache import claim_file
+from teacher_cache.files import claim_file
 from teacher_cache.files.claims import claimed
 claim_file.BEAT_S = 0.01
 def beat():
@@ -307,7 +307,7 @@ def take(path: Path) -> None:
 SLEEPER = """
 import fcntl, sys, time
 from pathlib import Path
-from teacher_cache import claim_file, durable
+from teacher_cache.files import claim_file, durable
 from teacher_cache.files.claims import claimed, claimed_range
 from teacher_cache.cli.commands import main
 from teacher_cache.errors import ClaimLostError
@@ -355,7 +355,7 @@ def test_who_wakes_writes_nothing_more(tmp_path, hold, monkeypatch, capsys):
 TAKER = """
 import sys, time
 from pathlib import Path
-from teacher_cache import claims
+from teacher_cache.files import claims
 from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, taking_over
 root, hold = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
