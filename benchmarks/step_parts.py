@@ -55,7 +55,8 @@ def milliseconds(work: Callable[[], object], device: torch.device, n_times: int)
 def use_optimizer(loop: Loop, kind: dict) -> None:
     """Let a trainer go on with AdamW of another implementation over the same groups."""
     before = loop.trainer.optimizer
-    loop.trainer.optimizer = torch.optim.AdamW(before.param_groups, betas=before.defaults["betas"], **kind)
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in before.param_groups]
+    loop.trainer.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=before.defaults["betas"], **kind)
 
 
 def forward_and_backward(loop: Loop, batch) -> None:
