@@ -16,8 +16,8 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.source import CachedSource, normalise, teacher_shape
-from student.model import Student
+from pipelines.feed.source import CachedSource, normalise, teacher_shape
+from student.modules.model import Student
 from teacher_cache.device import pick_device
 
 from . import made_up, measure
