@@ -39,6 +39,8 @@ log=$out/log.txt
     nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu --format=csv
 } >>"$log" 2>&1
 
+"$python" -c 'import json; from benchmarks import measure; print(json.dumps(measure.environment()))' >"$scratch/environment" || exit 2
+
 summary=""
 # record NAME RC SECONDS COMMAND...: its JSON document, from what it has said; its line of the summary
 record() {
@@ -46,15 +48,13 @@ record() {
 import json, sys
 from pathlib import Path
 
-from benchmarks import measure
-
 out, scratch, name, rc, seconds, *command = sys.argv[1:]
 said = (Path(scratch) / "stdout").read_text(errors="replace").splitlines()
 cried = (Path(scratch) / "stderr").read_text(errors="replace").splitlines()
 try:
     document = json.loads(said[-1])
 except (IndexError, ValueError):
-    document = {"name": name, **measure.environment()}
+    document = {"name": name, **json.loads((Path(scratch) / "environment").read_text())}
 document |= {"command": " ".join(command), "seconds": int(seconds)}
 if rc != "0":
     why = {"124": "ran past its limit", "137": "ran past its limit", "skipped": "no time was left"}.get(rc, f"exit code {rc}")
