@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, __version__, features
+from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache, write_cache
 from teacher_cache.checking.verify import verify
@@ -210,7 +211,7 @@ def test_the_examples_of_the_document_run(monkeypatch):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_golden_cache_is_readable(numbers, reader):
-    """Cache and StoreReader read the committed cache; every reader gives the numbers beside it and every row."""
+    """Cache and StoreReader read the committed cache; every reader, and zarr, gives the numbers beside it and every row."""
     cache = Cache(GOLDEN)
     assert cache.images().names[ROW] == numbers["name"] and cache.plan == PLAN
     view = cache.finished_view(0)
@@ -222,6 +223,7 @@ def test_the_golden_cache_is_readable(numbers, reader):
             rows = store.read(array, range(N_IMAGES))
             assert picked(rows[ROW]) == expected
             np.testing.assert_array_equal(rows, [stored_row(store.path, array, row) for row in range(N_IMAGES)])
+            np.testing.assert_array_equal(rows, rows_by_zarr(store.path, array, range(N_IMAGES)))
         np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
 
 
@@ -243,7 +245,7 @@ def test_verify_finds_the_golden_cache_sound():
 
 def write_again(path: Path, store: Path) -> None:
     """Write a store from the manifest, the small arrays and the stored rows of another."""
-    reader = StoreReader(path, reader="zarr")
+    reader = StoreReader(path)
     create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(path, "probe"))
     in_fp32 = read_fp32_rows(path, reader.spec)
     for shard in range(reader.spec.n_shards):
