@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
-from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row, write_again
+from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row
 from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache

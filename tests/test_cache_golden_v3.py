@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import Bf16Teacher, FakeTeacher, image_of
+from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
 from test_cache_golden import (
     N_IMAGES,
@@ -35,7 +36,6 @@ from test_cache_golden import (
     stored_row,
     unseal,
     whitened,
-    write_again,
 )
 from zarr_oracle import rows_by_zarr
 
