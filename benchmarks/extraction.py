@@ -60,7 +60,7 @@ def measured(name: str, device: str, precision: str, compiled: bool, rounds: int
     shard_rows, size = crops_per_round, teacher.spec.image_size
     n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
     cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
-    view, plan = cache.view(0), ExtractPlan(dtype=dtype, codec="none", shard_rows=shard_rows, batch_size=batch)
+    view, plan = cache.view(0), ExtractPlan(dtype=dtype, shard_rows=shard_rows, batch_size=batch)
     extract_view(view, name, teacher, plan, range(0, 1))
 
     spec, crops = plan.store_spec(teacher.spec, n_rows), CropReader(view.path)

@@ -82,7 +82,7 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
     claims = [measure.claim("bytes / float16, five layers of a ViT-B/16", [share], most_bytes, at_most=True)]
     figures = {}
     with measure.scratch_folder(scratch) as folder:
-        plan = ExtractPlan(layers="last5", dtype=dtype, codec="none", shard_rows=64, batch_size=16)
+        plan = ExtractPlan(layers="last5", dtype=dtype, shard_rows=64, batch_size=16)
         digits = write_digits(folder / "digits")
         teachers = {"demo": (digits / "val", DEMO_PRESETS), "moco-v3-s16": (None, ("mimco-s16",))}
         for teacher_name, (images, presets) in teachers.items():

@@ -85,8 +85,8 @@ def _some_images(source: Path, folder: Path, n_images: int) -> Path:
 
 
 def store_spec(teacher: TeacherSpec, n_rows: int, layers: str, dtype: str = "int8", shard_rows: int = 256) -> StoreSpec:
-    """What `teacher-cache extract --codec none` would make of these."""
-    return ExtractPlan(layers=layers, dtype=dtype, codec="none", shard_rows=shard_rows).store_spec(teacher, n_rows)
+    """What `teacher-cache extract` would make of these."""
+    return ExtractPlan(layers=layers, dtype=dtype, shard_rows=shard_rows).store_spec(teacher, n_rows)
 
 
 def begin_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, view=None) -> None:

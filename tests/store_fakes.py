@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store.commits import fold
-from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.commits import fold, read_fp32_rows
+from teacher_cache.store.manifest import Manifest, create_store, read_small_array
+from teacher_cache.store.reader import StoreReader
 from teacher_cache.store.writer import ShardWriter
 
 TEACHER = TeacherSpec(
@@ -61,6 +64,26 @@ def make_store(path: Path, spec: StoreSpec, seed=0, view=0) -> dict[str, np.ndar
     fill(path, spec, arrays)
     fold(path, spec)
     return arrays
+
+
+def write_again(path: Path, store: Path, codec: str | None = None) -> None:
+    """Write a store from manifest, small arrays and stored rows of another; codec: of all arrays, by default theirs."""
+    reader = StoreReader(path)
+    spec = replace(reader.spec, codecs=tuple((array, codec or its) for array, its in reader.spec.codecs))
+    create_store(store, replace(reader.manifest, store=spec), reader.statistics, reader.head, read_small_array(path, "probe"))
+    in_fp32 = read_fp32_rows(path, spec)
+    for shard in range(spec.n_shards):
+        rows = spec.rows_of(shard)
+        with ShardWriter(store, spec, reader.teacher, shard) as out:
+            out.append({array: reader.read(array, rows) for array in spec.array_names}, in_fp32[np.isin(in_fp32, rows)])
+    fold(store, spec)
+
+
+def compress(store: Path, codec: str = "zstd") -> None:
+    """Make a finished store one of those that were begun in a codec: nothing begins them any more."""
+    write_again(store, aside := store.with_name(f"{store.name}.compressed"), codec)
+    shutil.rmtree(store)
+    aside.rename(store)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -109,7 +109,7 @@ def test_sparse_caches(tmp_path):
     path = sparse.add_sparse_targets(cache.view(0), made_up.SMALL, shard_rows=16, readable=[3, 39])
     assert describe(cache)["views"][0]["stores"][0]["complete"]
     assert not CropReader(cache.view(0).path).read([0, 39]).any()
-    for reader in ("mmap", "pread", "zarr"):
+    for reader in ("mmap", "pread"):
         store = StoreReader(path, reader)
         assert all(not store.read(array, [39, 3]).any() for array in store.spec.array_names)
         with pytest.raises(CacheCorruptError, match="row 4 is damaged"):

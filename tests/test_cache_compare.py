@@ -10,6 +10,7 @@ import pytest
 from cache_fakes import PLAN, crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
 from teacher_cache.cli.commands import main
@@ -74,7 +75,6 @@ def test_other_bytes(tmp_path, image_folder, teacher):
     [
         ({"dtype": "float16"}, "fake: dtype: int8 | float16"),
         ({"layers": "last"}, "fake: layers: 2, 3, 4, 5, 6 | 6"),
-        ({"codec": "zstd"}, "fake: codec of tokens/06: none | zstd"),
         ({"shard_rows": 12}, "fake: shard_rows: 8 | 12"),
     ],
 )
@@ -82,6 +82,13 @@ def test_other_settings(tmp_path, image_folder, teacher, options, said):
     """A setting of a store that differs is named with both values."""
     first = cache_with(tmp_path / "a", image_folder, teacher)
     assert said in differing(first, cache_with(tmp_path / "b", image_folder, teacher, **options))
+
+
+def test_other_codec(tmp_path, image_folder, teacher):
+    """A store that was begun compressed is told from one that was not, array by array."""
+    first, second = (cache_with(tmp_path / name, image_folder, teacher) for name in "ab")
+    compress(second.view(0).store_path("fake"))
+    assert "fake: codec of tokens/06: none | zstd" in differing(first, second)
 
 
 def test_other_teacher(tmp_path, image_folder, teacher):

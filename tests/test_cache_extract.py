@@ -181,23 +181,11 @@ def test_wrong_layers(teacher, text):
         ExtractPlan(text).layers_of(teacher.spec)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int3"}, {"codec": "gzip"}, {"shard_rows": 0}, {"batch_size": -1}])
+@pytest.mark.parametrize("options", [{"dtype": "int3"}, {"shard_rows": 0}, {"batch_size": -1}])
 def test_wrong_plans(options):
-    """Unknown dtypes and codecs, and sizes below one, are refused."""
+    """Unknown dtypes, and sizes below one, are refused."""
     with pytest.raises(UsageError, match="dtype is one of|must be positive"):
         ExtractPlan(**options)
-
-
-def test_codec_auto(crops, teacher):
-    """`auto` compresses tokens where that saves enough, and leaves the others, scales and attention alone."""
-    flat = Counting(teacher, change=lambda output: replace(output, tokens=output.tokens.sign() * (output.tokens.abs() > 1)))
-    extract_view(crops.view(0), "plain", teacher, replace(PLAN, dtype="float16"))
-    extract_view(crops.view(0), "flat", flat, PLAN)
-    codecs = {name: dict(read_manifest(crops.view(0).store_path(name)).store.codecs) for name in ("plain", "flat")}
-    assert set(codecs["plain"].values()) == {"none"}
-    assert codecs["flat"] == {**{f"tokens/{i:02d}": "zstd" for i in range(2, 7)}, "scale": "none", "attention": "none"}
-    sizes = {name: sum(map(len, contents(crops.view(0).store_path(name) / "tokens").values())) for name in codecs}
-    assert sizes["flat"] < 0.85 * sizes["plain"] / 2
 
 
 # --- again -----------------------------------------------------------------------------------------------------------
@@ -220,7 +208,6 @@ def test_weights_may_move(cache, teacher):
 OTHER = {
     "layers": (ExtractPlan("last2", shard_rows=8), {}, "layers: 2,3,4,5,6 in the store, 5,6 given"),
     "dtype": (ExtractPlan(dtype="float16", shard_rows=8), {}, "dtype: int8 in the store, float16 given"),
-    "codec": (ExtractPlan(codec="zstd", shard_rows=8), {}, "codecs: .*none.* in the store, .*zstd.* given"),
     "shards": (ExtractPlan(shard_rows=4), {}, "shard_rows: 8 in the store, 4 given"),
     "weights": (
         PLAN,

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from cache_fakes import contents, crop_folder, failing_at, flip_bit
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking import advice
@@ -23,7 +24,7 @@ from teacher_cache.files.claims import claimed, claimed_range
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.store import writer
 
-PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
+PLAN = ExtractPlan("last", shard_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def made(images, teacher):
     """One view, one compressed int8 store of one layer, an image left out: every kind of file."""
     cache = crop_folder(images.parent / "c", images, skip_bad=True)
     extract_view(cache.view(0), "fake", teacher, PLAN)
+    compress(cache.view(0).store_path("fake"))
     return cache.path, contents(cache.path)
 
 
@@ -150,7 +152,7 @@ def test_damage_everywhere_at_once(cache, image_folder, teacher):
     ):  # fmt: skip
         damaged(cache.path / name, "changed")
     plans = {"fake": ExtractPlan(shard_rows=8, batch_size=5), "fake16": ExtractPlan(dtype="float16", shard_rows=8, batch_size=5),
-             "fake-zstd": ExtractPlan(codec="zstd", shard_rows=8, batch_size=5)}  # fmt: skip
+             "fake-zstd": ExtractPlan(shard_rows=8, batch_size=5)}  # fmt: skip
     list(repair_lists(cache.path))
     for view in views_on_disk(cache):
         list(repair_view(view, image_folder))

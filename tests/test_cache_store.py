@@ -202,7 +202,7 @@ def test_killed_while_folding(tmp_path):
     n_deaths = 0
     for _ in kills(lambda: fold(path, spec)):
         n_deaths += 1
-        assert not is_folded(path) and same(StoreReader(path, "zarr").read("scale", range(7)), arrays["scale"])
+        assert not is_folded(path) and same(StoreReader(path).read("scale", range(7)), arrays["scale"])
         fold(path, spec)
         assert contents(path) == contents(tmp_path / "whole.zarr") and is_folded(path)
         restore(path, filled)

@@ -40,7 +40,8 @@ def small(image_folder, teacher, tmp_path_factory) -> Cache:
     folder = shutil.copytree(image_folder, tmp_path_factory.mktemp("small") / "images")
     next(folder.glob("*/*.png")).write_bytes(b"")
     cache = crop_folder(folder.parent / "c", folder, skip_bad=True)
-    extract_view(cache.view(0), "fake", teacher, ExtractPlan("last", codec="zstd", shard_rows=8))
+    extract_view(cache.view(0), "fake", teacher, ExtractPlan("last", shard_rows=8))
+    store_fakes.compress(cache.view(0).store_path("fake"))
     return cache
 
 

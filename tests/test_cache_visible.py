@@ -12,6 +12,7 @@ import pytest
 import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
+from store_fakes import compress
 from student_fakes import tiny_config
 
 from pipelines.feed.source import CachedSource, stored_shape
@@ -39,7 +40,7 @@ STORES = {
     "visible": replace(PLAN, dtype="float16", visible=K),
     "visible4": replace(PLAN, dtype="int4", visible=K),
     "four": replace(PLAN, dtype="int4"),
-    "zipped": replace(PLAN, dtype="int4", visible=K, codec="zstd"),
+    "zipped": replace(PLAN, dtype="int4", visible=K),
 }
 
 
@@ -50,6 +51,8 @@ def cache(tmp_path_factory, image_folder):
     for view in cache.views():
         for name, plan in STORES.items():
             extract_view(view, name, FakeTeacher(), plan)
+    for view in cache.views():
+        compress(view.store_path("zipped"))
     return cache
 
 

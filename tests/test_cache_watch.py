@@ -11,6 +11,7 @@ import threading
 import pytest
 from cache_fakes import CHANGES, crop_folder, flip_bit
 from click.testing import CliRunner
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking import verify as verify_module
@@ -24,7 +25,7 @@ from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.claims import claimed, claimed_range, holder_of, store_claim, store_claims
 
 ME = f"process {os.getpid()} on host {socket.gethostname()}"
-PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
+PLAN = ExtractPlan("last", shard_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def small(image_folder, teacher, tmp_path_factory) -> Cache:
     """One view, one compressed int8 store of one layer."""
     cache = crop_folder(tmp_path_factory.mktemp("small") / "c", image_folder)
     extract_view(cache.view(0), "fake", teacher, PLAN)
+    compress(cache.view(0).store_path("fake"))
     return cache
 
 

@@ -63,7 +63,7 @@ def test_pixel_identity(shared_cache, batch_rows, workers):
 
 
 WAYS = [("fake", {}), ("fake", {"reader": "pread"}), ("fake", {"window": 2}), ("fake", {"reader": "pread", "window": 1}),
-        ("fake", {"reader": "zarr"}), ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
+        ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
 
 
 @pytest.mark.parametrize("store, options", WAYS, ids=str)
@@ -108,7 +108,7 @@ def test_tokens_that_are_not_there(shared_cache, patches, words):
 def test_records_are_the_rows(shared_cache, store, options):
     """A record is the stored bytes of its row, from every array, whichever way the store is read."""
     loader, plain = loader_of(shared_cache, store=store, **options), StoreReader(shared_cache.view(0).store_path("fake"))
-    assert (loader.fetch is None) == (store != "fake" or options.get("reader") == "zarr")
+    assert (loader.fetch is None) == (store != "fake")
     order = np.random.default_rng(0).permutation(24).reshape(-1, 4)
     for rows, _, records in copies(loader, order):
         stored = [plain.read(array, rows).reshape(len(rows), -1).view("u1") for array in ARRAYS]
@@ -165,7 +165,7 @@ def test_a_corrupt_crop_raises(cache):
 
 
 STORED = pytest.mark.parametrize(
-    "store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake", "zarr"), ("fake-zstd", "mmap"), ("fake-zstd", "pread")]
+    "store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake-zstd", "mmap"), ("fake-zstd", "pread")]
 )
 SHARD = "tokens/06/c.1.0.0"  # rows 8 to 15
 
@@ -306,8 +306,8 @@ def test_float16_records(shared_cache, store, reader):
 
 
 @pytest.mark.parametrize("store, reader, why", [
-    ("fake", "mmap", None), ("fake", "pread", None), ("fake", "zarr", "zarr-python was asked for (--reader zarr)"),
-    ("fake-zstd", "mmap", "tokens/05 of fake-zstd.zarr is compressed with zstd (--codec none is not)"),
+    ("fake", "mmap", None), ("fake", "pread", None),
+    ("fake-zstd", "mmap", "tokens/05 of fake-zstd.zarr is compressed with zstd"),
 ])  # fmt: skip
 def test_the_slower_way_is_said(shared_cache, caplog, store, reader, why):
     """A run whose targets cannot be copied by compiled code says so in one line, with the reason; others say nothing."""

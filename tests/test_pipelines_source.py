@@ -119,7 +119,7 @@ def test_processes_share_a_step(shared_cache):
 AHEAD = ["maskalign-b16", "maskalign-b16-random", "mr-mae-b16", "mr-mae-b16-clip-dino", "mr-mcmae-b"]
 
 
-@pytest.mark.parametrize("reader", ["mmap", "pread", "zarr"])
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("preset", AHEAD)
 def test_visible_tokens_alone_teach_the_same(shared_cache, preset, reader):
     """Where no loss looks at hidden patches, only visible tokens are read; masks, loss and gradients are those of whole rows."""

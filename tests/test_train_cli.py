@@ -113,7 +113,7 @@ def test_live_trains_too(shared_cache, teacher, tmp_path, monkeypatch):
         (["--preset", "mae-b16", "--cache", "nowhere", "--out", "x"], 2, "nowhere is no cache"),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--reader", "pread"], 2, "--reader is about stored targets"),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--check", "never"], 2, "--check is about stored targets"),
-        (["--preset", "maskalign-b16", "--live", "--reader", "zarr", "--cache", "CACHE", "--out", "x"], 2, "this run reads none"),
+        (["--preset", "maskalign-b16", "--live", "--reader", "mmap", "--cache", "CACHE", "--out", "x"], 2, "this run reads none"),
         (["--preset", "mae-b16", "--set", "backbone.depth=1000000000"], 2, "depth must be at most 512"),
         (["--preset", "mae-b16", "--set", "objectives.0.weight=nan"], 2, "weight must be a finite number, not nan"),
         (["--preset", "mae-b16", "--set", "preset=\x1b[2J", "--show"], 2, "preset must be printable"),
@@ -347,11 +347,10 @@ def test_micro_batches_are_no_part_of_a_run(shared_cache, tmp_path):
     assert result.exit_code == 2 and "Give one of 8, 4, 2, 1." in result.output
 
 
-@pytest.mark.parametrize("reader", ["pread", "zarr"])
-def test_readers_give_the_same_run(shared_cache, tmp_path, reader):
+def test_readers_give_the_same_run(shared_cache, tmp_path):
     """Whichever way targets are read, the losses are the same, and a run may be resumed with another reader."""
     assert maskalign(shared_cache, tmp_path / "run", "--reader", "mmap", "--max-steps", "1").exit_code == 0
-    assert maskalign(shared_cache, tmp_path / "run", "--reader", reader, "--check", "always", "--max-steps", "3").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "run", "--reader", "pread", "--check", "always", "--max-steps", "3").exit_code == 0
     assert maskalign(shared_cache, tmp_path / "whole", "--max-steps", "3").exit_code == 0
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
 

@@ -197,7 +197,7 @@ class FetchTargets(Operation):
 
 
 class ReadTargets:
-    """What FetchTargets does, where a compiled copy cannot read one of the stores (compressed, or the zarr reader)."""
+    """What FetchTargets does, where a compiled copy cannot read one of the stores (it is compressed)."""
 
     def __init__(self, parts: list[Part], record_bytes: int):
         self.parts, self.record_bytes = parts, record_bytes
@@ -411,9 +411,7 @@ def _why_not_plain(stores: list[StoreReader], parts: list[Part]) -> str:
     """The first reason for which `is_plain` says no, as half a sentence."""
     part = next(part for part in parts if not stores[part.store].is_plain(part.array))
     store = stores[part.store]
-    if store.reader == "zarr":
-        return "zarr-python was asked for (--reader zarr)"
-    return f"{part.array} of {store.path.name} is compressed with {dict(store.spec.codecs)[part.array]} (--codec none is not)"
+    return f"{part.array} of {store.path.name} is compressed with {dict(store.spec.codecs)[part.array]}"
 
 
 def default_workers() -> int:

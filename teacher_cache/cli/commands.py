@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files.claims import taking_over
 from ..files.space import require_space
 from ..format.crop_plan import CROP_FORMATS, LARGEST_SIZE, LEAST_SIZE
-from ..format.spec import CODECS, DTYPES
+from ..format.spec import DTYPES
 from ..terminal.command import one_line_errors, say
 from ..words import human, quoted
 
@@ -175,8 +175,6 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
 @click.option("--tokens", type=TokenChoice(), help="all; or visible:K, CLS and the K patches of each crop that its attention "
               "draws first, for methods that learn from visible patches alone. [default: all]")  # fmt: skip
-@click.option("--codec", type=click.Choice(list(CODECS)),
-              help="auto compresses tokens where that saves at least 15 %. [default: auto]")  # fmt: skip
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
@@ -189,7 +187,7 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
 @REPAIR
 @TAKE_OVER
 @DRY_RUN
-def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int | None, codec, shard_rows,
+def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int | None, shard_rows,
             shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, take_over: bool,
             dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
@@ -236,7 +234,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         if repair:
             _refuse_beside_repair(cache, dry_run, shards)
             _repair(cache, crop_options["images"], store_name)
-        given = {"layers": layers, "dtype": dtype, "visible": tokens, "codec": codec, "shard_rows": shard_rows,
+        given = {"layers": layers, "dtype": dtype, "visible": tokens, "shard_rows": shard_rows,
                  "batch_size": batch_size}  # fmt: skip
         plan, image_size = plan_targets(cache, store_name, image_size, **given)
         device, precision = pick_device(device, precision, share.local_rank)

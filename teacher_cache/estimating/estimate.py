@@ -269,7 +269,7 @@ def in_words(told: dict) -> str:
         written = f", writes {human(disk['write'])}/s" if disk["write"] else ""
         lines.append(
             f"disk       reads {human(disk['random'])}/s at random ({human(disk['chunk_bytes'])} each, {disk['threads']} at a "
-            f"time), {human(disk['sequential'])}/s in order{written}: {disk['of']}, {disk['how']}"
+            f"time){written}: {disk['of']}, {disk['how']}"
         )
     lines += [f"measured   {line}" for line in told["rates"]["how"]]
     lines += ["", *told["sentences"]]

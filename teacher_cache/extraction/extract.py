@@ -36,7 +36,7 @@ from ..terminal.progress import note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder
-from .fit import TRIAL_ROWS, Sample, fit, n_fit_rows
+from .fit import Sample, fit, n_fit_rows
 from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
 from .record import changes, made_with, software
 
@@ -330,8 +330,7 @@ def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader)
         probe = read_small_array(first, "probe")
     elif view.number == 0:
         _require_finite_head(teacher)
-        statistics, fidelity, codecs = _fit(view, teacher, crops, spec, plan)
-        spec = plan.store_spec(teacher.spec, len(crops), codecs)
+        statistics, fidelity = _fit(view, teacher, crops, spec, plan)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
         raise NotInCacheError(
@@ -356,7 +355,7 @@ def _require_finite_head(teacher) -> None:
 
 
 def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
-    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
+    """Run the teacher over the first rows of view 0: channel statistics, and fidelity per layer.
 
     Rows are in random order (images.py), so the first ones are a fair sample. Only what is sampled leaves the teacher's device.
     """
@@ -370,10 +369,9 @@ def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractP
                 require_few(n_fp32, n_rows, "the quantiser's sample", teacher.spec.name, "Give --precision fp32.")
                 kept = torch.from_numpy(_kept_tokens(output, rows, spec, teacher.spec)).to(output.tokens.device)  # [B, T]
                 drawn = kept.take_along_dim(torch.from_numpy(sample.draw(len(rows))).to(kept.device), 1)
-                n_whole = int((rows < TRIAL_ROWS).sum())
-                sample.add(_taken(output.tokens, drawn), _taken(output.tokens[:n_whole], kept[:n_whole]))
+                sample.add(_taken(output.tokens, drawn))
                 advance(len(rows))
-        return fit(sample, spec, plan)
+        return fit(sample, spec)
 
 
 def _kept_tokens(output, rows: np.ndarray, spec: StoreSpec, teacher: TeacherSpec) -> np.ndarray:

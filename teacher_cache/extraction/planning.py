@@ -13,7 +13,7 @@ from ..cache import Cache
 from ..errors import MismatchError, UsageError
 from ..format.crop_plan import CropPlan
 from ..format.quantize import GROUPS
-from ..format.spec import CODECS, DTYPES, StoreSpec, TeacherSpec, array_names
+from ..format.spec import DTYPES, StoreSpec, TeacherSpec, array_names
 from ..store.manifest import Manifest, is_begun, read_manifest
 from ..words import quoted
 from .cropping import CropJob, plan_job
@@ -73,17 +73,14 @@ class ExtractPlan:
     layers: str = "last5"
     """`last5` (or last1, last12 ...), `last`, or block numbers from 1: `8,10,12`."""
     dtype: str = "int8"
-    codec: str = "auto"
     shard_rows: int = 2048
     batch_size: int = 64
     visible: int = 0
     """K: keep CLS and the first K patches of an attention race (race.py); 0: keep all tokens."""
 
     def __post_init__(self):
-        if self.dtype not in DTYPES or self.codec not in CODECS:
-            raise UsageError(
-                f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}."
-            )
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; given {self.dtype}.")
         if self.shard_rows < 1 or self.batch_size < 1:
             raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
 
@@ -104,8 +101,8 @@ class ExtractPlan:
             )
         return layers
 
-    def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
-        """The store this plan asks for; `codecs` as decided on a trial, by default none."""
+    def store_spec(self, teacher: TeacherSpec, n_rows: int) -> StoreSpec:
+        """The store this plan asks for."""
         layers = self.layers_of(teacher)
         if self.visible and not teacher.has_cls:
             raise UsageError(
@@ -117,10 +114,9 @@ class ExtractPlan:
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
         names = array_names(layers, self.dtype, teacher.has_cls, self.visible)
-        codecs = codecs or dict.fromkeys(names, "none")
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, codecs[name]) for name in names),
+            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, "none") for name in names),
             visible=self.visible,
         )  # fmt: skip
 
@@ -138,7 +134,7 @@ def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) ->
         found = manifests[0]
         layers = ",".join(map(str, found.store.layers))
         batch_size = found.made.batch_size if found.made else base.batch_size
-        base = ExtractPlan(layers, found.store.dtype, "auto", found.store.shard_rows, batch_size, found.store.visible)
+        base = ExtractPlan(layers, found.store.dtype, found.store.shard_rows, batch_size, found.store.visible)
         image_size = image_size or found.teacher.image_size
     plan = dataclasses.replace(base, **given)
     for store, found in zip(begun, manifests, strict=True):
@@ -153,11 +149,9 @@ def is_of_before(cache_dir: Path, name: str) -> bool:
 
 
 def target_differences(found: Manifest, plan: ExtractPlan, teacher: TeacherSpec, n_rows: int) -> list[str]:
-    """In what the store of a plan is not the one of a manifest, a line each; codecs only where the arrays are the same."""
+    """In what the store of a plan is not the one of a manifest, a line each; not in codecs."""
     asked = plan.store_spec(teacher, n_rows)
     mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
-    if asked.array_names == found.store.array_names and plan.codec != "auto":
-        mine["codecs"], theirs["codecs"] = plan.codec, "/".join(sorted({codec for _, codec in found.store.codecs}))
     return differences(theirs, mine)
 
 

@@ -157,7 +157,8 @@ def comparable(a: dict, b: dict) -> tuple[dict, dict]:
 
 
 DTYPES = ("float16", "int8", "int4")
-CODECS = ("auto", "zstd", "lz4", "none")
+CODECS = ("none", "zstd", "lz4")
+"""Of the rows of an array. A store is begun with `none`; the others are of stores that were begun before."""
 ARRAY_NAME = "tokens/{:02d}"
 NOT_BY_TOKEN = ("attention", "index")
 """Row arrays that have no axis of tokens; the others have it last but one."""
@@ -206,7 +207,7 @@ class StoreSpec:
         _require_count("visible", self.visible, MAX_SIDE**2, least=0)
         if self.visible and not self.attention:
             raise UsageError("visible tokens are chosen by attention, which has to be kept too")
-        if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS[1:]):
+        if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS):
             raise UsageError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
         if self.n_shards * len(self.codecs) > MAX_SHARD_FILES:
             raise UsageError(

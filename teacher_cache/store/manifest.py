@@ -185,13 +185,6 @@ def _read_listed(store: Path, files: dict[str, str], name: str, most: int = MAX_
     return data
 
 
-def check_array_json(store: Path, array: str) -> None:
-    """Raise CacheCorruptError if a row array's zarr.json is not what the manifest asks for: zarr would believe it."""
-    manifest = read_manifest(store)
-    expected = _row_array_json(manifest.store, manifest.teacher, array, dict(manifest.store.codecs)[array])
-    _check_array_json(store, array, _read_listed(store, _small_files_of(store), f"{array}/zarr.json"), expected)
-
-
 def is_same_json(found: bytes, expected: bytes) -> bool:
     """Whether two pieces of JSON are the same value, however it is spelled; `found` may be none at all."""
     try:

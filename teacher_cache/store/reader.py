@@ -1,8 +1,7 @@
 """Reading a store: any rows of any array, in any order, checked, and never a fill value.
 
-Three readers give equal bytes. `mmap` maps shard files and copies rows with compiled code; `pread` reads them with compiled code
-and holds no maps, so that a file cut short under it is an error where a map would end the process; `zarr` goes through
-zarr-python, fifty times as slow, and works wherever zarr does (docs/design/0004).
+Two readers give equal bytes. `mmap` maps shard files and copies rows with compiled code; `pread` reads them with compiled code
+and holds no maps, so that a file cut short under it is an error where a map would end the process (docs/design/0004).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ..format.quantize import dequantise
 from ..format.race import require_patches
 from ..format.shards import index_bytes
 from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
-from ..kernels.decompress import decompress, promised_bytes
+from ..kernels.decompress import decompress
 from .commits import is_complete, read_commits
-from .manifest import check_array_json, read_head, read_manifest, read_statistics
+from .manifest import read_head, read_manifest, read_statistics
 from .window import ShardWindow
 
-READERS = ("mmap", "pread", "zarr")
+READERS = ("mmap", "pread")
 CHECKS = {"never": 0, "first": 1, "always": 2}
 """When the CRC-32C of a row is compared: never, the first time this process reads the row, at every read."""
 
@@ -36,9 +35,8 @@ CHECKS = {"never": 0, "first": 1, "always": 2}
 class StoreReader:
     """Read access to one teacher's targets of one view. Opening it reads its records; shards are opened as they are needed.
 
-    reader: one of READERS. check: one of CHECKS (zarr always checks). window: shard files that stay open at most, one an array;
-    None chooses. Any thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records do not
-    check out.
+    reader: one of READERS. check: one of CHECKS. window: shard files that stay open at most, one an array; None chooses. Any
+    thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records do not check out.
     """
 
     def __init__(self, store: Path, reader: str = "mmap", check: str = "first", window: int | None = None):
@@ -51,7 +49,6 @@ class StoreReader:
         """Place of each array in `self.shards`."""
         self.files, self.finished = read_commits(self.path, self.spec)
         self.shards = ShardWindow(self.path, self.manifest, self.files, reader != "mmap", window)
-        self._zarr_arrays: dict = {}
 
     def __len__(self) -> int:
         return self.spec.n_rows
@@ -89,10 +86,8 @@ class StoreReader:
     def announce(self, arrays: list[str], rows: np.ndarray) -> None:
         """Let the kernel begin to read `rows` of `arrays` from the disk, for a `read` that comes soon; does not wait for it.
 
-        Never raises for what is missing or damaged: that is for the `read` to say. The zarr reader ignores it.
+        Never raises for what is missing or damaged: that is for the `read` to say.
         """
-        if self.reader == "zarr":
-            return
         from ..kernels import loops
 
         shards = self.shards
@@ -129,8 +124,6 @@ class StoreReader:
         elif places is not None:
             by_token = places.reshape(len(rows), *[1] * (len(shape) - 3), n_tokens, 1)
             np.copyto(out, np.take_along_axis(self.read(array, rows), by_token, axis=-2))
-        elif self.reader == "zarr":
-            self._read_zarr(array, rows, out)
         else:
             with self.opened([array], rows):
                 self._decode(array, rows, out)
@@ -140,7 +133,7 @@ class StoreReader:
 
     def is_plain(self, array: str) -> bool:
         """Whether compiled code can copy its rows as they lie on disk."""
-        return self.reader != "zarr" and dict(self.spec.codecs)[array] == "none"
+        return dict(self.spec.codecs)[array] == "none"
 
     def require_places(self, places: np.ndarray, n_rows: int) -> np.ndarray:
         """`places` as int32 [n_rows, K], C-contiguous; UsageError unless they are that and each a token of a row."""
@@ -230,29 +223,3 @@ class StoreReader:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decompress")
-
-    def _read_zarr(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Row by row. zarr opens a shard by its name at each read, answers for a missing one in silence, and believes what a
-        chunk says of its own length: so shards and chunks are looked at before, each time."""
-        source, codec = self._zarr_array(array), dict(self.spec.codecs)[array]
-        row_bytes = self.spec.row_bytes(array, self.teacher)
-        with self.opened([array], rows):
-            for row in rows.tolist():
-                if promised_bytes(codec, self._chunk(array, row)) != row_bytes:
-                    raise self._damaged(array, row, "it is not as long as a row")
-        self.close()
-        for i, row in enumerate(rows.tolist()):
-            try:
-                out[i] = source[row]
-            except (ValueError, RuntimeError, OSError) as error:
-                raise self._damaged(array, row, error) from error
-            if np.array_equal(out[i], np.full_like(out[i], source.fill_value), equal_nan=True):  # never written
-                raise self._damaged(array, row, "zarr does not find it")
-
-    def _zarr_array(self, array: str):
-        import zarr
-
-        if array not in self._zarr_arrays:
-            check_array_json(self.path, array)
-            self._zarr_arrays[array] = zarr.open_array(self.path / array, mode="r")
-        return self._zarr_arrays[array]
