@@ -15,7 +15,7 @@ import torch
 from pipelines.demo.data import write_digits
 from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
 from pipelines.presets import recipe
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.extract import extract_view

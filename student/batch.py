@@ -18,6 +18,11 @@ from torch import Tensor
 from .errors import RunError
 
 
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens [B, n, D] that stand at `index` [B, n] of `tokens` [B, N, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Mask:
     """A partition of the N patches of every image, counted row by row from 0."""
@@ -86,8 +91,7 @@ class Targets:
         if self.index is not None:
             first = int(self.has_cls)
             return self.layer(which)[:, first : first + keep.shape[1]]
-        patches = self.patches(which)
-        return patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        return take(self.patches(which), keep)
 
 
 @dataclass(frozen=True)

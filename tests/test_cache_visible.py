@@ -18,7 +18,7 @@ from pipelines.feed.source import CachedSource, stored_shape
 from student.batch import Mask, Needs
 from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, PredictorConfig, ReconstructConfig, ViTConfig
 from student.errors import ConfigError, RunError
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.checking.remake import reteach, teach_views_again
 from teacher_cache.checking.verify import verify

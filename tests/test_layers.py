@@ -67,7 +67,7 @@ def violations(modules, *forbidden: str) -> list[str]:
 def test_the_walk_sees_what_it_should():
     """Imports inside functions, relative ones and those of submodules are all seen; the edges and all rooms are there."""
     assert is_in("teacher_cache.kernels.loops", *IMPORTS["teacher_cache.store.reader"])  # inside a function
-    assert "student.batch" in IMPORTS["student.masking.maskers"]  # relative, two dots
+    assert "student.batch" in IMPORTS["student.masking.masker"]  # relative, two dots
     assert "pipelines.presets.recipe" in IMPORTS["pipelines.presets"]  # from a package's __init__
     assert {"teacher_cache.cli.commands", "student.cli.commands"} <= EDGE
     assert violations(["teacher_cache.cli.commands"], "pipelines")

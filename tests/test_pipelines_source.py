@@ -15,7 +15,7 @@ from fakes import FakeTeacher
 from pipelines.feed.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
 from student.batch import Batch, Needs
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError

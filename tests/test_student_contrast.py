@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from student_fakes import TEACHER, fake_batch
 
 from student import ConfigError, ContrastConfig, MaskConfig, Needs, OptimConfig, Student, TrainConfig, ViTConfig
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.backbones import Encoded
 from student.modules.batch_norm import BatchNorm
 from student.modules.objectives.contrast import Branch, Contrast

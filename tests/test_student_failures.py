@@ -10,7 +10,7 @@ from student_fakes import TEACHER, FakeSource, tiny_config
 import student.run.trainer
 from student import NonFiniteLossError, RunError, Student
 from student.files.checkpoint import latest_checkpoint, load_student
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.drop_path import draw_drops
 from student.run.trainer import Trainer
 from student.seeds import position_seed

@@ -18,7 +18,7 @@ from torch import Tensor
 from student.batch import Batch, Mask, Needs, Targets, TeacherHead, TeacherShape
 from student.devices.distributed import local_processes
 from student.devices.micro_batches import place_of
-from student.masking.maskers import MasksAhead
+from student.masking import MasksAhead
 from student.modules.pixels import PIXEL_MEAN, PIXEL_STD, PIXELS
 from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader, read_checksums

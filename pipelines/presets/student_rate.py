@@ -10,7 +10,7 @@ import torch
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from student.config import TrainConfig
 from student.errors import ConfigError
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from student.run.optim import build_optimizer
 from teacher_cache.errors import UsageError

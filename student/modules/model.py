@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import Batch, Mask, Needs
 from ..config import TrainConfig
 from ..errors import ConfigError
-from ..masking.maskers import MasksAhead, ScoreMasker, build_masker
+from ..masking import MasksAhead, ScoreMasker, build_masker
 from .backbones import build_backbone
 from .drop_path import DropPaths, draw_drops
 from .objectives import build_objective

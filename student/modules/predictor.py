@@ -18,9 +18,8 @@ from timm.layers import DropPath, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..batch import Mask
+from ..batch import Mask, take
 from ..config import PredictorConfig
-from ..masking.maskers import take
 from .initial_weights import init_linear_and_norm, init_narrow
 from .positions import sincos_positions
 

@@ -27,7 +27,7 @@ from ..files.changes import VIEWS, Change, config_at, extended, to_json
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..files.logs import StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
-from ..masking.maskers import draw_noise
+from ..masking import draw_noise
 from ..modules.average import WeightAverage
 from ..modules.model import Student
 from ..seeds import position_seed

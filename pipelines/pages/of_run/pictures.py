@@ -15,7 +15,7 @@ from torch import Tensor
 from student.batch import Batch, Mask, Needs, Targets
 from student.config import AlignConfig, ContrastConfig, CosineConfig, ReconstructConfig
 from student.files.checkpoint import load_student
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.attention import cls_attention
 from student.modules.model import Student
 from student.modules.pixels import PIXEL_MEAN, PIXEL_STD

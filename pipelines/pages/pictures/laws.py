@@ -12,7 +12,7 @@ import torch
 from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import BackboneConfig, MaskConfig
 from student.errors import ConfigError
-from student.masking.maskers import build_masker, draw_noise
+from student.masking import build_masker, draw_noise
 
 from ...presets import PRESETS, recipe
 

@@ -19,9 +19,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ...batch import Mask
+from ...batch import Mask, take
 from ...config import MCMAEConfig
-from ...masking.maskers import take
 from ..initial_weights import init_linear_and_norm
 from ..positions import sincos_positions
 from .encoded import Encoded

@@ -14,9 +14,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...batch import Mask
+from ...batch import Mask, take
 from ...config import ViTConfig
-from ...masking.maskers import take
 from ..initial_weights import init_linear_and_norm, init_narrow
 from ..positions import sincos_positions
 from .encoded import Encoded

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import Batch, Mask, Needs
+from ...batch import Batch, Mask, Needs, take
 from ...config import BackboneConfig, ContrastConfig
 from ...devices.distributed import gathered, world_size
 from ...errors import ConfigError
-from ...masking.maskers import take
 from ..backbones import Encoded
 from ..batch_norm import BatchNorm
 from ..targets import final_norm

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import Batch, Mask, Needs
+from ...batch import Batch, Mask, Needs, take
 from ...config import BackboneConfig, ReconstructConfig
-from ...masking.maskers import take
 from ..backbones import Encoded
 from ..initial_weights import init_linear_and_norm
 from ..predictor import Predictor
