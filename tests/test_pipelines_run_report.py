@@ -18,7 +18,7 @@ from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
 from pipelines.pages.pictures.maps import NOTHING
 from pipelines.presets import recipe
 from student.batch import Mask
-from student.cli.commands import report
+from student.cli.report import report
 from student.config import SwinConfig, ViTConfig
 from student.files.checkpoint import save_checkpoint
 from student.files.logs import StepReport

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from pipelines.feed.loader import JoinedLoader
 from student.batch import Needs
-from student.cli.commands import evaluate, train
+from student.cli.evaluate import evaluate
+from student.cli.train import train
 from student.modules.model import Student
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 
@@ -83,7 +84,7 @@ def test_the_teacher_is_absent(shared_cache, tmp_path):
     arguments = ["--cache", str(shared_cache.path), "--preset", "mr-mae-b16", "--tiny", *FIT, "--teacher", "fake",
                  "--out", str(tmp_path / "run"), "--max-steps", "2"]  # fmt: skip
     code = (
-        "import sys; from student.cli.commands import train; train(sys.argv[1:], standalone_mode=False);"
+        "import sys; from student.cli.train import train; train(sys.argv[1:], standalone_mode=False);"
         "print([m for m in sys.modules if m.startswith(('teacher_cache.teachers', 'open_clip',"
         "'teacher_cache.extraction'))])"
     )
