@@ -17,7 +17,7 @@ from torch import Tensor
 
 from student.batch import Batch, Mask, Needs, Targets, TeacherHead, TeacherShape
 from student.devices.distributed import local_processes
-from student.devices.micro_batches import place_of
+from student.devices.micro_batches import number_in_step
 from student.masking import MasksAhead
 from student.modules.pixels import PIXEL_MEAN, PIXEL_STD, PIXELS
 from teacher_cache.cache import Cache, View
@@ -117,7 +117,7 @@ def _how_to_make(views: list[View], store_name: str) -> str:
 class CropSource:
     """Crops without targets, in the order of the run; the part that cached and live sources share.
 
-    rank, world: of `world` processes that share each step of `batch_size` rows, this one takes its places (place_of).
+    rank, world: of `world` processes that share each step of `batch_size` rows, this one takes its places (number_in_step).
     accumulate: micro-batches of this process in a step.  n_views: that the run is begun with.  Else: student.batch.BatchSource.
     Raises UsageError for a cache with fewer rows than a step takes, NotInCacheError for one without the views or targets asked
     for.
@@ -225,7 +225,7 @@ class CropSource:
                 self._opened[view.number] = self._open(view)
             crops, stores = self._opened[view.number]
             places = rows.reshape(len(rows), self.accumulate * self.world, -1)
-            own = places[:, [place_of(index, self.rank, self.world) for index in range(self.accumulate)]]
+            own = places[:, [number_in_step(index, self.rank, self.world) for index in range(self.accumulate)]]
             micro_rows = own.reshape(-1, own.shape[2])
             if self._loader is None:
                 self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers,
@@ -276,7 +276,7 @@ class _Stored:
 
     def n_kept(self, masks: MasksAhead | None) -> int:
         """The patches whose tokens are read where the masks of the run are drawn before; 0 if those of all are, or none."""
-        if masks is None or self.needs.hidden or not self.layers or self.spec.visible:
+        if masks is None or self.needs.hidden_tokens or not self.layers or self.spec.visible:
             return 0
         is_fewer = masks.masker.n_keep < self.teacher.n_patches == masks.n_patches
         return masks.masker.n_keep if is_fewer else 0
@@ -345,7 +345,7 @@ class CachedSource(CropSource):
         def patches(index: int) -> np.ndarray:
             step, own = divmod(index, self.accumulate)
             attention = stores[0].read("attention", micro_rows[index]) if self.masks.masker.needs.attention else None
-            place = place_of(own, self.rank, self.world)
+            place = number_in_step(own, self.rank, self.world)
             return self.masks.order(first_step + step, self.order.batch_size, place, self.world * self.accumulate, attention)
 
         return patches

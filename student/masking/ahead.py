@@ -23,12 +23,12 @@ class MasksAhead:
     seed: int
     n_patches: int
 
-    def order(self, step: int, batch_size: int, place: int, n_places: int, attention: np.ndarray | None) -> np.ndarray:
+    def order(self, step: int, batch_size: int, number: int, n_micro_batches: int, attention: np.ndarray | None) -> np.ndarray:
         """int64 [B, N]: the patches of the crops of a micro-batch, the visible ones first; see ScoreMasker.mask.
 
-        place: of the micro-batch among the `n_places` of step `step`, which has `batch_size` crops. attention: float32 [B, N], if
-        the masker needs it.
+        number: of the micro-batch among the `n_micro_batches` of step `step`, which has `batch_size` crops. attention: float32
+        [B, N], if the masker needs it.
         """
         # By numpy: torch would start as many threads as there are processors, on which the loader decodes crops.
-        noise = draw_noise(self.seed, step, batch_size, self.n_patches).chunk(n_places)[place].numpy()
+        noise = draw_noise(self.seed, step, batch_size, self.n_patches).chunk(n_micro_batches)[number].numpy()
         return np.argsort(-self.masker.score(attention, noise), axis=1, kind="stable")

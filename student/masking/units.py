@@ -28,7 +28,7 @@ class UnitMasker:
         noise = noise.to(batch.images.device).unflatten(1, self.grid)[:, :: self.side, :: self.side].flatten(1)  # [B, units]
         units = torch.argsort(noise, dim=1, stable=True)
         patches = self._patches_of_units(units.device)
-        return Mask(*(patches[part].flatten(1) for part in (units[:, : self.n_keep], units[:, self.n_keep :])))
+        return Mask(*(patches[chosen].flatten(1) for chosen in (units[:, : self.n_keep], units[:, self.n_keep :])))
 
     def _patches_of_units(self, device: torch.device) -> Tensor:
         """int64 [units, side * side]: the patches of each unit."""

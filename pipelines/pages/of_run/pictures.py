@@ -144,7 +144,7 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
     mask = student.draw_mask(batch, draw_noise(config.seed, 0, len(pixels), student.n_patches))
     yield "crop", "the crop, as teacher and student get it", list(pixels)
     share = mask.drop.shape[1] / student.n_patches
-    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.hidden.numpy(), strict=True)]
+    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.is_hidden.numpy(), strict=True)]
     yield "visible", f"a draw of the run's masks ({config.mask.kind}): {share:.0%} of the patches are hidden", masked
 
     said = _said(student, config, batch, mask)

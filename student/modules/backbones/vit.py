@@ -69,7 +69,7 @@ class ViT(VisionTransformer):
         if self.mask_token is None:
             patches = take(patches + self.pos_embed[:, 1:], mask.keep)  # [B, n_keep, D]
         else:
-            patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.pos_embed[:, 1:]
+            patches = torch.where(mask.is_hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.pos_embed[:, 1:]
 
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([cls, patches], dim=1)  # [B, 1+n, D]

@@ -35,7 +35,7 @@ class Reconstruct(Objective):
         self.head = nn.Linear(config.decoder.dim, 3 * self.patch_size**2)
 
         self.mimic = config.mimic
-        self.needs = Needs(layers=(-1,), hidden=True) if self.mimic else Needs()
+        self.needs = Needs(layers=(-1,), hidden_tokens=True) if self.mimic else Needs()
         self.teacher = config.teacher if self.mimic else None
         if self.mimic:
             self.mimic_head = nn.Linear(config.decoder.dim, require_teacher(config, backbone, teachers).dim)
