@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from fakes import FakeTeacher
 
-from pipelines.feed.source import complete_views
+from pipelines.feed.complete_views import complete_views
 from student.cli.report import report
 from student.cli.train import train
 from teacher_cache import teachers

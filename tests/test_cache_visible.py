@@ -14,7 +14,8 @@ from cache_fakes import crop_folder
 from fakes import FakeTeacher
 from student_fakes import tiny_config
 
-from pipelines.feed.source import CachedSource, stored_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import stored_shape
 from student.batch import Mask, Needs
 from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, PredictorConfig, ReconstructConfig, ViTConfig
 from student.errors import ConfigError, RunError

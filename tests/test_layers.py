@@ -147,7 +147,7 @@ def test_what_is_loaded_at_run_time():
 import sys
 import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.checking.verify
 assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect and verify"
-import pipelines.feed.source, pipelines.presets, student.run.trainer
+import pipelines.feed.cached_source, pipelines.presets, student.run.trainer
 assert {"torch", "timm", "ffcv"} <= set(sys.modules), "this test looks at the wrong modules"
 print([name for name in sys.modules if name.startswith(("teacher_cache.teachers", "open_clip"))])
 """

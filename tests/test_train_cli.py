@@ -236,7 +236,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.feed.source.JoinedLoader", Noted)
+        patch.setattr("pipelines.feed.crop_source.JoinedLoader", Noted)
         assert maskalign(shared_cache, tmp_path / "ahead").exit_code == 0
         patch.setattr(Student, "masks_ahead", lambda student, config: None)
         assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
@@ -247,7 +247,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
 
 def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
     """A store whose targets are infinite stops the run at its step with the rows; the run folder goes on once they are mended."""
-    from pipelines.feed.source import CachedSource
+    from pipelines.feed.cached_source import CachedSource
 
     sound = CachedSource._targets
 
@@ -271,7 +271,7 @@ def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
 
 def test_a_damaged_row_loses_no_step(shared_cache, tmp_path, monkeypatch):
     """A row that cannot be read ends the run with its own message and code, behind a sentence that says which step is saved."""
-    from pipelines.feed.source import CachedSource
+    from pipelines.feed.cached_source import CachedSource
     from teacher_cache.errors import CacheCorruptError
 
     sound, calls = CachedSource._targets, []

@@ -16,7 +16,7 @@ from student.run.optim import build_optimizer
 from teacher_cache.errors import UsageError
 from teacher_cache.format.spec import TeacherSpec
 
-from ..feed.source import block_numbers, teacher_shape
+from ..feed.teacher_values import block_numbers, teacher_shape
 
 LASTS_S = 8.0
 LEAST_STEPS = 2

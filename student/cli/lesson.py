@@ -23,7 +23,9 @@ class Lesson:
 
 def stored_lesson(cache: Cache, teachers: tuple[str, ...]) -> Lesson:
     """Targets from the cache, or none at all."""
-    from pipelines.feed.source import CachedSource, CropSource, stored_shape
+    from pipelines.feed.cached_source import CachedSource
+    from pipelines.feed.crop_source import CropSource
+    from pipelines.feed.teacher_values import stored_shape
 
     names = tuple(_store_of(cache, name) for name in teachers)
     shapes = tuple(stored_shape(cache, name) for name in names)
@@ -34,7 +36,8 @@ def stored_lesson(cache: Cache, teachers: tuple[str, ...]) -> Lesson:
 
 def live_lesson(names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str) -> Lesson:
     """Teachers run on the spot, by their names for `teacher-cache extract --teacher`."""
-    from pipelines.feed.source import LiveSource, teacher_shape
+    from pipelines.feed.live_source import LiveSource
+    from pipelines.feed.teacher_values import teacher_shape
     from teacher_cache.teachers import load_teacher
 
     given = weights or (None,) * len(names)

@@ -206,7 +206,7 @@ class Trainer:
         stopped = world_size() > 1 and any_of(bool(signals))
         values = torch.stack([*losses, norm, *(torch.stack(value).mean() for value in parts.values())]).tolist()
         by_process = gathered(torch.tensor(values, dtype=torch.float64)[None])  # [world, accumulate + 1 + parts]
-        losses = by_process[:, : self.accumulate].T.flatten().tolist()  # in the order of their numbers
+        losses = by_process[:, : self.accumulate].T.flatten().tolist()  # in the order of the step
         norms = by_process[:, self.accumulate].tolist()
         parts = dict(zip(parts, by_process[:, self.accumulate + 1 :].mean(0).tolist(), strict=True))
         self.state.known |= {"losses": losses, "parts": parts, "gradient_norm": norms[0]}
@@ -275,14 +275,12 @@ class Trainer:
         return batch
 
     def _require_finite(self, losses: list[float], rows: list[Tensor], parts: dict[str, float], norms: list[float]) -> None:
-        """losses: of all micro-batches of the step, in order.  norms: of the whole gradient, by process; it can overflow where no loss does."""
+        """losses: of all micro-batches.  norms: of the whole gradient, by process; it can overflow where no loss does."""
         broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         odd = [norm for norm in norms if not math.isfinite(norm)]
         if not broken and not odd:
             return
-        rows = (
-            gathered(torch.stack(rows)).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1).tolist()
-        )  # in the order of their numbers
+        rows = gathered(torch.stack(rows)).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1).tolist()  # in order
         if broken:
             what, bad = f"loss became {losses[broken[0]]}", rows[broken[0]]
         else:

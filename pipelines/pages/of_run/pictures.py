@@ -26,7 +26,8 @@ from teacher_cache.errors import NotInCacheError, TeacherCacheError
 from teacher_cache.store.manifest import store_file_name
 from teacher_cache.store.reader import StoreReader
 
-from ...feed.source import normalise, teacher_head, teacher_shape
+from ...feed.pixels import normalise
+from ...feed.teacher_values import teacher_head, teacher_shape
 from ..pictures.maps import colours_of_tokens, hide, over_crop
 from .facts import RunFacts
 
