@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import teacher_shape
 from student.modules.model import Student
 from teacher_cache.device import pick_device
 from teacher_cache.extraction.extract import extract_view

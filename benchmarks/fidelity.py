@@ -13,9 +13,11 @@ import click
 import torch
 
 from pipelines.demo.data import write_digits
-from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.presets import recipe
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.extract import extract_view

@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.presets import recipe
 from student.batch import Batch
 from student.modules.model import Student

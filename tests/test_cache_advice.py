@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 from fakes import FakeTeacher
 
-from pipelines.feed.source import complete_views
-from student.cli.commands import report, train
+from pipelines.feed.complete_views import complete_views
+from student.cli.report import report
+from student.cli.train import train
 from teacher_cache import teachers
 from teacher_cache.cache import Cache
 from teacher_cache.cli import commands

@@ -15,11 +15,12 @@ from fakes import FakeTeacher
 from store_fakes import compress
 from student_fakes import tiny_config
 
-from pipelines.feed.source import CachedSource, stored_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import stored_shape
 from student.batch import Mask, Needs
 from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, PredictorConfig, ReconstructConfig, ViTConfig
 from student.errors import ConfigError, RunError
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.checking.remake import reteach, teach_views_again
 from teacher_cache.checking.verify import verify

@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 import pytest
 
-from student.cli.commands import evaluate, report, train
+from student.cli.evaluate import evaluate
+from student.cli.report import report
+from student.cli.train import train
 from teacher_cache.cli.commands import main as teacher_cache
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,8 @@ import functools
 import itertools
 import os
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +46,7 @@ def shared_loaders(shared_cache):
 
 def without_padding(loader, records) -> np.ndarray:
     """The parts of each record side by side; what lies between them is whatever was in memory."""
-    return np.concatenate([records[:, part.offset : part.offset + part.n_bytes] for part in loader.parts], 1)
+    return np.concatenate([records[:, part.offset : part.offset + part.n_bytes] for part in loader.fields], 1)
 
 
 def copies(loader, rows) -> list:
@@ -78,7 +80,7 @@ def test_only_the_wanted_tokens(shared_cache, store, options):
     for index, raw in enumerate(loader.batches(order, patches.__getitem__)):
         assert np.array_equal(raw.patches, patches[index])
         wanted = np.concatenate([np.zeros((4, 1), int), patches[index][:, :kept] + 1], 1)
-        for part in loader.parts:
+        for part in loader.fields:
             whole = plain.read(part.array, raw.rows)
             if part.array != "attention":
                 whole = np.stack([row.take(places, -2) for row, places in zip(whole, wanted, strict=True)])
@@ -270,6 +272,13 @@ def test_torch_keeps_its_threads(shared_cache):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_importing_the_loader_leaves_torch_its_threads():
+    """FFCV sets torch to one thread when it is imported; a student on a CPU trains with all of them all the same."""
+    code = "import torch; torch.set_num_threads(3); import pipelines.feed.loader; print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "3\n", done.stderr
 
 
 def test_two_loaders_at_once(shared_cache, loader):

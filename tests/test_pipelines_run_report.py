@@ -12,13 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipelines.feed.source import normalise, stored_shape
+from pipelines.feed.pixels import normalise
+from pipelines.feed.teacher_values import stored_shape
 from pipelines.pages.of_run import curves, pictures
 from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
 from pipelines.pages.pictures.maps import NOTHING
 from pipelines.presets import recipe
 from student.batch import Mask
-from student.cli.commands import report
+from student.cli.report import report
 from student.config import SwinConfig, ViTConfig
 from student.files.checkpoint import save_checkpoint
 from student.files.logs import StepReport

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 from PIL import Image
 
-from pipelines.feed.source import teacher_shape
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.pages.pictures.crops import box_of, finished_ranges, look, open_store
 from pipelines.pages.pictures.laws import METHODS, hidden_patches, laws_for, one_a_kind
 from pipelines.pages.pictures.maps import NOTHING, colours_of_tokens, hide, similarities

@@ -10,7 +10,8 @@ from fakes import write_images
 from timm.models.vision_transformer import VisionTransformer
 
 from pipelines.feed.labelled import MOST_BYTES, LabelledImages
-from student.cli.commands import evaluate, train
+from student.cli.evaluate import evaluate
+from student.cli.train import train
 from student.errors import ConfigError
 from teacher_cache import teachers
 from teacher_cache.cache import Cache

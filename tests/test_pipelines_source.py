@@ -12,10 +12,14 @@ import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
 
-from pipelines.feed.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.crop_source import CropSource
+from pipelines.feed.dequantise import dequantise
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
 from student.batch import Batch, Needs
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError

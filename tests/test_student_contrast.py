@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from student_fakes import TEACHER, fake_batch
 
 from student import ConfigError, ContrastConfig, MaskConfig, Needs, OptimConfig, Student, TrainConfig, ViTConfig
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.backbones import Encoded
 from student.modules.batch_norm import BatchNorm
 from student.modules.objectives.contrast import Branch, Contrast
@@ -139,7 +139,7 @@ def test_what_it_refuses():
         Contrast(CONFIG, replace(BACKBONE, hidden="dropped"), (TEACHER,))
     with pytest.raises(ConfigError, match="multiple of batch_size=3"):
         train_config(batch_size=3)
-    assert Contrast(CONFIG, BACKBONE, (TEACHER,)).needs == Needs((-1,), hidden=True)
+    assert Contrast(CONFIG, BACKBONE, (TEACHER,)).needs == Needs((-1,), hidden_tokens=True)
 
 
 def run(student: Student, optimizer, first_row: int, n_rows: int, step: int, slices: list[slice]) -> float:

@@ -17,7 +17,7 @@ from teacher_cache.crops.images import read_image, scan
 from teacher_cache.errors import BadInputError, MismatchError
 from teacher_cache.format.crop_plan import CropPlan
 
-from .source import normalise
+from .pixels import normalise
 
 MOST_BYTES = 128 << 20
 """Of the pixels of a batch, as uint8: 256 images up to 418 px. A student takes four times as much of them, as float32."""

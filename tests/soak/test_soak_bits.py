@@ -13,7 +13,7 @@ from forks import Command, run_forked, start_forked
 from safetensors import safe_open
 from store_fakes import compress
 
-from pipelines.feed.source import CachedSource
+from pipelines.feed.cached_source import CachedSource
 from student.batch import Needs
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify_folder

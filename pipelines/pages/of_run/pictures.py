@@ -15,7 +15,7 @@ from torch import Tensor
 from student.batch import Batch, Mask, Needs, Targets
 from student.config import AlignConfig, ContrastConfig, CosineConfig, ReconstructConfig
 from student.files.checkpoint import load_student
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.attention import cls_attention
 from student.modules.model import Student
 from student.modules.pixels import PIXEL_MEAN, PIXEL_STD
@@ -26,7 +26,8 @@ from teacher_cache.errors import NotInCacheError, TeacherCacheError
 from teacher_cache.store.manifest import store_file_name
 from teacher_cache.store.reader import StoreReader
 
-from ...feed.source import normalise, teacher_head, teacher_shape
+from ...feed.pixels import normalise
+from ...feed.teacher_values import teacher_head, teacher_shape
 from ..pictures.maps import colours_of_tokens, hide, over_crop
 from .facts import RunFacts
 
@@ -144,7 +145,7 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
     mask = student.draw_mask(batch, draw_noise(config.seed, 0, len(pixels), student.n_patches))
     yield "crop", "the crop, as teacher and student get it", list(pixels)
     share = mask.drop.shape[1] / student.n_patches
-    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.hidden.numpy(), strict=True)]
+    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.is_hidden.numpy(), strict=True)]
     yield "visible", f"a draw of the run's masks ({config.mask.kind}): {share:.0%} of the patches are hidden", masked
 
     said = _said(student, config, batch, mask)

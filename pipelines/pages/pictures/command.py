@@ -11,7 +11,7 @@ from teacher_cache.cache import Cache
 from teacher_cache.errors import UsageError
 from teacher_cache.format.spec import TeacherSpec
 
-from ...feed.source import teacher_shape
+from ...feed.teacher_values import teacher_shape
 from ..page import require_writable
 from .crops import LookedAt, look, open_store
 from .laws import hidden_patches, laws_for, one_a_kind

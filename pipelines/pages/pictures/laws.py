@@ -12,7 +12,7 @@ import torch
 from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import BackboneConfig, MaskConfig
 from student.errors import ConfigError
-from student.masking.maskers import build_masker, draw_noise
+from student.masking import build_masker, draw_noise
 
 from ...presets import PRESETS, recipe
 
@@ -98,4 +98,4 @@ def hidden_patches(law: Law, teacher: TeacherShape, attention: np.ndarray | None
         nothing = torch.zeros(0)
         targets = (Targets(nothing, (), teacher.has_cls, torch.from_numpy(attention), TeacherHead(nothing, nothing, None)),)
     batch = Batch(images=torch.zeros(n_rows), rows=torch.arange(n_rows), labels=None, targets=targets)
-    return build_masker(law.mask, law.backbone, (teacher,))(batch, noise).hidden.numpy()
+    return build_masker(law.mask, law.backbone, (teacher,))(batch, noise).is_hidden.numpy()

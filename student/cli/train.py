@@ -1,49 +1,22 @@
-"""student-train, student-eval and student-report. The edge: parses, joins the rooms, prints."""
+"""student-train: from options to a trainer, and what it says of itself."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from teacher_cache.cache import Cache
-from teacher_cache.errors import UnknownNameError, UsageError
+from teacher_cache.errors import UsageError
 from teacher_cache.files.claims import taking_over
-from teacher_cache.store.manifest import store_file_name
 from teacher_cache.store.reader import CHECKS, READERS
 from teacher_cache.terminal.command import one_line_errors, say
-from teacher_cache.words import human, quoted
 
-from ..errors import ConfigError, RunMismatchError, StudentError
-
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-PATH = click.Path(path_type=Path)
-IMAGENET = 1_281_167
-"""Training images of ImageNet-1K."""
-COMMAND_AT_FAULT = (ConfigError, RunMismatchError)
-
-
-def _list_presets(as_json: bool) -> None:
-    from pipelines.presets import PRESETS
-
-    about = {name: inspect.getdoc(function).splitlines()[0] for name, function in PRESETS.items()}
-    if as_json:
-        click.echo(json.dumps(about, indent=1))
-        return
-    for name, line in about.items():
-        click.echo(f"{name:<16} {line}")
-
-
-def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
-    split = [pair.partition("=") for pair in pairs]
-    for key, sign, _ in split:
-        if not sign or not key:
-            raise UsageError(f"{option} {key}: give key=value, for example --set batch_size=32 or --change optim.base_lr=1e-4.")
-    return {key: value for key, _, value in split}
+from ..errors import StudentError
+from .lesson import Lesson, any_store, live_lesson, stored_lesson
+from .options import COMMAND_AT_FAULT, PATH, SETTINGS, pairs_of
+from .show import print_preset, print_presets, print_rates
 
 
 @click.command(context_settings=SETTINGS)
@@ -103,7 +76,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
     run = _Run()
     with one_line_errors(run.on_interrupt, COMMAND_AT_FAULT, (StudentError,)), taking_over(take_over):
         if list_presets:
-            _list_presets(as_json)
+            print_presets(as_json)
             return
         if not preset:
             raise UsageError("--preset is missing; student-train --list shows the presets.")
@@ -119,12 +92,11 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
         from ..devices.distributed import processes, world_size
         from ..devices.micro_batches import micro_batches
         from ..files.begun import as_begun
-        from ..files.run_directory import recorded_identity
 
-        chosen, changes = recipe(preset), _pairs("--set", overrides)
+        chosen, changes = recipe(preset), pairs_of("--set", overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
         if show:
-            _show_rates(preset, config, cache, as_json) if rates else _show(preset, config, as_json)
+            print_rates(preset, config, cache, as_json) if rates else print_preset(preset, config, as_json)
             return
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
@@ -135,8 +107,10 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             device, precision = pick_device(device, config.precision)
             opened, names = Cache(cache), teachers or chosen.teachers
             if tiny and not live and not teachers:
-                names = _only_store(opened, names)
-            lesson = _live(names, weights, device, precision) if live else _stored(opened, names)
+                names = any_store(opened, chosen.teachers)
+                if names != chosen.teachers:
+                    _tell(f"teacher  {names[0]}, the only one in {opened.path}; the preset's is {chosen.teachers[0]}")
+            lesson = live_lesson(names, weights, device, precision) if live else stored_lesson(opened, names)
             if tiny:
                 chosen = chosen.tiny(lesson.shapes, opened.plan.size)
             mismatches = [] if tiny else chosen.mismatches(opened.plan, [shape.name for shape in lesson.shapes])
@@ -144,13 +118,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
                 raise UsageError(_mismatch_text(opened, chosen, mismatches))
             config = with_overrides(dataclasses.replace(chosen.config, teachers=lesson.names), changes)
             config, kept = as_begun(out, config, changes, chosen.former)
-            requests = _pairs("--change", requests)
-            if "views" in requests:
-                raise UsageError("--change views: give --views N.")
-            begun = recorded_identity(out)
-            if begun is not None and begun.get("crops_id") == opened.crops_id:  # a run keeps its views, whatever has been added
-                requests |= {"views": str(views)} if views else {}
-                views = len(begun["views"]) if isinstance(begun.get("views"), list) and begun["views"] else views
+            requests, views = _changes_and_views(out, opened, pairs_of("--change", requests), views)
             data = {"batch_size": config.batch_size, "accumulate": micro_batches(config, world_size(), micro_batch),
                     "seed": config.seed, "n_views": views, "workers": workers, "device": device}  # fmt: skip
             reading = {"reader": reader or "mmap", "check": check or "first"}
@@ -165,6 +133,23 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
                 raise
             done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
             _tell(f"{out}: {done}.")
+
+
+def _changes_and_views(out: Path, cache: Cache, requests: dict[str, str], views: int | None) -> tuple[dict[str, str], int | None]:
+    """What is to be changed in the run in `out`, and the number of views that it was, or is, begun with; None: all there are.
+
+    requests: of --change.  views: of --views, which in a run under way is a change, too.
+    """
+    from ..files.run_directory import recorded_identity
+
+    if "views" in requests:
+        raise UsageError("--change views: give --views N.")
+    begun = recorded_identity(out)
+    if begun is None or begun.get("crops_id") != cache.crops_id:
+        return requests, views
+    requests |= {"views": str(views)} if views else {}
+    recorded = begun.get("views")
+    return requests, len(recorded) if isinstance(recorded, list) and recorded else views  # whatever has been added since
 
 
 def _require_fitting_options(chosen, teachers, live, weights, reader, check) -> None:
@@ -195,38 +180,6 @@ class _Run:
         return f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
 
 
-def _show(preset: str, config, as_json: bool) -> None:
-    """What --show prints: a preset's docstring, and its settings as --set takes them."""
-    from pipelines.presets import PRESETS
-
-    from ..config import as_overrides
-
-    if as_json:
-        about = inspect.getdoc(PRESETS[preset])
-        click.echo(json.dumps({"preset": preset, "about": about, "config": config.to_json()}, indent=1))
-        return
-    click.echo(inspect.getdoc(PRESETS[preset]))
-    click.echo("\nSettings (change one with --set KEY=VALUE):")
-    for key, value in as_overrides(config).items():
-        click.echo(f"  {key}={value}")
-
-
-def _show_rates(preset: str, config, cache: Path | None, as_json: bool) -> None:
-    """What --show --rates prints: step as in metrics.jsonl, epochs done by then, learning rate; a line each."""
-    from ..run.optim import learning_rates
-
-    n_images = Cache(cache).n_images if cache else IMAGENET
-    steps_per_epoch = n_images // config.batch_size
-    if not steps_per_epoch:
-        raise UsageError(f"batch_size={config.batch_size} is more than the {n_images:,} images: --set batch_size={n_images}.")
-    rates = learning_rates(config, steps_per_epoch)
-    if as_json:
-        click.echo(json.dumps({"preset": preset, "n_images": n_images, "steps_per_epoch": steps_per_epoch, "rates": rates}))
-        return
-    lines = (f"{step} {step / steps_per_epoch:.6f} {rate!r}" for step, rate in enumerate(rates, 1))
-    click.echo("\n".join(["step epoch rate", *lines]))
-
-
 def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     """Why a cache is not what a preset was made for, and what to do."""
     from teacher_cache.teachers import weights_option
@@ -242,39 +195,7 @@ def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lesson:
-    """Who teaches a run: what the student must know of them, and how its batches are made."""
-
-    names: tuple[str, ...]
-    shapes: tuple
-    source: Callable
-    """(cache, needs, reading options with the run's masks, other options) -> student.batch.BatchSource"""
-
-
-def _stored(cache: Cache, teachers: tuple[str, ...]) -> _Lesson:
-    """Targets from the cache, or none at all."""
-    from pipelines.feed.source import CachedSource, CropSource, stored_shape
-
-    names = tuple(_store(cache, name) for name in teachers)
-    shapes = tuple(stored_shape(cache, name) for name in names)
-    if not names:
-        return _Lesson((), (), lambda cache, needs, reading, data: CropSource(cache, **data))
-    return _Lesson(names, shapes, lambda cache, needs, reading, data: CachedSource(cache, names, needs, **reading, **data))
-
-
-def _live(names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str) -> _Lesson:
-    """Teachers run on the spot, by their names for `teacher-cache extract --teacher`."""
-    from pipelines.feed.source import LiveSource, teacher_shape
-    from teacher_cache.teachers import load_teacher
-
-    given = weights or (None,) * len(names)
-    loaded = [load_teacher(name, path, None, device, precision) for name, path in zip(names, given, strict=True)]
-    shapes = tuple(teacher_shape(teacher.spec) for teacher in loaded)
-    return _Lesson(tuple(names), shapes, lambda cache, needs, reading, data: LiveSource(cache, loaded, needs, **data))
-
-
-def _trainer(config, cache, lesson, out, data, reading, mismatches, options):
+def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mismatches: list[str], options):
     """The trainer of a run: teachers, student and source, joined; says what was found."""
     from teacher_cache.kernels import sigbus
 
@@ -318,129 +239,3 @@ def _tell(*lines: str) -> None:
 
     if rank() == 0:
         say(*lines)
-
-
-def _only_store(cache: Cache, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The one store that a cache has, in the place of the one teacher of a preset that it has not: a miniature takes any."""
-    there = cache.finished_view(0).store_names()
-    if len(there) != 1 or len(names) != 1 or store_file_name(names[0]) in there:
-        return names
-    _tell(f"teacher  {there[0]}, the only one in {cache.path}; the preset's is {names[0]}")
-    return tuple(there)
-
-
-def _store(cache: Cache, name: str) -> str:
-    """The file name of the store called `name`, or UnknownNameError listing what is there."""
-    names, store = cache.finished_view(0).store_names(), store_file_name(name)
-    if store not in names:
-        there = f"it has {', '.join(names)}" if names else "it has no targets at all"
-        other = f" To learn from another: --teacher {names[0]}." if names else ""
-        from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
-
-        is_teacher = name in TEACHERS or name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
-        make = f"teacher-cache extract --teacher {name}{weights_option(name)} {quoted(cache.path)}"
-        command = f" Make them: {make}" if is_teacher else ""
-        raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{other}{command}")
-    return store
-
-
-@click.group(context_settings=SETTINGS)
-def evaluate():
-    """Measure what a trained student has learned.
-
-    \b
-    Example:
-      student-eval knn runs/a --train imagenet/train --val imagenet/val
-
-    Exit codes: 0 done, 1 the data or the run is at fault, 2 the command is, 130 interrupted.
-    """
-
-
-@evaluate.command()
-@click.argument("run", type=PATH)
-@click.option("--train", "train_path", type=PATH, required=True, help="Images that vote: a folder of class folders, or a cache.")
-@click.option("--val", "val_path", type=PATH, required=True, help="Images that are classified: the same.")
-@click.option("--averaged", is_flag=True, help="Take the moving average of the weights (optim.ema), not the last ones.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def knn(run: Path, train_path: Path, val_path: Path, averaged: bool, device: str, as_json: bool):
-    """k-nearest-neighbour accuracy of frozen features, by DINO's protocol (weighted votes, temperature .07).
-
-    Folders are cut in the middle (short side resized to 8/7 of the student's size); of a cache, view 0 is read as it is. The
-    classes of --val may be some of those of --train, by name (ImageNet-A, ImageNet-R): then only images of these vote.
-
-    \b
-    Example:
-      student-eval knn runs/a --train imagenet/train --val imagenet/val
-    """
-    with one_line_errors("", COMMAND_AT_FAULT, (StudentError,)):
-        from pipelines.feed.labelled import LabelledImages
-        from teacher_cache.device import pick_device
-
-        from ..evals import KNNEvaluator
-        from ..files.checkpoint import latest_checkpoint, load_backbone
-
-        device, _ = pick_device(device, "auto")
-        checkpoint = latest_checkpoint(run)
-        if checkpoint is None:
-            raise UsageError(f"{run} holds no checkpoint. Give the --out folder of a student-train run.")
-        backbone, config = load_backbone(checkpoint, averaged)
-        size = config.backbone.image_size
-        voters, asked = LabelledImages(train_path, size), LabelledImages(val_path, size)
-        n_classes = len(voters.classes)
-        voters.only(asked.classes)
-        results = dict(KNNEvaluator(voters, asked, device=device).run(backbone.to(device)))
-        if as_json:
-            click.echo(
-                json.dumps(
-                    {
-                        "checkpoint": str(checkpoint),
-                        "n_train": len(voters),
-                        "n_val": len(asked),
-                        "n_classes": len(asked.classes),
-                        "accuracy": results,
-                    }
-                )
-            )
-            return
-        of = f" of the {len(asked.classes):,} of {n_classes:,} classes they have" if len(asked.classes) < n_classes else ""
-        click.echo(f"{checkpoint}: {len(asked):,} images by {len(voters):,} neighbours{of}")
-        for name, accuracy in results.items():
-            _, readout, n = name.split("/")
-            click.echo(f"  {readout:<5} k={n:<4} {accuracy:.2%}")
-
-
-@click.command(context_settings=SETTINGS)
-@click.argument("run", type=PATH)
-@click.option("-o", "--out", type=PATH, help="The page: one HTML file. Needed unless --json is given.")
-@click.option("--cache", type=PATH, help="Where the run's cache lies now. [default: where it was when the run began]")
-@click.option("--crops", "n_crops", type=click.IntRange(1, 24), default=6, show_default=True, help="How many crops are shown.")
-@click.option("--json", "as_json", is_flag=True, help="What the page says in numbers, machine-readable, on stdout.")
-def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_json: bool):
-    """Make a page about a run: its curves, what its student predicts and attends to, its settings.
-
-    One HTML file that loads nothing from anywhere. The pictures need the cache of the run; if that is gone, the page has
-    everything else and says so. A run that goes on can be looked at while it does.
-
-    \b
-    Example:
-      student-report runs/a -o a.html
-      student-report runs/a -o a.html --cache /new/place/of/CACHE
-    """
-    with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
-        if out is None and not as_json:
-            raise UsageError(f"-o is missing: student-report {quoted(run)} -o run.html (or --json).")
-        from pipelines.pages.of_run.facts import read_run
-
-        facts = read_run(run)
-        if as_json:
-            click.echo(json.dumps(facts.to_json(), indent=1))
-        if out is not None:
-            from pipelines.pages.of_run.page import run_page
-            from pipelines.pages.page import require_page, write_page
-
-            data_from = facts.description.get("data_from")
-            require_page(out, outside_of=cache or (Path(data_from) if isinstance(data_from, str) else None))
-            html, missing = run_page(facts, cache, n_crops)
-            n_bytes = write_page(out, html)
-            say(*(f"note     {line}" for line in missing), f"{out}: {human(n_bytes)}")

@@ -1,6 +1,6 @@
-"""Config parts check themselves: field types when built, and the way to JSON, back, and from a command line.
+"""Sections of a configuration validate themselves when built; and the way to JSON, back, and from a command line.
 
-Two parts that stand for one another (a ViT or a Swin, one loss or another) carry a `kind`, and JSON names it.
+Two sections that stand for one another (a ViT or a Swin, one loss or another) carry a `kind`, and JSON names it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LARGEST = {
 """Far above anything that is trained: a slip of the keyboard or a stranger's file must not ask for all the memory there is."""
 
 
-class Checked:
-    """A config part: the types of its fields are checked when it is built, then `check` says the rest."""
+class Section:
+    """A section of a configuration: the types of its fields are validated when it is built, then `validate` says the rest."""
 
     def __post_init__(self):
         for name, hint in _field_hints(type(self)).items():
@@ -37,9 +37,9 @@ class Checked:
                     item <= LARGEST[name],
                     f"{type(self).__name__}.{name} must be at most {LARGEST[name]:g}, not {reprlib.repr(value)}.",
                 )
-        self.check()
+        self.validate()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raise ConfigError where values of the right type make no sense."""
 
 
@@ -48,10 +48,10 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_positive(part: Checked, where: str, *names: str) -> None:
+def require_positive(section: Section, where: str, *names: str) -> None:
     """Each of these fields, a number or numbers, must be above 0."""
     for name in names:
-        value = getattr(part, name)
+        value = getattr(section, name)
         values = value if isinstance(value, tuple) else (value,)
         require(bool(values) and all(item > 0 for item in values), f"{where}.{name} must be positive, not {value}.")
 
@@ -60,7 +60,7 @@ def require_positive(part: Checked, where: str, *names: str) -> None:
 
 
 def to_json(value):
-    """The JSON value of a part; one that has a `kind` names it."""
+    """The JSON value of a section; one that has a `kind` names it."""
     if dataclasses.is_dataclass(value):
         kind = {"kind": value.kind} if "kind" not in _field_names(type(value)) and hasattr(value, "kind") else {}
         return kind | {name: to_json(getattr(value, name)) for name in _field_names(type(value))}
@@ -68,7 +68,7 @@ def to_json(value):
 
 
 def from_json(value, hint, where: str):
-    """Rebuild what `hint` describes; the types of plain values are checked by the part they end up in."""
+    """Rebuild what `hint` describes; the types of plain values are validated by the section they end up in."""
     if kinds := _kinds(hint):
         kind = value.get("kind") if isinstance(value, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
@@ -92,7 +92,7 @@ def from_json(value, hint, where: str):
 def completed(value, hint):
     """`value`, JSON from a record that may be older than some fields of `hint`, with ADDED_LATER for those it lacks.
 
-    Nothing is checked, and what is no part of `hint` stays as it is.
+    Nothing is validated, and what is no part of `hint` stays as it is.
     """
     if kinds := _kinds(hint):
         kind = value.get("kind") if isinstance(value, dict) else None
@@ -112,7 +112,7 @@ def _added_later(cls) -> dict[str, object]:
 
 
 def _field_names(cls) -> list[str]:
-    return [part.name for part in dataclasses.fields(cls)]
+    return [member.name for member in dataclasses.fields(cls)]
 
 
 def _field_hints(cls) -> dict[str, object]:
@@ -120,7 +120,7 @@ def _field_hints(cls) -> dict[str, object]:
 
 
 def _kinds(hint) -> dict[str, type]:
-    """kind -> class for a union of parts that stand for one another; empty for any other type."""
+    """kind -> class for a union of sections that stand for one another; empty for any other type."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
     return {cls.kind: cls for cls in members} if members and all(map(dataclasses.is_dataclass, members)) else {}
 
@@ -180,11 +180,11 @@ def parse(text: str, hint, name: str):
         raise ConfigError(f"{name}={text[:80]} must be {_words(hint)}.") from error
 
 
-def leaf_hints(part, prefix: str = "") -> dict[str, object]:
-    """Dotted name -> type of every field that holds a plain value; parts in a tuple are numbered."""
+def leaf_hints(section, prefix: str = "") -> dict[str, object]:
+    """Dotted name -> type of every field that holds a plain value; sections in a tuple are numbered."""
     hints = {}
-    for name, hint in _field_hints(type(part)).items():
-        value = getattr(part, name)
+    for name, hint in _field_hints(type(section)).items():
+        value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             hints |= leaf_hints(value, f"{prefix}{name}.")
         elif isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
@@ -195,14 +195,14 @@ def leaf_hints(part, prefix: str = "") -> dict[str, object]:
     return hints
 
 
-def later_values(part) -> dict[str, object]:
-    """Dotted name -> ADDED_LATER's value for every such field in `part`; parts in a tuple are numbered."""
+def later_values(section) -> dict[str, object]:
+    """Dotted name -> ADDED_LATER's value for every such field in `section`; sections in a tuple are numbered."""
     values = {}
-    for name in leaf_hints(part):
-        *places, leaf = name.split(".")
-        owner = part
-        for place in places:
-            owner = owner[int(place)] if isinstance(owner, tuple) else getattr(owner, place)
+    for name in leaf_hints(section):
+        *parents, leaf = name.split(".")
+        owner = section
+        for parent in parents:
+            owner = owner[int(parent)] if isinstance(owner, tuple) else getattr(owner, parent)
         added = _added_later(type(owner))
         values |= {name: added[leaf]} if leaf in added else {}
     return values
