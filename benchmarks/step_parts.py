@@ -16,7 +16,9 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, normalise, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.pixels import normalise
+from pipelines.feed.teacher_values import teacher_shape
 from student.modules.model import Student
 from teacher_cache.device import pick_device
 

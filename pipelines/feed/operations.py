@@ -153,7 +153,7 @@ class FetchTargets(Operation):
 
 
 class ReadTargets:
-    """What FetchTargets does, where a compiled copy cannot read one of the stores (compressed, or the zarr reader)."""
+    """What FetchTargets does, where a compiled copy cannot read one of the stores (it is compressed)."""
 
     def __init__(self, fields: list[Field], record_bytes: int):
         self.fields, self.record_bytes = fields, record_bytes
