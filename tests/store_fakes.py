@@ -8,8 +8,9 @@ import numpy as np
 
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store.commits import fold
+from teacher_cache.store.folding import fold
 from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 
 TEACHER = TeacherSpec(
@@ -49,7 +50,7 @@ def begin(path: Path, spec: StoreSpec, view=0) -> None:
 def fill(path: Path, spec: StoreSpec, arrays: dict[str, np.ndarray], shards=None, batch=2) -> None:
     for shard in range(spec.n_shards) if shards is None else shards:
         rows = spec.rows_of(shard)
-        with ShardWriter(path, spec, TEACHER, shard) as out:
+        with ShardWriter(Store.open(path), shard) as out:
             for start in range(rows.start, rows.stop, batch):
                 out.append({name: values[start : min(start + batch, rows.stop)] for name, values in arrays.items()})
 
@@ -59,7 +60,7 @@ def make_store(path: Path, spec: StoreSpec, seed=0, view=0) -> dict[str, np.ndar
     arrays = values_of(spec, seed)
     begin(path, spec, view)
     fill(path, spec, arrays)
-    fold(path, spec)
+    fold(Store.open(path))
     return arrays
 
 

@@ -23,10 +23,11 @@ from teacher_cache.checking.verify import verify
 from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.files.durable import npy_bytes, read_sealed, seal, sha256_file, write_whole
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.store.commits import fold, read_fp32_rows
-from teacher_cache.store.manifest import create_store, read_small_array
+from teacher_cache.store.folding import fold
+from teacher_cache.store.manifest import create_store
 from teacher_cache.store.reader import READERS, StoreReader
 from teacher_cache.store.spare import write_spare
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_v1"
@@ -244,14 +245,14 @@ def test_verify_finds_the_golden_cache_sound():
 def write_again(path: Path, store: Path) -> None:
     """Write a store from the manifest, the small arrays and the stored rows of another."""
     reader = StoreReader(path, reader="zarr")
-    create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(path, "probe"))
-    in_fp32 = read_fp32_rows(path, reader.spec)
+    create_store(store, reader.manifest, reader.statistics, reader.head, Store.open(path).small_array("probe"))
+    in_fp32 = Store.open(path).read_fp32_rows()
     for shard in range(reader.spec.n_shards):
         rows = reader.spec.rows_of(shard)
-        with ShardWriter(store, reader.spec, reader.teacher, shard) as out:
+        with ShardWriter(Store.open(store), shard) as out:
             own = in_fp32[np.isin(in_fp32, rows)]
             out.append({array: reader.read(array, rows) for array in reader.spec.array_names}, own)
-    fold(store, reader.spec)
+    fold(Store.open(store))
 
 
 def test_the_writers_give_the_same_bytes_again(tmp_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import race
 from test_cache_golden import GOLDEN as GOLDEN_V1
 from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row, write_again
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
-from teacher_cache.format.race import race
 from teacher_cache.store.reader import READERS, StoreReader
 
 GOLDEN = GOLDEN_V1.with_name("cache_v2")

@@ -25,7 +25,7 @@ from teacher_cache.crops.beton import CropReader, read_checksums
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError
 from teacher_cache.files.durable import canonical_json
 from teacher_cache.format.spec import ARRAY_NAME, TeacherSpec
-from teacher_cache.store.manifest import extract_command, read_manifest, shared_sha256
+from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.words import quoted
 
@@ -42,8 +42,8 @@ def teacher_shape(spec: TeacherSpec, n_visible: int | None = None) -> TeacherSha
 
 def stored_shape(cache: Cache, store_name: str) -> TeacherShape:
     """`teacher_shape` of the teacher behind a store of view 0."""
-    manifest = read_manifest(cache.finished_view(0).store_path(store_name))
-    return teacher_shape(manifest.teacher, manifest.store.visible or None)
+    store = cache.finished_view(0).store(store_name)
+    return teacher_shape(store.teacher, store.spec.visible or None)
 
 
 def teacher_head(arrays: dict[str, np.ndarray], device: torch.device) -> TeacherHead:
@@ -96,7 +96,7 @@ def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None
                 f"there. Finish it: {extract_command(cache.path, store_name, reader.manifest)}"
             )
         view.require_own(reader.manifest)
-        if shared_sha256(reader.path) != shared_sha256(views[0].store_path(store_name)):
+        if reader.store.shared_sha256 != views[0].store(store_name).shared_sha256:
             raise CacheCorruptError(
                 f"View {view.number} of {cache.path} has targets of {store_name} that were quantised otherwise than view "
                 f"{views[0].number}'s. Delete {reader.path} and extract it again."
@@ -108,7 +108,7 @@ def _how_to_make(views: list[View], store_name: str) -> str:
     """What to do about a view that lacks a store, as a sentence."""
     having = [view for view in views if store_name in view.store_names()]
     if having:
-        command = extract_command(views[0].cache.path, store_name, read_manifest(having[0].store_path(store_name)))
+        command = extract_command(views[0].cache.path, store_name, having[0].store(store_name).manifest)
         return f"Make them: {command}; or train on fewer views: --views {len(having)}."
     command = f"teacher-cache extract --teacher NAME --weights PATH --name {quoted(store_name)} {quoted(views[0].cache.path)}"
     return f"Make them: {command}; or choose one with --teacher."
@@ -262,7 +262,7 @@ class _Stored:
             "store": name,
             "weights_sha256": self.teacher.weights_sha256,
             "probe_sha256": store.manifest.probe_sha256,
-            "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(store.path))).hexdigest(),  # quantiser, head and probe
+            "shared_sha256": hashlib.sha256(canonical_json(store.store.shared_sha256)).hexdigest(),  # quantiser, head and probe
             "dtype": self.spec.dtype,
         }
         self.head = teacher_head(store.head, device)

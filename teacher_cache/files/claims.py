@@ -60,16 +60,6 @@ def taking_over(is_said: bool = True) -> Iterator[None]:
         _is_said_gone = before
 
 
-def store_claim(store: Path) -> Path:
-    """The claim of whoever begins, completes or repairs a store."""
-    return store.with_name(f"{store.name}.claim")
-
-
-def store_claims(store: Path) -> Path:
-    """The claims of those who make its shards."""
-    return store.with_name(f"{store.name}.claims")
-
-
 def is_claimed_or_left(path: Path) -> bool:
     """Whether there is anything of a claim `path`, held, dead or half made."""
     return path.parent.is_dir() and any(is_name_of(entry.name, path.name) for entry in path.parent.iterdir())
