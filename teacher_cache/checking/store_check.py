@@ -12,7 +12,6 @@ from ..cache import View
 from ..errors import CacheCorruptError
 from ..format import layout
 from ..format.layout import SPARE
-from ..format.quantize import ChannelStatistics
 from ..store.commits import FILE_DTYPE, read_record
 from ..store.manifest import small_array_shapes, small_files
 from ..store.store import Store, begun_files, is_complete, is_same_json, shared_files
@@ -106,13 +105,7 @@ def _contradictions(view: View, store: Store) -> Iterator[Finding]:
     if hashlib.sha256(values[layout.PROBE].tobytes()).hexdigest() != manifest.probe_sha256:
         yield judge(path / layout.PROBE, "its SHA-256 is not the one that the manifest names.")
 
-    layers = manifest.store.layers if manifest.store.is_quantised else ()
-    statistics = {
-        layer: ChannelStatistics(*(values[layout.statistics_name(layer, which)] for which in layout.STATISTICS))
-        for layer in layers
-    }
-    head = {name.removeprefix("head/"): array for name, array in values.items() if name.startswith("head/")}
-    expected = small_files(manifest, statistics, head, values[layout.PROBE])
+    expected = small_files(manifest, values)
     if expected.keys() != store.files.keys():
         odd = ", ".join(sorted(expected.keys() ^ store.files.keys()))
         yield judge(path / layout.STORE_JSON, f"does not list the files of such a store: {odd}.")

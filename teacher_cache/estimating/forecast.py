@@ -14,7 +14,6 @@ from ..errors import BadInputError
 from ..extraction.cropping import sample_crop_bytes
 from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
-from ..format.quantize import ChannelStatistics
 from ..format.spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec
 from ..store.manifest import Manifest, small_array_shapes, small_files
 from ..store.sizes import store_bytes
@@ -92,10 +91,7 @@ def _small_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     fidelity = tuple(LayerFidelity(layer, 1 / 3, 1 / 3, 1 / 3, 65536) for layer in spec.layers)
     manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {}, MadeWith(1 << 20, False, "x" * 40))
     arrays = {name: np.zeros(shape, "float32") for name, shape in small_array_shapes(manifest).items()}
-    head = {name.removeprefix("head/"): values for name, values in arrays.items() if name.startswith("head/")}
-    names = {layer: [layout.statistics_name(layer, which) for which in layout.STATISTICS] for layer in spec.layers}
-    statistics = {layer: ChannelStatistics(*map(arrays.get, names[layer])) for layer in spec.layers if spec.is_quantised}
-    files = small_files(manifest, statistics, head, arrays[layout.PROBE])
+    files = small_files(manifest, arrays)
     files[layout.STORE_JSON] = bytes(100 * len(files))
     files[layout.SHARDS_NPY] = bytes(128 + 12 * spec.n_shards * len(spec.array_names))
     return sum(map(len, files.values())) + len(pack_members(files))

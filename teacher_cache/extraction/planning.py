@@ -1,6 +1,6 @@
 """What was asked for, completed from what is there: whoever continues a cache need not repeat how it was begun.
 
-What is said explicitly is never overruled: the library refuses it where it does not fit the cache.
+What is given explicitly is never overruled: the library refuses it where it does not fit the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .cropping import CropJob, plan_job
 
 @dataclass(frozen=True)
 class CropRequest:
-    """How crops are to be made; None where nothing was said."""
+    """How crops are to be made; None where nothing was given."""
 
     images: Path | None = None
     views: int | None = None
@@ -130,8 +130,8 @@ class ExtractPlan:
 def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) -> tuple[ExtractPlan, int | None]:
     """The plan for the stores `name` of a cache, if there are any, and the side of the teacher's input (None: its own).
 
-    given: fields of ExtractPlan; None where nothing was said: then it is as in the first view that has the store.
-    Raises MismatchError if what was said, or that first store, does not agree with the store of any view.
+    given: fields of ExtractPlan; None where nothing was given: then it is as in the first view that has the store.
+    Raises MismatchError if what was given, or that first store, does not agree with the store of any view.
     """
     base, given = ExtractPlan(), {field: value for field, value in given.items() if value is not None}
     begun = _begun(cache_dir, name)

@@ -168,18 +168,12 @@ def _small_array(name: str, values: np.ndarray) -> dict[str, bytes]:
     }
 
 
-def small_files(
-    manifest: Manifest, statistics: dict[int, ChannelStatistics], head: dict[str, np.ndarray], probe: np.ndarray
-) -> dict[str, bytes]:
-    """Every file of a store as it is begun but store.json, by name. Arguments as for `create_store`."""
+def small_files(manifest: Manifest, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Every file of a store as it is begun but store.json, by name. arrays: those of `small_array_shapes`."""
     spec, teacher = manifest.store, manifest.teacher
     files = {layout.ZARR_JSON: _group_json({"teacher_cache": manifest.to_json()})}
-    for layer, channel in statistics.items():
-        for which in layout.STATISTICS:
-            files |= _small_array(layout.statistics_name(layer, which), getattr(channel, which))
-    for name, values in head.items():
-        files |= _small_array(layout.head_name(name), values)
-    files |= _small_array(layout.PROBE, probe)
+    for name, values in arrays.items():
+        files |= _small_array(name, values)
     for array, codec in spec.codecs:
         files[f"{array}/{layout.ZARR_JSON}"] = row_array_json(spec, teacher, array, codec)
     groups = {parent.as_posix() for name in files for parent in Path(name).parents} - {".", *(str(Path(n).parent) for n in files)}
@@ -198,7 +192,13 @@ def create_store(
     statistics: per layer (not for float16). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
     probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
     """
-    files = small_files(manifest, statistics, head, probe)
+    arrays = {
+        layout.statistics_name(layer, which): getattr(channel, which)
+        for layer, channel in statistics.items()
+        for which in layout.STATISTICS
+    }
+    arrays |= {layout.head_name(which): values for which, values in head.items()}
+    files = small_files(manifest, {**arrays, layout.PROBE: probe})
     files[layout.STORE_JSON] = seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}})
     files[layout.SPARE] = pack_members(files)
 

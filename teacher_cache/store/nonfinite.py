@@ -1,4 +1,4 @@
-"""Rows for which a teacher says something that is no number: its batch is run again as it was, then such rows in fp32.
+"""Rows for which a teacher gives something that is no number: its batch is run again as it was, then such rows in fp32.
 
 One crop of a million may be enough for a block of a large teacher to overflow in bf16. Each such row is run alone, so that what
 it becomes depends on nothing but its crop; the store keeps on record which rows these are.

@@ -162,9 +162,9 @@ def test_a_writer_elsewhere(copy):
     (finding,) = verify(copy)[0]
     who = "process 4711 on host node-17"
     assert finding.kind == "unfinished" and finding.holder.startswith(f"{who} (if it is still there: ")
-    watch = Snapshot(copy.path)
+    before = Snapshot(copy.path)
     (copy.path / CROPS_CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711, "beat": "000000000001"}))
-    (finding,) = watch.without_busy([])
+    (finding,) = before.without_busy([])
     assert finding.message == f"{who} is at work on its lists and crops. Run verify again when that is done."
 
 
