@@ -11,7 +11,7 @@ import pytest
 from cache_fakes import contents, failing_at, flip_bit, kills
 from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
+from teacher_cache.errors import BadInputError, CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.files.durable import read_sealed, seal, sha256_file
 from teacher_cache.format.shards import HEADER_BYTES, header, require_header
 from teacher_cache.store import spare, writer
@@ -277,6 +277,47 @@ def test_killed_while_unfolding(tmp_path, leftover):
         assert contents(path) == before
         restore(path, whole)
     assert Store.open(path).missing_shards() == [1] and 8 < n_complete < n_deaths
+
+
+def test_commits_are_read_once_and_on_request(tmp_path):
+    """A store that was opened keeps the commits it read first, until somebody asks for those of now."""
+    spec, path = spec_of(), tmp_path / "t.zarr"
+    begin(path, spec)
+    store = Store.open(path)
+    assert store.commits.finished.tolist() == [False] * 3
+    fill(path, spec, values_of(spec), [1])
+    assert not store.commits.finished.any() and store.n_finished() == 1
+    assert store.missing_shards() == [0, 2] and store.commits.finished.tolist() == [False, True, False]
+
+
+def replace_store(path: Path) -> None:
+    shutil.rmtree(path)
+    begin(path, spec_of(), view=1)
+
+
+LOSSES = {
+    "is deleted": (shutil.rmtree, NotInCacheError, "no such store"),
+    "loses its store.json": (lambda path: (path / "store.json").unlink(), CacheCorruptError, "has lost its store.json"),
+    "is damaged": (lambda path: flip_bit(path / "zarr.json", 999), CacheCorruptError, "zarr.json: not the file this store was"),
+    "is replaced": (replace_store, CacheCorruptError, "another store has taken its place"),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_what_happens_to_an_open_store_is_noticed(tmp_path, what):
+    """No shard is declared finished, and no store complete, that is not the one that was opened."""
+    happens, error, match = LOSSES[what]
+    path, spec = tmp_path / "t.zarr", spec_of()
+    begin(path, spec)
+    fill(path, spec, values_of(spec))
+    store = Store.open(path)
+    files, _ = store.read_commits()
+    happens(path)
+    left = contents(path) if path.exists() else None
+    for act in (lambda: store.write_commit(0, files[0]), lambda: fold(store)):
+        with pytest.raises(error, match=match):
+            act()
+    assert left == (contents(path) if path.exists() else None)
 
 
 @pytest.mark.parametrize("ask", [Store.read_commits, Store.n_finished])

@@ -223,11 +223,12 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
 
         process = Process.current(shards, repair)
         process.require_own_device(device)
-        from ..cache import Cache, view_path
+        from ..cache import Cache
         from ..device import pick_device
         from ..extraction.extract import extract_view, require_same_targets
         from ..extraction.fit import fit_bytes
         from ..extraction.planning import CropRequest, is_of_before, own_shards, plan_crops, plan_targets
+        from ..format.layout import CACHE_JSON, store_folder, view_path
         from ..kernels import sigbus  # what follows imports numba, which asks once how many threads it may have
         from ..store.store import is_begun
         from ..teachers import crop_size
@@ -246,9 +247,9 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         request = CropRequest(**_with_preset(crop_options))
         may_make = shards is None and process.world_size == 1
         crops = plan_crops(cache, request, default_size=crop_size(teacher, loaded.spec), may_make=may_make)
-        for view in Cache(cache).views() if (cache / "cache.json").exists() else []:
+        for view in Cache(cache).views() if (cache / CACHE_JSON).exists() else []:
             require_same_targets(view, store_name, loaded, plan)
-        stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
+        stores = [view_path(cache, number) / store_folder(store_name) for number in range(crops.n_views)]
         n_bytes = _say_crops(crops.job) if crops.job else 0
         spec = plan.store_spec(loaded.spec, crops.n_images)
         shards = process.shards(shards, spec.n_shards)
@@ -382,13 +383,14 @@ def _say_missing(stores: list[Path]) -> bool:
 def _make_crops(cache: Path, job, skip_bad: bool, workers: int | None) -> None:
     """Make the crops that are missing, or clear away what a killed process left when it had made the last of them."""
     from ..extraction.cropping import make_crops, remove_left_over
+    from ..format.layout import SKIPPED_TXT
 
     if job is None:
         remove_left_over(cache)
         return
     made = make_crops(job, skip_bad, workers)
     if made.n_skipped:
-        say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
+        say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / SKIPPED_TXT} lists them.")
 
 
 def _say_space(cache: Path, needed: int, of_all: str = "") -> None:

@@ -335,8 +335,9 @@ def _note_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
 def _kept(job: _Job, own: range) -> str:
     """What a full disk leaves of a store, and what its own shards still need."""
     needed = f"{human(writer.missing_bytes(job.path, job.spec, job.teacher.spec, own))} are still to be written"
-    n_finished = Store.open(job.path).n_finished() if is_begun(job.path) else 0
-    kept = f"{n_finished} of {job.spec.n_shards} shards are finished and kept; " if is_begun(job.path) else ""
+    kept = ""
+    if is_begun(job.path):
+        kept = f"{Store.open(job.path).n_finished()} of {job.spec.n_shards} shards are finished and kept; "
     return f"{kept}{needed}. Make room and run the same command again."
 
 
@@ -395,12 +396,8 @@ def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractP
                 kept = _kept_places(output, rows, spec)  # [B, T]
                 drawn = kept.take_along_dim(torch.from_numpy(sample.draw(len(rows))).to(kept.device), 1)
                 n_whole = int((rows < TRIAL_ROWS).sum())
-                sample.add(
-                    *(
-                        take_tokens(*of).cpu().numpy()
-                        for of in ((output.tokens, drawn), (output.tokens[:n_whole], kept[:n_whole]))
-                    )
-                )
+                whole = take_tokens(output.tokens[:n_whole], kept[:n_whole])
+                sample.add(take_tokens(output.tokens, drawn).cpu().numpy(), whole.cpu().numpy())
                 advance(len(rows))
         return fit(sample, spec, plan)
 
