@@ -18,6 +18,7 @@ from teacher_cache.device import pick_device
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 from teacher_cache.teachers import load_teacher
 
@@ -38,7 +39,7 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> floa
     n_rows = len(spec.rows_of(0))
 
     def write() -> int:
-        with ShardWriter(store, spec, teacher.spec, 0) as out:
+        with ShardWriter(Store.open(store), 0) as out:
             for start in range(0, n_rows, 64):
                 out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
         return n_rows

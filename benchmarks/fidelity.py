@@ -24,7 +24,6 @@ from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.spec import DTYPES
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.sizes import store_bytes
 from teacher_cache.teachers import load_teacher
 
@@ -92,7 +91,7 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
             n_rows, size = (16 if tiny or not images else 256), teacher.spec.image_size
             cache = made_up.make_cache(folder / teacher_name, n_rows, size, images, CropPlan(size=size, scale=(0.5, 1.0)))
             extract_view(cache.view(0), teacher_name, teacher, plan)
-            layers = read_manifest(cache.view(0).store_path(teacher_name)).fidelity
+            layers = cache.view(0).store(teacher_name).manifest.fidelity
             figures[f"error of a token, {teacher_name}"] = {
                 "median": max(layer.median for layer in layers), "p99": max(layer.p99 for layer in layers),
                 "n_tokens": layers[0].n_tokens, "of": "the worst of five layers",

@@ -29,9 +29,8 @@ from teacher_cache.extraction import parts
 from teacher_cache.extraction.background import BackgroundWriter
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.files import space
-from teacher_cache.store.commits import write_commit
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.sizes import shard_bytes
+from teacher_cache.store.store import Store
 
 FAKE = ["extract", "--teacher", "fake"]
 SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
@@ -300,7 +299,7 @@ def test_a_gpu_that_is_full(tmp_path, image_folder, monkeypatch):
 def test_tokens_option(tmp_path, image_folder):
     """--tokens visible:K and --dtype int4 make such a store, and the command that goes on need not repeat them."""
     extract_to(tmp_path / "c", image_folder, "--tokens", "visible:5", "--dtype", "int4")
-    store = read_manifest(tmp_path / "c" / "view-000" / "fake.zarr").store
+    store = Store.open(tmp_path / "c" / "view-000" / "fake.zarr").spec
     assert (store.visible, store.dtype) == (5, "int4")
     assert "already holds" in run(*FAKE, tmp_path / "c").stderr
     said = run(*FAKE, "--tokens", "all", tmp_path / "c", code=2).stderr
@@ -633,8 +632,8 @@ def test_resuming_needs_space_for_the_rest_only(tmp_path, image_folder, monkeypa
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
     for shard in range(5):
-        write_commit(store, shard, files[shard])
-    left = shard_bytes(read_manifest(store).store, teacher.spec, 5)
+        Store.open(store).write_commit(shard, files[shard])
+    left = shard_bytes(Store.open(store).spec, teacher.spec, 5)
     monkeypatch.setattr(space, "free_bytes", lambda path: left)
     assert run("extract", "--teacher", "fake", tmp_path / "c").exit_code == 0
     assert verify(Cache(tmp_path / "c"))[0] == []

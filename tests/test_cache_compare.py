@@ -20,8 +20,8 @@ from teacher_cache.files.durable import seal, write_whole
 from teacher_cache.inspecting.compare import compare
 from teacher_cache.inspecting.inspect import describe, ranges
 from teacher_cache.inspecting.table import Bar
-from teacher_cache.store.commits import unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import unfold
+from teacher_cache.store.store import Store
 
 
 def differing(first: Cache, second: Cache) -> list[str]:
@@ -48,7 +48,7 @@ def test_a_copy_is_equal(shared_cache, cache):
 def test_other_shards(shared_cache, cache):
     """Shards that are missing, stores that are missing and shards with other bytes are named."""
     store = cache.view(1).store_path("fake")
-    unfold(store, read_manifest(store).store, np.array([True, False, True]))
+    unfold(Store.open(store), np.array([True, False, True]))
     shutil.rmtree(cache.view(0).store_path("fake16"))
     assert differing(shared_cache, cache) == [
         "fake, view 1: 3 and 2 of 3 shards are there; only in one: 1:2",
@@ -63,7 +63,7 @@ def test_other_bytes(tmp_path, image_folder, teacher):
     assert differing(first, second) == []
     store = second.view(0).store_path("fake")
     files = np.load(store / "shards.npy")
-    unfold(store, read_manifest(store).store, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     record = store / "commits" / "000001.json"
     changed = [[int(file["bytes"]), int(file["crc32"]) ^ 1] for file in files[1]]
     write_whole(record, seal({"shard": 1, "files": changed, "fp32_rows": []}))
@@ -146,7 +146,7 @@ def test_missing_shards_are_ranges(cache):
     """What is missing is told as --shards takes it; a complete store misses nothing."""
     assert ranges(np.array([True, False, True, True])) == [[0, 1], [2, 4]] and ranges(np.zeros(3, bool)) == []
     store = cache.view(1).store_path("fake")
-    unfold(store, read_manifest(store).store, np.array([False, True, False]))
+    unfold(Store.open(store), np.array([False, True, False]))
     described = {view["view"]: {s["name"]: s for s in view["stores"]} for view in describe(cache)["views"]}
     assert described[0]["fake"]["missing_shards"] == [] and described[0]["fake"]["finish"] is None
     assert described[1]["fake"]["missing_shards"] == [[0, 1], [2, 3]]

@@ -18,9 +18,9 @@ from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
 from teacher_cache.extraction.cropping import make_crops, plan_job
 from teacher_cache.extraction.extract import extract_view
-from teacher_cache.store.commits import unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import unfold
 from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.store import Store
 
 COMPRESSED = GOLDEN.with_name("codecs_v3")
 TWINS = {"zstd": "plain", "lz4": "seen"}
@@ -66,9 +66,9 @@ def test_compressed_stores_are_verified(cache):
 def test_an_unfinished_compressed_store_goes_on(cache, name):
     """What was begun compressed is finished in its codec: no record of it changes, and its rows are the teacher's."""
     store = cache.view(0).store_path(name)
-    before, spec = files_of(store), read_manifest(store).store
+    before, spec = files_of(store), Store.open(store).spec
     rows = StoreReader(store).tokens(ROWS, 6)
-    unfold(store, spec, np.arange(spec.n_shards) == 0)
+    unfold(Store.open(store), np.arange(spec.n_shards) == 0)
     assert extract_view(cache.view(0), name, FakeTeacher(), plan_of(store))
     after = files_of(store)
     assert after.keys() == before.keys() and not [file for file in changed(before, after) if file.endswith("zarr.json")]
@@ -82,5 +82,5 @@ def test_another_view_of_a_compressed_store(cache, name, tmp_path):
     plan = plan_of(cache.view(0).store_path(name))
     cache = make_crops(plan_job(cache.path, write_images(tmp_path / "images"), PLAN, "jpeg95", 2))
     assert extract_view(cache.view(1), name, FakeTeacher(), plan)
-    assert read_manifest(cache.view(1).store_path(name)).store == read_manifest(cache.view(0).store_path(name)).store
+    assert cache.view(1).store(name).spec == cache.view(0).store(name).spec
     assert [finding for finding in verify(cache)[0] if f"{name}.zarr" in finding.path] == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import race
 from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
 from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row
@@ -14,7 +15,6 @@ from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
-from teacher_cache.format.race import race
 from teacher_cache.store.reader import READERS, StoreReader
 
 GOLDEN = GOLDEN_V1.with_name("cache_v2")

@@ -47,9 +47,9 @@ from teacher_cache.extraction import extract
 from teacher_cache.extraction.cropping import make_crops, plan_job
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_FORMATS
-from teacher_cache.store.commits import read_fp32_rows, unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import unfold
 from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.store import Store
 
 GOLDEN = GOLDEN_V1.with_name("cache_v3")
 NUMBERS = GOLDEN.with_suffix(".json")
@@ -145,7 +145,7 @@ def test_the_golden_stores_are_readable(reader):
             expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
             np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
             np.testing.assert_array_equal(rows_by_zarr(store.path, array, range(N_IMAGES)), expected)
-        assert read_fp32_rows(store.path, store.spec).tolist() == (IN_FP32 if name == "mixed" else [])
+        assert store.store.read_fp32_rows().tolist() == (IN_FP32 if name == "mixed" else [])
     assert verify(Cache(GOLDEN))[0] == []
 
 
@@ -255,7 +255,7 @@ def of_now(name: str) -> FakeTeacher:
 
 
 def plan_of(store: Path) -> ExtractPlan:
-    spec = read_manifest(store).store
+    spec = Store.open(store).spec
     layers = ",".join(map(str, spec.layers))
     return ExtractPlan(layers, spec.dtype, shard_rows=spec.shard_rows, batch_size=2, visible=spec.visible)
 
@@ -273,11 +273,11 @@ def test_an_unfinished_old_store_goes_on(tmp_path, case):
     """A store that an older version left unfinished is finished in that version: its manifest stays, its values are right."""
     cache, name, version = old_cache(tmp_path, case)
     store = cache.view(0).store_path(name)
-    before, spec = files_of(store), read_manifest(store).store
+    before, spec = files_of(store), Store.open(store).spec
     rows = StoreReader(store).tokens(range(N_IMAGES), 6)
-    unfold(store, spec, np.arange(spec.n_shards) == 0)
+    unfold(Store.open(store), np.arange(spec.n_shards) == 0)
     assert extract_view(cache.view(0), name, of_now(name), plan_of(store))
-    assert read_manifest(store).format_version == version and verify(cache)[0] == []
+    assert Store.open(store).manifest.format_version == version and verify(cache)[0] == []
     assert "fp32_rows" not in unseal(store / "complete.json")
     after = files_of(store)
     assert after.keys() == before.keys() and {file for file in changed(before, after) if file.endswith("zarr.json")} == set()
@@ -291,7 +291,7 @@ def test_another_view_of_an_old_store(tmp_path, case):
     first = cache.view(0).store_path(name)
     cache = make_crops(plan_job(cache.path, write_images(tmp_path / "images"), PLAN, "jpeg95", 2))
     assert extract_view(cache.view(1), name, of_now(name), plan_of(first))
-    manifest = read_manifest(cache.view(1).store_path(name))
+    manifest = cache.view(1).store(name).manifest
     assert manifest.format_version == version and manifest.made is None and manifest.teacher.resize == "none"
     assert verify(cache)[0] == []
 
@@ -300,7 +300,7 @@ def test_an_old_store_of_another_teacher_is_refused(tmp_path):
     """What an old store does say still has to agree."""
     cache, name, _ = old_cache(tmp_path, "v1 int8")
     store = cache.view(0).store_path(name)
-    unfold(store, read_manifest(store).store, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     teacher = of_now(name)
     teacher.spec = replace(teacher.spec, resize="bilinear")
     with pytest.raises(MismatchError, match="resize: none in the store, bilinear given"):

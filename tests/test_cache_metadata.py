@@ -22,8 +22,7 @@ from teacher_cache.crops.images import ImageList
 from teacher_cache.errors import CacheCorruptError, TeacherCacheError, UsageError
 from teacher_cache.files.durable import read_sealed, seal
 from teacher_cache.inspecting.inspect import describe
-from teacher_cache.store.commits import read_commits
-from teacher_cache.store.manifest import Manifest, read_small_array, shared_sha256
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.store.spare import is_current
 
@@ -68,11 +67,11 @@ def read_all(path: Path) -> None:
         for name in view.store_names():
             reader = StoreReader(view.store_path(name), "pread")
             view.require_own(reader.manifest)
-            read_commits(reader.path, reader.spec)
+            reader.store.read_commits()
             for array in reader.spec.array_names:
                 reader.read(array, [0, len(reader) - 1])
             reader.tokens([1], reader.spec.layers[-1])
-            assert reader.head and read_small_array(reader.path, "probe").any() and shared_sha256(reader.path)
+            assert reader.head and reader.store.small_array("probe").any() and reader.store.shared_sha256
             is_current(reader.path)
 
 

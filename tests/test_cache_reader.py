@@ -34,9 +34,9 @@ from teacher_cache.format.quantize import ChannelStatistics, dequantise
 from teacher_cache.format.shards import HEADER_BYTES
 from teacher_cache.kernels import decompress, loops, sigbus
 from teacher_cache.store import writer
-from teacher_cache.store.manifest import Manifest, read_manifest
+from teacher_cache.store.manifest import Manifest
 from teacher_cache.store.reader import READERS, StoreReader
-from teacher_cache.store.writer import missing_shards
+from teacher_cache.store.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,7 +156,7 @@ def test_plain_zarr_reads_everything(store_of, dtype, codec, shard_rows):
     if dtype == "int8":
         assert same(group["quant/03/spread"][...], np.arange(1, 7, dtype="float32"))
     attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["teacher_cache"]
-    assert Manifest.from_json(attributes) == read_manifest(path) and read_manifest(path).store == spec
+    assert Manifest.from_json(attributes) == Store.open(path).manifest and Store.open(path).spec == spec
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -222,7 +222,7 @@ def test_holes_are_never_numbers(tmp_path, reader, codec):
         StoreReader(path, reader).read("attention", [0])
     fill(path, spec, arrays, shards=[2, 0])
     reader = StoreReader(path, reader)
-    assert not reader.is_complete and reader.finished.tolist() == [True, False, True] and missing_shards(path, spec) == [1]
+    assert not reader.is_complete and reader.finished.tolist() == [True, False, True] and Store.open(path).missing_shards() == [1]
     for array in spec.array_names:
         assert same(reader.read(array, [6, 0]), arrays[array][[6, 0]])
         with pytest.raises(CropNotCachedError, match=r"row 4 was never extracted \(1 of 2 asked for\). Run teacher-cache"):
@@ -232,7 +232,7 @@ def test_holes_are_never_numbers(tmp_path, reader, codec):
 @pytest.mark.parametrize("reader", READERS)
 def test_interrupted_extraction_has_holes(cache, teacher, monkeypatch, reader):
     """After an interrupted extraction the finished rows are there and the others say so."""
-    monkeypatch.setattr(writer, "write_commit", failing_at(writer.write_commit, 2, KeyboardInterrupt()))
+    monkeypatch.setattr(Store, "write_commit", failing_at(Store.write_commit, 2, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         extract_view(cache.view(0), "new", teacher, ExtractPlan(shard_rows=8, layers="last"))
     begun, finished = (StoreReader(cache.view(0).store_path(name), reader) for name in ("new", "fake"))

@@ -18,11 +18,11 @@ from teacher_cache.checking.repair import repair_lists, repair_store, repair_vie
 from teacher_cache.checking.verify import verify_folder, views_on_disk
 from teacher_cache.crops import beton
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
-from teacher_cache.extraction.cropping import CLAIM
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.claims import claimed, claimed_range
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.store import writer
+from teacher_cache.format.layout import CROPS_CLAIM
+from teacher_cache.store.store import Store
 
 PLAN = ExtractPlan("last", shard_rows=8)
 
@@ -170,7 +170,7 @@ def unfinished(cache, teacher, monkeypatch):
     """A store of view 0, the only one, with two of three shards."""
     shutil.rmtree(cache.view(1).path)
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+        patch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(cache.view(0), "new", teacher, PLAN)
     return cache.view(0).store_path("new")
@@ -360,7 +360,7 @@ def test_no_cache_there(tmp_path):
 def test_a_writer_at_work_is_left_alone(whole, images):
     """Nothing is mended under the hands of another writer."""
     view = Cache(whole).view(0)
-    with claimed(whole / CLAIM, "it"):
+    with claimed(whole / CROPS_CLAIM, "it"):
         for begin in (lambda: repair_lists(whole), lambda: repair_view(view, images)):
             with pytest.raises(MismatchError, match="being written by process"):
                 list(begin())

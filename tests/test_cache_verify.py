@@ -27,10 +27,8 @@ from teacher_cache.extraction import parts
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.durable import crc32c, seal
 from teacher_cache.format.shards import HEADER_BYTES, index_bytes
-from teacher_cache.store import writer
-from teacher_cache.store.commits import read_commits
-from teacher_cache.store.manifest import manifest_sha256, read_manifest
 from teacher_cache.store.spare import write_spare
+from teacher_cache.store.store import Store
 from teacher_cache.words import human
 
 
@@ -204,7 +202,7 @@ def test_leftovers_are_found(whole, name):
 def test_unfinished_store(image_folder, tmp_path, teacher, monkeypatch):
     """A half-made store is unfinished, not damaged, and says how much is done; damage in its finished part is still found."""
     cache = crop_folder(tmp_path / "c", image_folder)
-    monkeypatch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+    monkeypatch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         extract_view(cache.view(0), "new", teacher, ExtractPlan("last", shard_rows=8))
     store = cache.view(0).store_path("new")
@@ -285,10 +283,10 @@ VALUES = {
 
 def shard_faults(store) -> dict[str, str]:
     """Array/shard -> what ArrayCheck says of it, where it says something."""
-    manifest = read_manifest(store)
-    files, _ = read_commits(store, manifest.store)
-    checks = [ArrayCheck(store, manifest, array, manifest_sha256(store)) for array in manifest.store.array_names]
-    found = {f"{c.array}/{i}": c.fault(i, files[i, c.column]) for c in checks for i in range(manifest.store.n_shards)}
+    opened = Store.open(store)
+    checks = [ArrayCheck(opened, array) for array in opened.spec.array_names]
+    files, n_shards = opened.commits.files, opened.spec.n_shards
+    found = {f"{c.array}/{i}": c.fault(i, files[i, c.column]) for c in checks for i in range(n_shards)}
     return {place: wrong for place, wrong in found.items() if wrong}
 
 
@@ -319,7 +317,7 @@ def recommitted(file, change, store, shard=0):
     record = store / "commits" / f"{shard:06d}.json"
     value = json.loads(record.read_bytes())
     value.pop("crc32c")
-    column = read_manifest(store).store.array_names.index("attention")
+    column = Store.open(store).spec.array_names.index("attention")
     value["files"][column] = [len(data), zlib.crc32(data)]
     record.write_bytes(seal(value))
 

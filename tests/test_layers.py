@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.format import layout
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "student"]}
 """Package -> the other packages that it may import."""
@@ -28,6 +30,8 @@ MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
 """In the package of the format; everything else there works where torch is not installed."""
 BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
 """How files are written and who may write them is one thing for a cache and for a run: all that student may know of a cache."""
+MAY_SPELL = ("teacher_cache.files.claims", "teacher_cache.files.guard", "student.files.run_directory")
+"""Below the format, or apart from it: what they know of the names of files in a cache they say themselves."""
 MOST_LINES, MOST_MODULES = 450, 14
 """Of a module; of a folder, `__init__.py` not counted."""
 
@@ -109,6 +113,19 @@ def test_rooms_stay_small():
     assert {str(path): n for path in files if (n := len(path.read_text().splitlines())) > MOST_LINES} == {}
     folders = Counter(path.parent for path in files if path.name != "__init__.py")
     assert {str(folder): n for folder, n in folders.items() if n > MOST_MODULES} == {}
+
+
+def test_names_of_files_stand_in_one_place():
+    """Only layout.py spells the names of a cache's files; student knows one, to refuse a cache as a folder for a run."""
+    named = (value for key, value in vars(layout).items() if key.isupper())
+    names = {value for value in named if isinstance(value, str) and "." in value}
+    assert {"cache.json", "store.json", "crops.beton", "*.zarr", ".claim"} <= names | {*layout.LISTS}
+    spelled = []
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        if module_name(path) not in {"teacher_cache.format.layout", *MAY_SPELL}:
+            words = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            spelled += [(module_name(path), word) for word in words if word in names]
+    assert spelled == []
 
 
 def is_base(name: str, allowed: tuple[str, ...]) -> bool:

@@ -22,8 +22,8 @@ from pipelines.feed.loader import JoinedLoader
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, UsageError
 from teacher_cache.kernels import loops
-from teacher_cache.store.commits import write_commit
 from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.store import Store
 
 ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
 
@@ -196,7 +196,7 @@ def test_an_unextracted_row_raises(shared_loaders, cache, store, reader):
     shards = np.load(store / "shards.npy")
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
-    write_commit(store, 0, shards[0])
+    Store.open(store).write_commit(0, shards[0])
     with pytest.raises(CropNotCachedError, match="row 8 "):
         list(swapped_in(shared_loaders, cache, name, reader).batches(np.arange(24).reshape(6, 4)))
 

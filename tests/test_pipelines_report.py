@@ -16,6 +16,7 @@ import pytest
 from cache_fakes import crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher, write_images
+from oracles import quantise
 
 from pipelines.pages.of_cache.boxes import box_figures
 from pipelines.pages.of_cache.cache_report import Options, page_of, report
@@ -28,7 +29,7 @@ from teacher_cache.cache import Cache
 from teacher_cache.cli.commands import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
-from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, quantise, token_errors
+from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, token_errors
 from teacher_cache.store.reader import StoreReader
 
 

@@ -32,7 +32,6 @@ from student.run.optim import build_optimizer
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
-from teacher_cache.store.manifest import read_manifest
 
 N_STEPS = 12
 
@@ -43,7 +42,7 @@ def make_run(folder, cache: Cache, preset: str, store: str = "fake"):
     names = (store,) * len(chosen.teachers)
     shapes = tuple(stored_shape(cache, name) for name in names)
     config = replace(chosen.tiny(shapes, 32).config, teachers=names, epochs=8)
-    student, weights = Student(config, shapes), read_manifest(cache.view(0).store_path(store)).teacher.weights_sha256
+    student, weights = Student(config, shapes), cache.view(0).store(store).teacher.weights_sha256
     teachers = [{"store": name, "weights_sha256": weights, "dtype": "int8"} for name in names]
     identity = {"crops_id": cache.crops_id, "views": ["a", "b"], "order": {}, "teachers": teachers}
     directory = RunDirectory(folder, config, identity)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
+from oracles import quantise
 
 from pipelines.feed.cached_source import CachedSource
 from pipelines.feed.crop_source import CropSource
@@ -221,7 +222,7 @@ def test_dequantise_equals_the_reference(dim, group, dtype):
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(3, 5, dim)).astype("float32") * generator.lognormal(size=dim).astype("float32")
     statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, dim))
-    q, scale = quantize.quantise(tokens, statistics, dtype, group)
+    q, scale = quantise(tokens, statistics, dtype, group)
     reference = quantize.dequantise(q, scale, statistics, dtype, group)
     given = *map(torch.from_numpy, (q, scale, statistics.centre, statistics.spread)), group
     np.testing.assert_allclose(dequantise(*given).numpy(), reference, rtol=1e-6, atol=1e-6)

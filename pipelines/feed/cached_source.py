@@ -17,7 +17,7 @@ from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import NotInCacheError
 from teacher_cache.files.durable import canonical_json
 from teacher_cache.format.spec import ARRAY_NAME
-from teacher_cache.store.manifest import extract_command, shared_sha256
+from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 
 from .crop_source import CropSource
@@ -49,7 +49,7 @@ class _StoredTargets:
             "store": name,
             "weights_sha256": self.teacher.weights_sha256,
             "probe_sha256": store.manifest.probe_sha256,
-            "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(store.path))).hexdigest(),  # quantiser, head and probe
+            "shared_sha256": hashlib.sha256(canonical_json(store.store.shared_sha256)).hexdigest(),  # quantiser, head and probe
             "dtype": self.spec.dtype,
         }
         self.head = teacher_head(store.head, device)

@@ -9,7 +9,7 @@ import numpy as np
 
 from teacher_cache.cache import Cache, View
 from teacher_cache.errors import CacheCorruptError, NotInCacheError
-from teacher_cache.store.manifest import extract_command, read_manifest, shared_sha256
+from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.words import quoted
 
@@ -42,7 +42,7 @@ def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None
                 f"there. Finish it: {extract_command(cache.path, store_name, reader.manifest)}"
             )
         view.require_own(reader.manifest)
-        if shared_sha256(reader.path) != shared_sha256(views[0].store_path(store_name)):
+        if reader.store.shared_sha256 != views[0].store(store_name).shared_sha256:
             raise CacheCorruptError(
                 f"View {view.number} of {cache.path} has targets of {store_name} that were quantised otherwise than view "
                 f"{views[0].number}'s. Delete {reader.path} and extract it again."
@@ -54,7 +54,7 @@ def _how_to_make(views: list[View], store_name: str) -> str:
     """What to do about a view that lacks a store, as a sentence."""
     having = [view for view in views if store_name in view.store_names()]
     if having:
-        command = extract_command(views[0].cache.path, store_name, read_manifest(having[0].store_path(store_name)))
+        command = extract_command(views[0].cache.path, store_name, having[0].store(store_name).manifest)
         return f"Make them: {command}; or train on fewer views: --views {len(having)}."
     command = f"teacher-cache extract --teacher NAME --weights PATH --name {quoted(store_name)} {quoted(views[0].cache.path)}"
     return f"Make them: {command}; or choose one with --teacher."

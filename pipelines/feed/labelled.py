@@ -16,6 +16,7 @@ from teacher_cache.crops.cutting import cut, draw, load_image
 from teacher_cache.crops.images import read_image, scan
 from teacher_cache.errors import BadInputError, MismatchError
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.layout import CACHE_JSON
 
 from .pixels import normalise
 
@@ -34,7 +35,7 @@ class LabelledImages:
     def __init__(self, path: Path, size: int, batch_size: int = 256):
         self.path, self.size = Path(path), size
         self.batch_size = max(1, min(batch_size, MOST_BYTES // (3 * size**2)))
-        if (self.path / "cache.json").exists():
+        if (self.path / CACHE_JSON).exists():
             self._crops = CropReader(Cache(self.path).finished_view(0).path)
             self.classes, self.labels = Cache(self.path).identity.classes, self._crops.labels
             if self._crops.size != size:

@@ -8,7 +8,6 @@ import torch
 from student.batch import Needs, TeacherHead, TeacherShape
 from teacher_cache.cache import Cache
 from teacher_cache.format.spec import TeacherSpec
-from teacher_cache.store.manifest import read_manifest
 
 
 def teacher_shape(spec: TeacherSpec, n_visible: int | None = None) -> TeacherShape:
@@ -18,8 +17,8 @@ def teacher_shape(spec: TeacherSpec, n_visible: int | None = None) -> TeacherSha
 
 def stored_shape(cache: Cache, store_name: str) -> TeacherShape:
     """`teacher_shape` of the teacher behind a store of view 0."""
-    manifest = read_manifest(cache.finished_view(0).store_path(store_name))
-    return teacher_shape(manifest.teacher, manifest.store.visible or None)
+    store = cache.finished_view(0).store(store_name)
+    return teacher_shape(store.teacher, store.spec.visible or None)
 
 
 def teacher_head(arrays: dict[str, np.ndarray], device: torch.device) -> TeacherHead:

@@ -217,17 +217,18 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
       teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
     """
     with one_line_errors(KEPT), taking_over(take_over):
-        from ..extraction.ranks import Share
+        from ..extraction.ranks import Process
 
-        share = Share.of_this_process(shards, repair)
-        share.require_own_device(device)
-        from ..cache import Cache, view_path
+        process = Process.current(shards, repair)
+        process.require_own_device(device)
+        from ..cache import Cache
         from ..device import pick_device
         from ..extraction.extract import extract_view, require_same_targets
         from ..extraction.fit import fit_bytes
         from ..extraction.planning import CropRequest, is_of_before, own_shards, plan_crops, plan_targets
+        from ..format.layout import CACHE_JSON, store_folder, view_path
         from ..kernels import sigbus  # what follows imports numba, which asks once how many threads it may have
-        from ..store.manifest import is_begun
+        from ..store.store import is_begun
         from ..teachers import crop_size
 
         store_name = _store_name(name or teacher)
@@ -237,21 +238,21 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, tokens: int
         given = {"layers": layers, "dtype": dtype, "visible": tokens, "shard_rows": shard_rows,
                  "batch_size": batch_size}  # fmt: skip
         plan, image_size = plan_targets(cache, store_name, image_size, **given)
-        device, precision = pick_device(device, precision, share.local_rank)
+        device, precision = pick_device(device, precision, process.local_rank)
         loaded = _load_teacher(teacher, weights, image_size, device, precision, is_of_before(cache, store_name))
         if compiled:
             loaded.compile()
         request = CropRequest(**_with_preset(crop_options))
-        may_make = shards is None and share.world == 1
+        may_make = shards is None and process.world_size == 1
         crops = plan_crops(cache, request, default_size=crop_size(teacher, loaded.spec), may_make=may_make)
-        for view in Cache(cache).views() if (cache / "cache.json").exists() else []:
+        for view in Cache(cache).views() if (cache / CACHE_JSON).exists() else []:
             require_same_targets(view, store_name, loaded, plan)
-        stores = [view_path(cache, number) / f"{store_name}.zarr" for number in range(crops.n_views)]
+        stores = [view_path(cache, number) / store_folder(store_name) for number in range(crops.n_views)]
         n_bytes = _say_crops(crops.job) if crops.job else 0
         spec = plan.store_spec(loaded.spec, crops.n_images)
-        shards = share.shards(shards, spec.n_shards)
+        shards = process.shards(shards, spec.n_shards)
         if not shards and shards is not None:
-            say(f"There are {spec.n_shards} shards for {share.world} processes: none for this one.")
+            say(f"There are {spec.n_shards} shards for {process.world_size} processes: none for this one.")
             return
         n_targets = _say_targets(stores, spec, loaded.spec, own_shards(shards, spec))
         n_bytes += n_targets if any(map(is_begun, stores)) else max(n_targets, fit_bytes(spec, loaded.spec))
@@ -367,28 +368,27 @@ def _say_targets(stores: list[Path], spec, teacher, own: range) -> int:
 
 def _say_missing(stores: list[Path]) -> bool:
     """Say how many shards of each store others still have to make; returns whether there are any."""
-    from ..store.commits import count_commits
-    from ..store.manifest import read_manifest
+    from ..store.store import Store
 
     missing = {}
-    for store in stores:
-        spec = read_manifest(store).store
-        missing[store] = spec.n_shards - count_commits(store, spec)
+    for store in map(Store.open, stores):
+        missing[store] = store.spec.n_shards - store.n_finished()
         if missing[store]:
-            say(f"{store}: {missing[store]:,} of {spec.n_shards:,} shards are still missing.")
+            say(f"{store.path}: {missing[store]:,} of {store.spec.n_shards:,} shards are still missing.")
     return any(missing.values())
 
 
 def _make_crops(cache: Path, job, skip_bad: bool, workers: int | None) -> None:
     """Make the crops that are missing, or clear away what a killed process left when it had made the last of them."""
     from ..extraction.cropping import make_crops, remove_left_over
+    from ..format.layout import SKIPPED_TXT
 
     if job is None:
         remove_left_over(cache)
         return
     made = make_crops(job, skip_bad, workers)
     if made.n_skipped:
-        say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / 'skipped.txt'} lists them.")
+        say(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / SKIPPED_TXT} lists them.")
 
 
 def _say_space(cache: Path, needed: int, of_all: str = "") -> None:

@@ -16,10 +16,10 @@ from ..extraction.fit import fit_bytes
 from ..extraction.planning import ExtractPlan
 from ..files.durable import ASIDE
 from ..files.space import existing_folder, free_bytes
+from ..format import layout
 from ..format.crop_plan import CropPlan
+from ..format.layout import store_file_name
 from ..format.spec import StoreSpec, TeacherSpec
-from ..store.commits import read_commits
-from ..store.manifest import read_manifest, store_file_name
 from ..terminal.progress import waiting
 from ..words import human
 from .disk import DiskRates, measure_files, measure_folder
@@ -82,7 +82,7 @@ def answer(asked: Question, student: Student | None) -> dict:
     loaded, device = _load(asked, name) if asked.measure or not _is_listed(asked, name) else (None, None)
     teacher = loaded.spec if loaded else _listed(name)
     crops, crop_plan, crop_format, images = _crops(asked, student, crop_size(name, teacher))
-    cache = Cache(asked.folder) if (asked.folder / "cache.json").exists() else None
+    cache = Cache(asked.folder) if (asked.folder / layout.CACHE_JSON).exists() else None
     asked = dataclasses.replace(asked, views=asked.views or (len(cache.views()) if cache else 1))
     given = {key: getattr(asked, key) for key in ("layers", "dtype", "visible", "shard_rows", "batch_size")}
     plan = ExtractPlan(**{key: value for key, value in given.items() if value is not None})
@@ -126,10 +126,9 @@ def _bytes_there(cache: Cache, n_views: int, store_name: str) -> int:
     """Bytes of crops and targets that need not be made any more."""
     n_bytes = 0
     for view in cache.views()[:n_views]:
-        n_bytes += (view.path / "crops.beton").stat().st_size
+        n_bytes += (view.path / layout.CROPS_BETON).stat().st_size
         if store_name in view.store_names():
-            store = view.store_path(store_name)
-            n_bytes += int(read_commits(store, read_manifest(store).store)[0]["bytes"].sum())
+            n_bytes += int(view.store(store_name).commits.files["bytes"].sum())
     return n_bytes
 
 
@@ -167,7 +166,7 @@ def _crops(asked: Question, student: Student | None, default_size: int) -> tuple
     """What the crops will be: those of a cache that is there, cut from images, or typical ones."""
     if asked.folder.exists() and not asked.folder.is_dir():
         raise UsageError(f"{asked.folder} is a file. Give the folder where the cache shall lie, or one that holds a cache.")
-    if (asked.folder / "cache.json").exists():
+    if (asked.folder / layout.CACHE_JSON).exists():
         if asked.images or asked.n_images or asked.crop_size or asked.crop_format:
             raise UsageError(
                 f"{asked.folder} is a cache, and its crops are what they are: leave out --images, --n-images, --crop-size and "
@@ -210,7 +209,7 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
     how = measured["how"] = []
     say = waiting("estimate")
     folder = existing_folder(asked.folder)
-    if (folder / "cache.json").exists():
+    if (folder / layout.CACHE_JSON).exists():
         folder = folder.parent  # nothing foreign is ever put into a cache
     row_bytes = max(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     say("the disk")
@@ -235,7 +234,7 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
 def _largest_shards(cache: Path) -> list[Path]:
     """Up to MOST_FILES shard files; a writer may be at work beside us."""
     sizes: dict[Path, int] = {}
-    for path in cache.glob("view-*/*.zarr/**/c.*"):
+    for path in cache.glob(f"{layout.VIEWS}/{layout.STORES}/**/c.*"):
         with contextlib.suppress(FileNotFoundError):
             if path.suffix != ASIDE:
                 sizes[path] = path.stat().st_size

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files.durable import ASIDE
-from ..format.quantize import ChannelStatistics, dequantise, quantise, token_errors
+from ..format.quantize import ChannelStatistics, dequantise, token_errors
 from ..format.spec import LayerFidelity, StoreSpec, TeacherSpec
 
 FIT_ROWS = 2048
@@ -121,5 +121,7 @@ def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec)
     if not spec.is_quantised:
         stored = tokens.astype("float16")
         return stored, stored.astype("float32")
-    stored, scale = quantise(tokens, channel, spec.dtype, spec.group)
+    from .encode import quantise_on_host  # needs torch
+
+    stored, scale = quantise_on_host(tokens, channel, spec.dtype, spec.group)
     return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)

@@ -1,7 +1,7 @@
 """What a store was made with, beside what was asked of it: software, device, batches. On record, and no part of its identity.
 
-None of it makes another teacher, but each may move the last bit of a number; so whoever continues a store with something else is
-told. This is no promise that nothing else matters.
+None of it makes another teacher, but each may move the last bit of a number; so a note is given where a store is continued with
+something else. This is no promise that nothing else matters.
 """
 
 from __future__ import annotations

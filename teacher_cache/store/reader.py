@@ -23,8 +23,7 @@ from ..format.race import require_patches
 from ..format.shards import index_bytes
 from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
 from ..kernels.decompress import decompress
-from .commits import is_complete, read_commits
-from .manifest import read_head, read_manifest, read_statistics
+from .store import Store
 from .window import ShardWindow
 
 READERS = ("mmap", "pread")
@@ -35,37 +34,38 @@ CHECKS = {"never": 0, "first": 1, "always": 2}
 class StoreReader:
     """Read access to one teacher's targets of one view. Opening it reads its records; shards are opened as they are needed.
 
-    reader: one of READERS. check: one of CHECKS. window: shard files that stay open at most, one an array; None chooses. Any
-    thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records do not check out.
+    store: opened, or its folder. reader: one of READERS. check: one of CHECKS. window: shard files that stay open at most, one an
+    array; None chooses. Any thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records
+    do not check out.
     """
 
-    def __init__(self, store: Path, reader: str = "mmap", check: str = "first", window: int | None = None):
+    def __init__(self, store: Store | Path, reader: str = "mmap", check: str = "first", window: int | None = None):
         if reader not in READERS or check not in CHECKS:
             raise UsageError(f"reader is {', '.join(READERS)}, check is {', '.join(CHECKS)}; given {reader!r}, {check!r}.")
-        self.path, self.reader, self.check = Path(store), reader, check
-        self.manifest = read_manifest(self.path)
-        self.teacher, self.spec = self.manifest.teacher, self.manifest.store
+        self.store = store if isinstance(store, Store) else Store.open(Path(store))
+        self.path, self.reader, self.check = self.store.path, reader, check
+        self.manifest, self.teacher, self.spec = self.store.manifest, self.store.teacher, self.store.spec
         self.columns = {array: column for column, array in enumerate(self.spec.array_names)}
         """Place of each array in `self.shards`."""
-        self.files, self.finished = read_commits(self.path, self.spec)
-        self.shards = ShardWindow(self.path, self.manifest, self.files, reader != "mmap", window)
+        self.files, self.finished = self.store.commits
+        self.shards = ShardWindow(self.store, reader != "mmap", window)
 
     def __len__(self) -> int:
         return self.spec.n_rows
 
     @property
     def is_complete(self) -> bool:
-        return is_complete(self.path)
+        return self.store.is_complete
 
     @cached_property
     def statistics(self):
         """ChannelStatistics per layer; empty for float16."""
-        return read_statistics(self.path, self.spec)
+        return self.store.statistics()
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
         """`gamma`, `beta` [D] and, where the teacher has one, `projection` [D, E]; float32."""
-        return read_head(self.path, self.teacher)
+        return self.store.head()
 
     def row_shape(self, array: str, n_tokens: int | None = None) -> tuple[int, ...]:
         """StoreSpec.row_shape; an array this store lacks raises NotInCacheError that names those it has."""

@@ -6,9 +6,8 @@ import numpy as np
 
 from teacher_cache.cache import Cache, View
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.layout import CROPS_BETON
 from teacher_cache.format.spec import StoreSpec
-from teacher_cache.store.commits import read_commits
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.words import human
 
@@ -62,9 +61,8 @@ def stores(cache: Cache) -> list[dict]:
     found = []
     for view in cache.views():
         for name in view.store_names():
-            path = view.store_path(name)
-            spec = read_manifest(path).store
-            files, finished = read_commits(path, spec)
+            store = view.store(name)
+            spec, (files, finished) = store.spec, store.commits
             found.append({
                 "view": view.number,
                 "name": name,
@@ -80,8 +78,8 @@ def stores(cache: Cache) -> list[dict]:
 
 def sizes(view: View, store: StoreReader) -> list[tuple[str, ...]]:
     """Each array of a store, and the crops beside it: name, all, a crop before compression, a crop on disk."""
-    n_rows, crop_bytes = n_rows_done(store.spec, store.finished), (view.path / "crops.beton").stat().st_size
-    lines = [("crops.beton", human(crop_bytes), "", human(crop_bytes / view.cache.n_images))]
+    n_rows, crop_bytes = n_rows_done(store.spec, store.finished), (view.path / CROPS_BETON).stat().st_size
+    lines = [(CROPS_BETON, human(crop_bytes), "", human(crop_bytes / view.cache.n_images))]
     for array, column in store.columns.items():
         n_bytes = int(store.files["bytes"][:, column].sum())
         lines.append((array, human(n_bytes), human(store.spec.row_bytes(array, store.teacher)), human(n_bytes / n_rows)))

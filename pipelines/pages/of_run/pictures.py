@@ -23,7 +23,7 @@ from student.modules.targets import patchify, teacher_output, unit_length
 from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import NotInCacheError, TeacherCacheError
-from teacher_cache.store.manifest import store_file_name
+from teacher_cache.format.layout import store_file_name
 from teacher_cache.store.reader import StoreReader
 
 from ...feed.pixels import normalise

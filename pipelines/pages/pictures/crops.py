@@ -15,8 +15,9 @@ from teacher_cache.crops.cutting import load_image
 from teacher_cache.crops.images import read_image
 from teacher_cache.errors import NotInCacheError, UnknownNameError, UsageError
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.layout import store_file_name
 from teacher_cache.inspecting.inspect import ranges
-from teacher_cache.store.manifest import extract_command, store_file_name
+from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.words import quoted
 

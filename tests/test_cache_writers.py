@@ -18,11 +18,11 @@ from teacher_cache.checking import verify as verify_module
 from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.repair import repair_lists, repair_store, repair_view
 from teacher_cache.checking.verify import verify, verify_folder
-from teacher_cache.checking.writers import Watch
+from teacher_cache.checking.writers import Snapshot
 from teacher_cache.cli.commands import main
-from teacher_cache.extraction.cropping import CLAIM
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.files.claims import claimed, claimed_range, holder_of, store_claim, store_claims
+from teacher_cache.files.claims import claimed, claimed_range, holder_of
+from teacher_cache.format.layout import CROPS_CLAIM, store_claim, store_claims
 
 ME = f"process {os.getpid()} on host {socket.gethostname()}"
 PLAN = ExtractPlan("last", shard_rows=8)
@@ -102,7 +102,7 @@ def test_beside_a_repair(copy, image_folder):
 
     def look():
         findings, _ = verify(copy)
-        crops, store = holder_of(copy.path / CLAIM), holder_of(store_claim(view.store_path("fake")))
+        crops, store = holder_of(copy.path / CROPS_CLAIM), holder_of(store_claim(view.store_path("fake")))
         for finding in findings:
             assert finding.kind == "unfinished" or not (store if ".zarr" in finding.path else crops), finding
         told.append({finding.holder for finding in findings})
@@ -159,20 +159,20 @@ def test_a_store_is_not_hidden_by_another(copy, teacher):
 
 def test_a_writer_elsewhere(copy):
     """A claim of another host, which cannot be seen, is respected; verify says that it may be gone, unless it moves meanwhile."""
-    (copy.path / CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711}))
+    (copy.path / CROPS_CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711}))
     flip_bit(copy.path / "labels.npy", 999)
     (finding,) = verify(copy)[0]
     who = "process 4711 on host node-17"
     assert finding.kind == "unfinished" and finding.holder.startswith(f"{who} (if it is still there: ")
-    watch = Watch(copy.path)
-    (copy.path / CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711, "beat": "000000000001"}))
-    (finding,) = watch.busy([])
+    before = Snapshot(copy.path)
+    (copy.path / CROPS_CLAIM).write_text(json.dumps({"host": "node-17", "pid": 4711, "beat": "000000000001"}))
+    (finding,) = before.without_busy([])
     assert finding.message == f"{who} is at work on its lists and crops. Run verify again when that is done."
 
 
 def test_command_beside_the_crop_stage(tmp_path):
     """A cache whose first crops are being cut is unfinished, code 1, with who cuts them; it is not `no cache`."""
-    with claimed(tmp_path / CLAIM, "x"):
+    with claimed(tmp_path / CROPS_CLAIM, "x"):
         result = CliRunner().invoke(main, ["verify", "--json", str(tmp_path)])
     (finding,) = json.loads(result.stdout)["findings"]
     assert result.exit_code == 1 and finding["kind"] == "unfinished" and finding["holder"] == ME

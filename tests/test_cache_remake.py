@@ -22,7 +22,6 @@ from teacher_cache.errors import MismatchError, UnknownNameError, UsageError
 from teacher_cache.extraction import cropping
 from teacher_cache.extraction.extract import PROBE_TOLERANCE, ExtractPlan, extract_view, probe_image
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.teachers.base import TeacherOutput
 
 ALL = np.arange(24)
@@ -129,7 +128,7 @@ def test_rows_of_other_crops_are_found(shared_cache, name):
 
 def test_one_wrong_layer_row_or_token_is_found(shared_cache):
     """One layer, one row or one token that is wrong is found, and named; errors as large as storing makes them are not."""
-    fidelity = read_manifest(shared_cache.view(0).store_path("fake")).fidelity[2]
+    fidelity = shared_cache.view(0).store("fake").manifest.fidelity[2]
     typical, single = limits(fidelity, PROBE_TOLERANCE["fp32"])
     assert (typical, single) == (fidelity.p99 + 1e-3, 2 * fidelity.worst + 4e-3)
 
@@ -185,7 +184,7 @@ def demo_cache(image_folder, tmp_path_factory):
 def test_which_teacher(demo_cache, shared_cache, tmp_path):
     """The store names its teacher and weights: others, or a choice that is not clear, are refused with a sentence."""
     name, teacher = load_teacher_of(demo_cache, "built-in")
-    assert name == "demo" and teacher.spec == read_manifest(demo_cache.view(0).store_path("demo")).teacher
+    assert name == "demo" and teacher.spec == demo_cache.view(0).store("demo").teacher
     own = teacher.spec.weights_sha256
     with pytest.raises(
         UsageError, match=rf"--weights random:0: .*/demo.zarr was made with the weights built-in, sha256 {own}; those"
