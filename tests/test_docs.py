@@ -13,7 +13,7 @@ import click
 import pytest
 
 from student.cli.commands import evaluate, report, train
-from teacher_cache.cli.commands import main as teacher_cache
+from teacher_cache.cli.main import main as teacher_cache
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"teacher-cache": teacher_cache, "student-train": train, "student-eval": evaluate, "student-report": report}

@@ -25,7 +25,7 @@ from pipelines.pages.of_cache.neighbours import agreement, nearest, on_a_plane
 from pipelines.pages.of_cache.sample import draw_blocks, gather
 from pipelines.pages.pictures.crops import open_store
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
 from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, quantise, token_errors

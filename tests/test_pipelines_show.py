@@ -21,7 +21,7 @@ from pipelines.pages.pictures.maps import NOTHING, colours_of_tokens, hide, simi
 from pipelines.presets import PRESETS, recipe
 from student.batch import TeacherShape
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.crops.cutting import cut, draw
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 import student.cli.commands
-import teacher_cache.cli.commands
+import teacher_cache.cli.main
 
 PROGRAMS = {
-    "teacher-cache": teacher_cache.cli.commands.main,
+    "teacher-cache": teacher_cache.cli.main.main,
     "student-train": student.cli.commands.train,
     "student-eval": student.cli.commands.evaluate,
 }
