@@ -8,6 +8,7 @@ from .crop import crop
 from .estimate import estimate
 from .extract import extract
 from .inspect import inspect
+from .remove import remove
 from .report import report
 from .show import show
 from .teachers import teachers
@@ -30,5 +31,5 @@ def main():
     """
 
 
-for command in (crop, extract, estimate, inspect, show, report, verify, teachers):
+for command in (crop, extract, estimate, inspect, show, report, verify, teachers, remove):
     main.add_command(command)
