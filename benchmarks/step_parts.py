@@ -17,9 +17,9 @@ import click
 import torch
 
 from pipelines.feed.cached_source import CachedSource
-from pipelines.feed.pixels import normalise
 from pipelines.feed.teacher_values import teacher_shape
 from student.modules.model import Student
+from student.modules.pixels import normalise
 from teacher_cache.device import pick_device
 
 from . import made_up, measure

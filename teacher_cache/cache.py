@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .crops.beton import read_checksums
+from .crops.beton import CropReader, read_checksums
 from .crops.images import ImageList
-from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
+from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UnknownNameError, UsageError
 from .files.durable import (
     canonical_json,
     inside,
@@ -33,6 +33,7 @@ from .format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
 from .format.layout import LISTS, SPARE, store_file_name, store_folder, store_name, view_number, view_path
 from .format.spec import CACHE_VERSIONS, MAX_ROWS, from_json
 from .store.manifest import Manifest
+from .store.reader import StoreReader
 from .store.spare import BOTH_LOST, pack_members
 from .store.store import Store
 from .words import quoted
@@ -164,6 +165,33 @@ class View:
     def store(self, name: str) -> Store:
         """The store `name`, opened. Raises as Store.open does."""
         return Store.open(self.store_path(name))
+
+    def targets(self, name: str | None = None) -> StoreReader:
+        """What the teacher of a store says of the crops of this view: `targets("clip-b16").tokens(rows, layer=-1)`.
+
+        name: of a store; None takes the only one. Raises UsageError if there are several, UnknownNameError if there is no such
+        one, NotInCacheError if there is none yet, CacheCorruptError if it does not belong to this view.
+        """
+        known, where = self.store_names(), f"View {self.number} of {self.cache.path}"
+        if not known:
+            command = f"teacher-cache extract --teacher NAME {quoted(self.cache.path)}"
+            raise NotInCacheError(f"{where} has crops, but no targets yet. Make them: {command}")
+        if name is None and len(known) > 1:
+            raise UsageError(f"{where} has targets of {', '.join(known)}. Choose with --teacher.")
+        chosen = known[0] if name is None else store_file_name(name)
+        if chosen not in known:
+            raise UnknownNameError(f"{where} has no targets of {name}; it has those of {', '.join(known)}.")
+        reader = StoreReader(self.store_path(chosen))
+        self.require_own(reader.manifest)
+        return reader
+
+    def pixels(self, rows) -> np.ndarray:
+        """The crops of `rows`, decoded: uint8 [len(rows), size, size, 3], RGB, in that order. Raises as CropReader.read."""
+        return self._crop_reader.read(rows)
+
+    @cached_property
+    def _crop_reader(self) -> CropReader:
+        return CropReader(self.path)
 
     def store_names(self) -> list[str]:
         """Teachers that have at least a begun store in this view."""

@@ -13,7 +13,7 @@ from fakes import FakeTeacher
 from store_fakes import compress
 
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.files.durable import seal, write_whole

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from fakes import write_images
 
 from pipelines.presets import student_rate
-from teacher_cache.cli import commands
+from teacher_cache.cli.main import main
 from teacher_cache.errors import NoSpaceError
 from teacher_cache.estimating import disk, trial
 from teacher_cache.estimating.verdict import Rates, Use, hours, judge
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     return result

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from teacher_cache.checking import remake
 from teacher_cache.checking.remake import limits, load_teacher_of, recrop, reteach
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.crops.cutting import encode
 from teacher_cache.errors import MismatchError, UnknownNameError, UsageError

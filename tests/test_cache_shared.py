@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from teacher_cache.cache import Cache
 from teacher_cache.checking.repair import repair_lists
 from teacher_cache.checking.verify import verify
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import NotAllowedError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files import claims

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 from teacher_cache.files import claim_file, claims, durable, guard
 from teacher_cache.files.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
@@ -310,7 +310,7 @@ import fcntl, sys, time
 from pathlib import Path
 from teacher_cache.files import claim_file, durable
 from teacher_cache.files.claims import claimed, claimed_range
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
 claim_file.BEAT_S = 0.02

@@ -20,7 +20,8 @@ from teacher_cache.cache import Cache
 from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.shard_check import ArrayCheck
 from teacher_cache.checking.verify import verify, verify_folder
-from teacher_cache.cli.commands import _findings_table, main
+from teacher_cache.cli.main import main
+from teacher_cache.cli.verify import findings_table
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import UsageError
 from teacher_cache.extraction import parts
@@ -514,7 +515,7 @@ def test_table(cache):
     """On a terminal there is a table, and no text in it is taken for markup."""
     (cache.path / "[bold]notes").touch()
     console = Console(file=io.StringIO(), width=200)
-    console.print(_findings_table(cache.path, verify(cache)[0]))
+    console.print(findings_table(cache.path, verify(cache)[0]))
     text = console.file.getvalue()
     assert "│ unknown │ [bold]notes │ belongs to nothing in this cache. Remove it. │" in text
 

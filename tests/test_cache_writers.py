@@ -19,7 +19,7 @@ from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.repair import repair_lists, repair_store, repair_view
 from teacher_cache.checking.verify import verify, verify_folder
 from teacher_cache.checking.writers import Snapshot
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.claims import claimed, claimed_range, holder_of
 from teacher_cache.format.layout import CROPS_CLAIM, store_claim, store_claims

@@ -15,7 +15,7 @@ import pytest
 from student.cli.evaluate import evaluate
 from student.cli.report import report
 from student.cli.train import train
-from teacher_cache.cli.commands import main as teacher_cache
+from teacher_cache.cli.main import main as teacher_cache
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"teacher-cache": teacher_cache, "student-train": train, "student-eval": evaluate, "student-report": report}

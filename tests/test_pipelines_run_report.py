@@ -12,7 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipelines.feed.pixels import normalise
 from pipelines.feed.teacher_values import stored_shape
 from pipelines.pages.of_run import curves, pictures
 from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
@@ -27,6 +26,7 @@ from student.files.run_directory import RunDirectory
 from student.modules.attention import cls_attention
 from student.modules.backbones import build_backbone
 from student.modules.model import Student
+from student.modules.pixels import normalise
 from student.modules.targets import normalise_patches, patchify
 from student.run.optim import build_optimizer
 from teacher_cache.cache import Cache

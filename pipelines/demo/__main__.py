@@ -31,7 +31,7 @@ def run(command: click.Command, program: str, *arguments) -> None:
 
 def main() -> None:
     from student.cli.train import train
-    from teacher_cache.cli.commands import main as teacher_cache
+    from teacher_cache.cli.main import main as teacher_cache
 
     from .data import write_digits
 

@@ -29,7 +29,7 @@ from .teacher_values import block_numbers, teacher_head
 # B batch, N patches, K patches whose tokens are read, D width, L layers, T tokens of a row, G groups of channels
 
 
-class _StoredTargets:
+class StoredTargets:
     """What a run reads of one teacher's stores: layers, their quantiser, the way from a record to targets."""
 
     def __init__(self, store: StoreReader, name: str, needs: Needs, cache: Cache, device: torch.device):
@@ -109,7 +109,7 @@ class CachedSource(CropSource):
         super().__init__(cache, store_names=store_names, **options)
         first = self.views[0]
         self.stored = [
-            _StoredTargets(StoreReader(first.store_path(name)), name, wanted, cache, self.device)
+            StoredTargets(StoreReader(first.store_path(name)), name, wanted, cache, self.device)
             for name, wanted in zip(store_names, needs, strict=True)
         ]
         self.identity["teachers"] = [stored.identity for stored in self.stored]

@@ -11,7 +11,7 @@ import torch
 from student.batch import Batch, Mask, Targets
 from student.devices.distributed import local_processes
 from student.devices.micro_batches import number_in_step
-from student.modules.pixels import PIXELS
+from student.modules.pixels import PIXELS, normalise
 from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader, read_checksums
 from teacher_cache.errors import CacheCorruptError, MismatchError, UsageError
@@ -20,7 +20,6 @@ from teacher_cache.store.reader import StoreReader
 from .complete_views import complete_views
 from .loader import JoinedLoader, RawBatch, default_workers
 from .order import Order
-from .pixels import normalise
 
 # B batch, N patches
 

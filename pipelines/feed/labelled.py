@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student.modules.pixels import normalise
 from teacher_cache.cache import Cache
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.crops.cutting import cut, draw, load_image
@@ -17,8 +18,6 @@ from teacher_cache.crops.images import read_image, scan
 from teacher_cache.errors import BadInputError, MismatchError
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.layout import CACHE_JSON
-
-from .pixels import normalise
 
 MOST_BYTES = 128 << 20
 """Of the pixels of a batch, as uint8: 256 images up to 418 px. A student takes four times as much of them, as float32."""

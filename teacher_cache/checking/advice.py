@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CacheCorruptError, TeacherCacheError
+from ..files.durable import ASIDE
 from ..format import layout
 from ..format.layout import store_folder, store_name, view_number
 from ..store.manifest import extract_command, manifest_of
@@ -32,7 +33,7 @@ def mending_commands(cache_dir: Path, findings: Sequence[Finding], images: str =
     at_work = {Path(f.path).relative_to(cache_dir).parts[1:] for f in findings if f.holder is not None}
     found = [(Path(f.path).relative_to(cache_dir).parts, f.kind) for f in findings if f.holder is None]
     damaged, unfinished = ([parts for parts, kind in found if kind == wanted] for wanted in ("damaged", "unfinished"))
-    views = sorted(path for path in cache_dir.glob(layout.VIEWS) if path.is_dir())
+    views = sorted(path for path in cache_dir.glob(layout.VIEWS) if path.is_dir() and path.suffix != ASIDE)
     if _is_lost(cache_dir, "cache") or any(_is_lost(view, "view") for view in views):
         return []  # every repair begins with these, and refuses
     cache, originals = quoted(cache_dir), quoted(images)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import View, require_no_part
+from ..cache import Cache, View, require_no_part
 from ..crops.beton import place_crops, read_checksums, write_beton
 from ..errors import BadInputError, CacheCorruptError, UsageError
 from ..files.claims import claimed, claimed_range
@@ -30,10 +30,25 @@ from .policy import in_threads
 from .remake import cut_again
 from .small_files import SmallFiles
 from .store_check import judge_shards
+from .verify import views_on_disk
 from .view_check import damaged_crops, has_tables
 
 BLOCK_ROWS = 512
 """Crops that are held in memory while a crops.beton is written again."""
+
+
+def repair_cache(cache_dir: Path, images_dir: Path | None = None, store: str | None = None) -> Iterator[str]:
+    """Mend the lists and views of a cache and, in every view that has it, the store of this name as far as that needs no teacher.
+
+    images_dir: as for `repair_view`.
+    """
+    yield from repair_lists(cache_dir)
+    views = views_on_disk(Cache(cache_dir))
+    for view in views:
+        yield from repair_view(view, images_dir)
+    for view in views:
+        if store is not None and view.store_path(store).exists():
+            yield from repair_store(view, store)
 
 
 def repair_lists(cache_dir: Path) -> Iterator[str]:

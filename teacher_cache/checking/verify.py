@@ -151,7 +151,7 @@ def _missing(cache: Cache) -> Iterator[Finding]:
 
 
 def _left_over(path: str) -> Finding:
-    return Finding("unfinished", path, f"left by an interrupted writer. {RUN_AGAIN[:-1]}, or remove it.")
+    return Finding("unfinished", path, f"left by an interrupted writer, or by remove. {RUN_AGAIN[:-1]}, or remove it.")
 
 
 def _lists(cache: Cache) -> Iterator[Finding]:

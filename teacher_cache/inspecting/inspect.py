@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from ..cache import Cache, View
-from ..files.durable import canonical_json
+from ..files.durable import ASIDE, canonical_json
 from ..format.layout import CROPS_BETON
 from ..store.manifest import Manifest, extract_command
 
@@ -27,7 +27,14 @@ def describe(cache: Cache) -> dict:
         "crop_format": identity.crop_format,
         "plan": identity.plan.to_json(),
         "views": [_describe_view(view) for view in cache.views()],
+        "left_over": left_over(cache),
     }
+
+
+def left_over(cache: Cache) -> list[str]:
+    """What writers that were killed, or removals, have left under names that nothing reads, relative to the cache."""
+    asides = [*cache.path.glob(f"*{ASIDE}"), *cache.path.glob(f"view-*/*{ASIDE}")]
+    return sorted(aside.relative_to(cache.path).as_posix() for aside in asides)
 
 
 def _describe_view(view: View) -> dict:

@@ -145,16 +145,22 @@ class StoreReader:
             raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
         return places.astype("int32", copy=False)
 
-    def tokens(self, rows, layer: int) -> np.ndarray:
-        """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
+    def tokens(self, rows, layer: int = -1) -> np.ndarray:
+        """Whitened tokens of one block as float32 [len(rows), T, D], dequantised. For looking, not for training.
 
-        T = C+N, or of a store of visible tokens C+K, in the order of `index`.
+        layer: number of the block, from 1; or from the end, -1 is the teacher's last. T = C+N, or of a store of visible tokens
+        C+K, in the order of `index`. Raises NotInCacheError for a block that is not kept; else as `read`.
         """
+        layer += self.teacher.depth + 1 if layer < 0 else 0
         stored = self.read(ARRAY_NAME.format(layer), rows)
         if not self.spec.is_quantised:
             return stored.astype("float32")
         scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
         return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)
+
+    def attention(self, rows) -> np.ndarray:
+        """What CLS attends to among the patches in the last block, mean over heads: float32 [len(rows), N], 0..1. As `read`."""
+        return self.read("attention", rows)
 
     def _require(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):

@@ -6,10 +6,10 @@ from typing import NoReturn
 
 import student.cli.evaluate
 import student.cli.train
-import teacher_cache.cli.commands
+import teacher_cache.cli.main
 
 PROGRAMS = {
-    "teacher-cache": teacher_cache.cli.commands.main,
+    "teacher-cache": teacher_cache.cli.main.main,
     "student-train": student.cli.train.train,
     "student-eval": student.cli.evaluate.evaluate,
 }

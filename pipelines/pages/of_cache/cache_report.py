@@ -14,7 +14,6 @@ from teacher_cache.errors import NotInCacheError, UsageError
 from teacher_cache.store.reader import StoreReader
 
 from ..page import render, require_page, write_page
-from ..pictures.crops import open_store
 from . import charts, facts
 from .boxes import box_figures
 from .examples import Album, fidelity, map_of, neighbours
@@ -58,7 +57,7 @@ def report(cache_dir: Path, out: Path, options: Options, say: Callable[[str], No
     cache = Cache(cache_dir)
     verified = read_verified(options.verified, cache) if options.verified else None
     view = cache.finished_view(options.view)
-    store = open_store(view, options.teacher)
+    store = view.targets(options.teacher)
     if not store.finished.any():
         raise NotInCacheError(f"{store.path} has no finished shard yet. Its extraction has to come further first.")
     teacher = load_teacher_of(cache, options.weights, store.path.stem)[1] if options.weights else None

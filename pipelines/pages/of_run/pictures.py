@@ -18,7 +18,7 @@ from student.files.checkpoint import load_student
 from student.masking import draw_noise
 from student.modules.attention import cls_attention
 from student.modules.model import Student
-from student.modules.pixels import PIXEL_MEAN, PIXEL_STD
+from student.modules.pixels import PIXEL_MEAN, PIXEL_STD, normalise
 from student.modules.targets import patchify, teacher_output, unit_length
 from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader
@@ -26,7 +26,6 @@ from teacher_cache.errors import NotInCacheError, TeacherCacheError
 from teacher_cache.format.layout import store_file_name
 from teacher_cache.store.reader import StoreReader
 
-from ...feed.pixels import normalise
 from ...feed.teacher_values import teacher_head, teacher_shape
 from ..pictures.maps import colours_of_tokens, hide, over_crop
 from .facts import RunFacts

@@ -13,7 +13,7 @@ from teacher_cache.format.spec import TeacherSpec
 
 from ...feed.teacher_values import teacher_shape
 from ..page import require_writable
-from .crops import LookedAt, look, open_store
+from .crops import LookedAt, look
 from .laws import hidden_patches, laws_for, one_a_kind
 from .panels import require_format
 from .picture import Scene, picture_of_one, sheet, sheet_layers
@@ -40,7 +40,7 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     require_writable(out, outside_of=cache_dir)
     require_format(out)
     finished = Cache(cache_dir).finished_view(view)
-    store = open_store(finished, teacher)
+    store = finished.targets(teacher)
     index = None if patch is None else _index(patch, store.teacher)
     crops = look(finished, store, rows, images, store.spec.layers if len(rows) == 1 else sheet_layers(store.spec.layers))
 
