@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
+from fakes import write_images
 
 from student.cli.evaluate import evaluate
 from student.cli.report import report
@@ -100,6 +102,19 @@ def test_readme_block_runs(tmp_path):
     done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sound and complete" in done.stdout and "mean  k=20" in done.stdout
+
+
+def test_the_lines_of_the_library_run(tmp_path):
+    """The README's lines for library users run as they stand: a cache from a folder of images, a run that is there."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) == 10
+    write_images(tmp_path / "digits" / "val")
+    shutil.copytree(ROOT / "tests" / "golden" / "run_v1", tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(2):  # the second time everything is there
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert done.stdout.splitlines() == 3 * ["torch.Size([8, 3, 32, 32]) torch.Size([8, 2, 65, 64]) torch.Size([8, 64])"]
 
 
 def test_nothing_is_left_to_fill_in():
