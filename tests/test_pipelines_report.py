@@ -17,13 +17,13 @@ from cache_fakes import crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher, write_images
 
+from pipelines.pages.chosen_store import open_store
 from pipelines.pages.of_cache.boxes import box_figures
 from pipelines.pages.of_cache.cache_report import Options, page_of, report
 from pipelines.pages.of_cache.fidelity import measured_errors
 from pipelines.pages.of_cache.layers import AttentionStatistics, LayerStatistics, effective_rank, expected_errors
 from pipelines.pages.of_cache.neighbours import agreement, nearest, on_a_plane
 from pipelines.pages.of_cache.sample import draw_blocks, gather
-from pipelines.pages.pictures.crops import open_store
 from teacher_cache.cache import Cache
 from teacher_cache.cli.commands import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view

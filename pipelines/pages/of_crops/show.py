@@ -12,8 +12,9 @@ from teacher_cache.errors import UsageError
 from teacher_cache.format.spec import TeacherSpec
 
 from ...feed.teacher_values import teacher_shape
+from ..chosen_store import open_store
 from ..page import require_writable
-from .crops import LookedAt, look, open_store
+from .crops import LookedAt, look
 from .laws import hidden_patches, laws_for, one_a_kind
 from .panels import require_format
 from .picture import Scene, picture_of_one, sheet, sheet_layers
@@ -35,7 +36,7 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     """Write the picture of one row, or a sheet of several.
 
     images: folder of the originals. patch: (row, column) of the patch that others are compared with. seed: of the masks. say:
-    told what cannot be drawn.
+    called with what cannot be drawn.
     """
     require_writable(out, outside_of=cache_dir)
     require_format(out)

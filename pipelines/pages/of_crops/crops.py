@@ -13,12 +13,11 @@ from teacher_cache.cache import View
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.crops.cutting import load_image
 from teacher_cache.crops.images import read_image
-from teacher_cache.errors import NotInCacheError, UnknownNameError, UsageError
+from teacher_cache.errors import NotInCacheError, UsageError
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.inspecting.inspect import ranges
-from teacher_cache.store.manifest import extract_command, store_file_name
+from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
-from teacher_cache.words import quoted
 
 # N patches, D width
 
@@ -49,26 +48,6 @@ class LookedAt:
     def is_kept(self) -> np.ndarray:
         """bool [N], the patches whose tokens are stored."""
         return np.isfinite(next(iter(self.tokens.values()))[:, 0])
-
-
-def open_store(view: View, name: str | None) -> StoreReader:
-    """The store of a teacher in a view; None takes the only one. Errors say which there are."""
-    known = view.store_names()
-    if not known:
-        raise NotInCacheError(
-            f"View {view.number} of {view.cache.path} has crops, but no targets yet. Make them: "
-            f"teacher-cache extract --teacher NAME {quoted(view.cache.path)}"
-        )
-    if name is None and len(known) > 1:
-        raise UsageError(f"View {view.number} of {view.cache.path} has targets of {', '.join(known)}. Choose with --teacher.")
-    chosen = known[0] if name is None else store_file_name(name)
-    if chosen not in known:
-        raise UnknownNameError(
-            f"View {view.number} of {view.cache.path} has no targets of {name}; it has those of {', '.join(known)}."
-        )
-    reader = StoreReader(view.store_path(chosen))
-    view.require_own(reader.manifest)
-    return reader
 
 
 def require_rows(view: View, store: StoreReader, rows: Sequence[int]) -> None:
