@@ -182,7 +182,7 @@ def _predictions(student: Student, config, batch: Batch, mask: Mask) -> dict[str
     for asked in config.objectives:
         if isinstance(asked, ContrastConfig):
             continue  # compares whole crops with each other: there is no token to show
-        objective = student.modules.objectives[asked.name]
+        objective = student.objectives[asked.name]
         head = objective.adaptors[-1] if isinstance(asked, AlignConfig) else objective.head
 
         def keep(module, inputs, output, name=asked.name) -> None:
