@@ -37,7 +37,7 @@ from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder
 from .fit import TRIAL_ROWS, Sample, fit, n_fit_rows
-from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
+from .planning import ExtractPlan, own_shards, require_like, spec_differences, target_differences
 from .record import changes, made_with, software
 
 DECODE_AHEAD = 2
@@ -144,7 +144,7 @@ def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
         for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
             values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
     of_store = target_differences(found, plan, teacher.spec, view.cache.n_images)
-    require_like(store, differences(theirs, mine) + of_store)
+    require_like(store, spec_differences(theirs, mine) + of_store)
 
 
 def require_same_probe(store: Path, teacher) -> None:

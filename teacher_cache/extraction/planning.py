@@ -158,10 +158,10 @@ def target_differences(found: Manifest, plan: ExtractPlan, teacher: TeacherSpec,
     mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
     if asked.array_names == found.store.array_names and plan.codec != "auto":
         mine["codecs"], theirs["codecs"] = plan.codec, "/".join(sorted({codec for _, codec in found.store.codecs}))
-    return differences(theirs, mine)
+    return spec_differences(theirs, mine)
 
 
-def differences(theirs: dict, mine: dict) -> list[str]:
+def spec_differences(theirs: dict, mine: dict) -> list[str]:
     """`dtype: int8 in the store, float16 given` for each key that differs."""
 
     def text(value) -> str:
