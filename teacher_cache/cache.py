@@ -86,7 +86,7 @@ MAX_NAME = 4096
 """Bytes of an image's path, on average over a list."""
 
 
-def differences(before: dict, now: dict, where: str) -> list[str]:
+def identity_differences(before: dict, now: dict, where: str) -> list[str]:
     """What differs between two `CropsIdentity.to_json()`, a readable line each: `crop plan seed: 0 in the cache, 1 given`."""
 
     def flat(value: dict) -> dict:  # the version follows from the plan
@@ -284,7 +284,7 @@ class Cache:
 
     def require_same(self, identity: CropsIdentity) -> None:
         """Raise MismatchError naming every difference if the crops asked for are not the crops that are here."""
-        differing = differences(self.identity.to_json(), identity.to_json(), "in the cache")
+        differing = identity_differences(self.identity.to_json(), identity.to_json(), "in the cache")
         if differing:
             raise MismatchError(
                 f"{self.path} holds other crops than those asked for:\n  " + "\n  ".join(differing) +

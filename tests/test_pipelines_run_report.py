@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from pipelines.feed.teacher_values import stored_shape
+from pipelines.pages.maps import NOTHING
 from pipelines.pages.of_run import curves, pictures
-from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
-from pipelines.pages.pictures.maps import NOTHING
+from pipelines.pages.of_run.run_facts import WARM_UP_STEPS, read_run
 from pipelines.presets import recipe
 from student.batch import Mask
 from student.cli.report import report

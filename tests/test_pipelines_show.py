@@ -15,9 +15,9 @@ from fakes import FakeTeacher
 from PIL import Image
 
 from pipelines.feed.teacher_values import teacher_shape
-from pipelines.pages.pictures.crops import box_of, finished_ranges, look
-from pipelines.pages.pictures.laws import METHODS, hidden_patches, laws_for, one_a_kind
-from pipelines.pages.pictures.maps import NOTHING, colours_of_tokens, hide, similarities
+from pipelines.pages.maps import NOTHING, colours_of_tokens, hide, similarities
+from pipelines.pages.of_crops.crops import box_of, finished_ranges, look
+from pipelines.pages.of_crops.laws import METHODS, hidden_patches, laws_for, one_a_kind
 from pipelines.presets import PRESETS, recipe
 from student.batch import TeacherShape
 from teacher_cache.cache import Cache

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from pipelines.pages.of_run.facts import read_run
+from pipelines.pages.of_run.run_facts import read_run
 from pipelines.presets import PRESETS, recipe
 from student import RunMismatchError, Student, TrainConfig
 from student.cli.train import train

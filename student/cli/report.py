@@ -35,13 +35,13 @@ def report(run: Path, out: Path | None, cache: Path | None, n_crops: int, as_jso
     with one_line_errors("Nothing was written.", COMMAND_AT_FAULT, (StudentError,)):
         if out is None and not as_json:
             raise UsageError(f"-o is missing: student-report {quoted(run)} -o run.html (or --json).")
-        from pipelines.pages.of_run.facts import read_run
+        from pipelines.pages.of_run.run_facts import read_run
 
         facts = read_run(run)
         if as_json:
             click.echo(json.dumps(facts.to_json(), indent=1))
         if out is not None:
-            from pipelines.pages.of_run.page import run_page
+            from pipelines.pages.of_run.run_report import run_page
             from pipelines.pages.page import require_page, write_page
 
             data_from = facts.description.get("data_from")

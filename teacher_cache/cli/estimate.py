@@ -63,13 +63,13 @@ def estimate(cache: Path | None, as_json: bool, **options):
 
 
 def _student_of(preset: str | None, teacher: str | None):
-    """What a preset says to an estimate (estimating.Student); None without one."""
+    """What a preset says to an estimate (estimating.PresetFacts); None without one."""
     if preset is None:
         return None
     from pipelines.presets import recipe
     from pipelines.presets.student_rate import layers_read, student_of, student_rate
 
-    from ..estimating.estimate import Student
+    from ..estimating.estimate import PresetFacts
 
     chosen = recipe(preset)
     if not chosen.teachers and teacher is None:
@@ -81,5 +81,5 @@ def _student_of(preset: str | None, teacher: str | None):
     def rate(spec, device):
         return student_rate(chosen.config, student_of(chosen.config, spec), spec, device)
 
-    return Student(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate,
+    return PresetFacts(preset, chosen.plan, next(iter(chosen.teachers), teacher), chosen.config.epochs, read, rate,
                    max(1, len(chosen.teachers)))  # fmt: skip

@@ -32,8 +32,8 @@ def show(cache: Path, rows: tuple[range, ...], view: int, teacher: str | None, i
       teacher-cache show --row 0:8 --row 100 --view 1 -o sheet.png CACHE
     """
     with one_line_errors(""):
-        from pipelines.pages.pictures.command import numbers_of
-        from pipelines.pages.pictures.command import show as draw
+        from pipelines.pages.of_crops.show import numbers_of
+        from pipelines.pages.of_crops.show import show as draw
 
         numbers = numbers_of(rows or (range(1),))
         out = out or Path(f"row-{numbers[0]}{f'-and-{len(numbers) - 1}-more' * (len(numbers) > 1)}-view-{view}.png")

@@ -31,7 +31,7 @@ MOST_FILES = 64
 
 
 @dataclass(frozen=True)
-class Student:
+class PresetFacts:
     """What a preset says; handed in, because this room knows no students."""
 
     preset: str
@@ -72,7 +72,7 @@ class Question:
     precision: str
 
 
-def answer(asked: Question, student: Student | None) -> dict:
+def answer(asked: Question, student: PresetFacts | None) -> dict:
     """Everything that is known, as plain JSON values. Writes nothing unless asked to measure, and then nothing that stays."""
     from ..teachers import crop_size
 
@@ -132,7 +132,7 @@ def _bytes_there(cache: Cache, n_views: int, store_name: str) -> int:
     return n_bytes
 
 
-def _left_out(name: str, student: Student | None, cache: Cache | None, rates: Rates) -> Iterator[str]:
+def _left_out(name: str, student: PresetFacts | None, cache: Cache | None, rates: Rates) -> Iterator[str]:
     """What the figures do not count."""
     if student and student.n_teachers > 1:
         yield f"what more teachers of {student.preset} cost: this counts {name} alone, ask for the others with --teacher"
@@ -162,7 +162,7 @@ def _load(asked: Question, name: str):
     return load_teacher(name, asked.weights or "random:0", asked.image_size, device, precision), device
 
 
-def _crops(asked: Question, student: Student | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
+def _crops(asked: Question, student: PresetFacts | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
     """What the crops will be: those of a cache that is there, cut from images, or typical ones."""
     if asked.folder.exists() and not asked.folder.is_dir():
         raise UsageError(f"{asked.folder} is a file. Give the folder where the cache shall lie, or one that holds a cache.")
@@ -187,7 +187,7 @@ def _crops(asked: Question, student: Student | None, default_size: int) -> tuple
     return CropSizes.typical(asked.n_images, plan, crop_format), plan, crop_format, None
 
 
-def _require_stored(spec: StoreSpec, layers: list[int], student: Student | None) -> None:
+def _require_stored(spec: StoreSpec, layers: list[int], student: PresetFacts | None) -> None:
     missing = sorted(set(layers) - set(spec.layers))
     if missing:
         raise UsageError(
@@ -201,7 +201,7 @@ def _bytes_read(spec: StoreSpec, teacher: TeacherSpec, layers: list[int], attent
     return sum(spec.row_bytes(array, teacher) for array in spec.arrays_read(layers, attention))
 
 
-def _measure(measured: dict, asked: Question, student: Student | None, teacher, plan: ExtractPlan, spec: StoreSpec,
+def _measure(measured: dict, asked: Question, student: PresetFacts | None, teacher, plan: ExtractPlan, spec: StoreSpec,
              crop_plan: CropPlan, crop_format: str, images: ImageList | None, device: str) -> None:  # fmt: skip
     """Fill in the rates that were not given, and `how` each was measured."""
     from .trial import extraction_rate, teacher_rate

@@ -38,7 +38,7 @@ from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder, race, take_tokens, token_places
 from .fit import Sample, fit, n_fit_rows
-from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
+from .planning import ExtractPlan, own_shards, require_like, spec_differences, target_differences
 from .record import changes, made_with, software
 
 DECODE_AHEAD = 2
@@ -74,7 +74,7 @@ class _Job:
         if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
             for values, of in ((mine, spec), (theirs, found.teacher)):
                 values["weights"] = f"{of.weights} (sha256 {values.pop('weights_sha256')[:12]})"
-        require_like(store.path, differences(theirs, mine) + target_differences(found, self.plan, self.spec))
+        require_like(store.path, spec_differences(theirs, mine) + target_differences(found, self.plan, self.spec))
 
 
 def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: range | None = None) -> bool:

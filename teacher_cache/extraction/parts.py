@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import CropsIdentity, differences
+from ..cache import CropsIdentity, identity_differences
 from ..errors import CacheCorruptError, MismatchError
 from ..files.durable import (
     crc32c,
@@ -108,7 +108,7 @@ class WorkFolder:
         """Raise MismatchError, naming what differs, if the stage that was begun here was to make something else."""
         if not self._is_begun:
             return
-        differing = differences(read_sealed(self.path / layout.JOB_JSON), self._describe(identity), "begun")
+        differing = identity_differences(read_sealed(self.path / layout.JOB_JSON), self._describe(identity), "begun")
         if differing:
             raise MismatchError(
                 f"{self.path} was begun with other images or parameters:\n  " + "\n  ".join(differing) +

@@ -157,10 +157,10 @@ def _begun(cache_dir: Path, name: str) -> list[Store]:
 def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
     """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs."""
     mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
-    return differences(theirs, mine)
+    return spec_differences(theirs, mine)
 
 
-def differences(theirs: dict, mine: dict) -> list[str]:
+def spec_differences(theirs: dict, mine: dict) -> list[str]:
     """`dtype: int8 in the store, float16 given` for each key that differs."""
 
     def text(value) -> str:

@@ -56,7 +56,7 @@ class RunFacts:
 
     @property
     def settled(self) -> slice:
-        """The steps that speed is told of."""
+        """The steps whose speed counts."""
         return slice(WARM_UP_STEPS if len(self.steps["step"]) > 2 * WARM_UP_STEPS else 0, None)
 
     @property

@@ -35,7 +35,7 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
     """Write the picture of one row, or a sheet of several.
 
     images: folder of the originals. patch: (row, column) of the patch that others are compared with. seed: of the masks. say:
-    told what cannot be drawn.
+    called with what cannot be drawn.
     """
     require_writable(out, outside_of=cache_dir)
     require_format(out)

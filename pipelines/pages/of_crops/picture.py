@@ -11,10 +11,10 @@ import numpy as np
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.spec import TeacherSpec
 
+from ..maps import NOTHING, colours_of_tokens, hide, over_crop, similarities
 from ..palette import LIGHT
 from .crops import LookedAt, box_of
 from .laws import Law
-from .maps import NOTHING, colours_of_tokens, hide, over_crop, similarities
 from .panels import MARGIN, SIDE, Panels, frame
 
 MOST_COLUMNS = 6
@@ -70,18 +70,18 @@ def picture_of_one(scene: Scene) -> Panels:
     most = "" if scene.patch is not None or crop.attention is None else ", the most attended"
     panels.heading(1 + n_lines, "Likeness", f"cosine with the patch at row {row}, column {column}{most}; yellow is 1")
     for i, (layer, tokens) in enumerate(crop.tokens.items()):
-        line, place = divmod(i, n_columns)
+        line, column = divmod(i, n_columns)
         colours, share = colours_of_tokens(tokens[None])
-        panels.panel(1 + line, place, _on_grid(colours[0], scene), f"layer {layer}, {share:.0%} of variance")
-        _draw_likeness(panels, 1 + n_lines + line, place, scene, tokens, patch, f"layer {layer}")
+        panels.panel(1 + line, column, _on_grid(colours[0], scene), f"layer {layer}, {share:.0%} of variance")
+        _draw_likeness(panels, 1 + n_lines + line, column, scene, tokens, patch, f"layer {layer}")
 
     if scene.laws:
         scaled = "; * scaled to this grid" * any(law.scaled for law in scene.laws)
         panels.heading(1 + 2 * n_lines, "Masks", f"what a student would see: one draw of each law of the presets{scaled}")
     for i, (law, hidden) in enumerate(zip(scene.laws, scene.hidden, strict=True)):
-        line, place = divmod(i, n_columns)
+        line, column = divmod(i, n_columns)
         masked = hide(crop.pixels, hidden[0], scene.teacher.grid)
-        panels.panel(1 + 2 * n_lines + line, place, masked, law.title, below=_presets_of(law))
+        panels.panel(1 + 2 * n_lines + line, column, masked, law.title, below=_presets_of(law))
     return panels
 
 
@@ -110,15 +110,15 @@ def sheet(scene: Scene) -> Panels:
         about = textwrap.fill(_class_of(crop).removesuffix(", "), 14) + "\nmirrored" * bool(crop.record["flip"])
         panels.words(MARGIN, tops[line] + 0.2, about.strip(), color=LIGHT["muted"])
         _draw_pixels(panels, line, scene, crop, with_titles=is_first)
-        for place, layer in enumerate(layers, start=n_pixels):
-            panels.panel(line, place, _on_grid(colours[layer][line], scene), f"layer {layer}" * is_first)
-        place = n_pixels + len(layers)
+        for column, layer in enumerate(layers, start=n_pixels):
+            panels.panel(line, column, _on_grid(colours[layer][line], scene), f"layer {layer}" * is_first)
+        column = n_pixels + len(layers)
         title = f"likeness, layer {layers[-1]}" * is_first
-        _draw_likeness(panels, line, place, scene, crop.tokens[layers[-1]], scene.patch_of(crop), title, with_range=False)
+        _draw_likeness(panels, line, column, scene, crop.tokens[layers[-1]], scene.patch_of(crop), title, with_range=False)
         for law, hidden in zip(scene.laws, scene.hidden, strict=True):
-            place += 1
+            column += 1
             masked = hide(crop.pixels, hidden[line], scene.teacher.grid)
-            panels.panel(line, place, masked, f"{law.title}{' *' * law.scaled}" * is_first)
+            panels.panel(line, column, masked, f"{law.title}{' *' * law.scaled}" * is_first)
     return panels
 
 
@@ -128,26 +128,26 @@ def _n_pixel_panels(crop: LookedAt) -> int:
 
 def _draw_pixels(panels: Panels, line: int, scene: Scene, crop: LookedAt, with_titles: bool) -> None:
     """The original with the box, if it is at hand; the crop; attention over it, if there is some."""
-    place = 0
+    column = 0
     if crop.original is not None:
-        axes = panels.panel(line, place, crop.original, "original and box" * with_titles)
+        axes = panels.panel(line, column, crop.original, "original and box" * with_titles)
         scale = crop.original.width / int(crop.record["image_width"])
         frame(axes, *(scale * side for side in box_of(scene.plan, crop.record)), colour=LIGHT["accent"])
         axes.set_frame_on(False)
         axes.set_anchor("NW")
-        place += 1
-    panels.panel(line, place, crop.pixels, "crop" * with_titles)
+        column += 1
+    panels.panel(line, column, crop.pixels, "crop" * with_titles)
     if crop.attention is not None:
         levels = crop.attention / max(float(crop.attention.max()), 1e-12)
-        axes = panels.panel(line, place + 1, over_crop(crop.pixels, levels, scene.teacher.grid), "CLS attention" * with_titles)
+        axes = panels.panel(line, column + 1, over_crop(crop.pixels, levels, scene.teacher.grid), "CLS attention" * with_titles)
         _frame_patch(axes, scene.patch_of(crop), scene.teacher.grid, *crop.pixels.shape[:2])
 
 
-def _draw_likeness(panels: Panels, line: int, place: int, scene: Scene, tokens, patch: int, title: str, with_range=True) -> None:
+def _draw_likeness(panels: Panels, line: int, column: int, scene: Scene, tokens, patch: int, title: str, with_range=True) -> None:
     alike = similarities(tokens, patch)
     low = np.nanmin(alike)
     title += f", {low:.2f} to 1" * with_range
-    axes = panels.panel(line, place, _on_grid(alike, scene), title, cmap="viridis", vmin=low, vmax=1)
+    axes = panels.panel(line, column, _on_grid(alike, scene), title, cmap="viridis", vmin=low, vmax=1)
     axes.set_facecolor([level / 255 for level in NOTHING])
     _frame_patch(axes, patch, scene.teacher.grid, *scene.teacher.grid)
 

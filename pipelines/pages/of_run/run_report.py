@@ -11,8 +11,8 @@ from teacher_cache.estimating.verdict import hours
 
 from ..page import data_uri, render
 from .curves import curves
-from .facts import RunFacts
 from .pictures import Pictures, encoded_picture, look
+from .run_facts import RunFacts
 
 MUCH_WAITING = 0.05
 """Share of its time that a run may wait for data before the page calls it slow."""
