@@ -241,37 +241,39 @@ def _largest_shards(cache: Path) -> list[Path]:
     return sorted(sizes, key=lambda path: -sizes[path])[:MOST_FILES]
 
 
-def in_words(told: dict) -> str:
+def in_words(answered: dict) -> str:
     """What `answer` found, for people."""
-    layers = ", ".join(map(str, told["layers"]))
-    free, total = told["free_bytes"], told["bytes"]["total"]
+    layers = ", ".join(map(str, answered["layers"]))
+    free, total = answered["free_bytes"], answered["bytes"]["total"]
     lines = [
-        f"{told['n_images']:,} images, {told['views']} view{'s' * (told['views'] > 1)} of {told['crop_size']} px "
-        f"({told['crop_format']}); {told['teacher']}, layers {layers}, {told['dtype']}"
-        + ", attention" * told["attention"]
-        + (f", tokens of {told['visible']} visible patches" if told["visible"] else ""),
+        f"{answered['n_images']:,} images, {answered['views']} view{'s' * (answered['views'] > 1)} of {answered['crop_size']} px "
+        f"({answered['crop_format']}); {answered['teacher']}, layers {layers}, {answered['dtype']}"
+        + ", attention" * answered["attention"]
+        + (f", tokens of {answered['visible']} visible patches" if answered["visible"] else ""),
         "",
-        *told["byte_lines"],
-        f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {told['folder']}"
-        + (f"; {human(told['present_bytes'])} of it are there" if told["present_bytes"] else "")
-        + (f": {human(total - free - told['present_bytes'])} SHORT" if total > free + told["present_bytes"] else ""),
-        f"{'fitting':<11}{human(told['fit_bytes']):>8}   of disk for a time, before any target: the quantiser's sample",
+        *answered["byte_lines"],
+        f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {answered['folder']}"
+        + (f"; {human(answered['present_bytes'])} of it are there" if answered["present_bytes"] else "")
+        + (f": {human(total - free - answered['present_bytes'])} SHORT" if total > free + answered["present_bytes"] else ""),
+        f"{'fitting':<11}{human(answered['fit_bytes']):>8}   of disk for a time, before any target: the quantiser's sample",
         "",
     ]
-    if told["extraction_s"] is not None:
-        lines.append(f"extraction {hours(told['extraction_s'])} on one device")
-    read = f"{human(told['bytes_read_per_crop'])} a crop"
-    if told["needed_bytes_per_s"] is not None:
-        read += f", {human(told['needed_bytes_per_s'])}/s for one device that trains {told['rates']['student']:,.4g} crops/s"
+    if answered["extraction_s"] is not None:
+        lines.append(f"extraction {hours(answered['extraction_s'])} on one device")
+    read = f"{human(answered['bytes_read_per_crop'])} a crop"
+    if answered["needed_bytes_per_s"] is not None:
+        read += (
+            f", {human(answered['needed_bytes_per_s'])}/s for one device that trains {answered['rates']['student']:,.4g} crops/s"
+        )
     lines.append(f"training   reads {read}")
-    if disk := told["disk"]:
+    if disk := answered["disk"]:
         written = f", writes {human(disk['write'])}/s" if disk["write"] else ""
         lines.append(
             f"disk       reads {human(disk['random'])}/s at random ({human(disk['chunk_bytes'])} each, {disk['threads']} at a "
             f"time){written}: {disk['of']}, {disk['how']}"
         )
-    lines += [f"measured   {line}" for line in told["rates"]["how"]]
-    lines += ["", *told["sentences"]]
-    if told["unknown"]:
-        lines += ["", "Not known:", *(f"  {line}" for line in told["unknown"])]
+    lines += [f"measured   {line}" for line in answered["rates"]["how"]]
+    lines += ["", *answered["sentences"]]
+    if answered["unknown"]:
+        lines += ["", "Not known:", *(f"  {line}" for line in answered["unknown"])]
     return "\n".join(lines)

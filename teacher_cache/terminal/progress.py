@@ -85,8 +85,8 @@ class Progress:
     def waits(self) -> str:
         """`, waits for teacher 81%, disk 12%`: shares of the time so far, the largest first. Empty if nothing was waited for."""
         shares = sorted(((seconds / self.seconds, what) for what, seconds in list(self.waited.items())), reverse=True)
-        told = [f"{what} {share:.0%}" for share, what in shares if share >= LEAST_SHARE]
-        return f", waits for {', '.join(told)}" if told else ""
+        named = [f"{what} {share:.0%}" for share, what in shares if share >= LEAST_SHARE]
+        return f", waits for {', '.join(named)}" if named else ""
 
     def left(self) -> str:
         """Time that is left at the rate so far; `?` before the first unit."""

@@ -19,7 +19,7 @@ from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify_folder
 from teacher_cache.errors import TeacherCacheError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.store import writer
+from teacher_cache.store.store import Store
 
 STORES = ("fake", "fake-zstd")
 """What compiled code copies, and what is decompressed."""
@@ -39,7 +39,7 @@ def cache(shared_cache, teacher, tmp_path_factory) -> Path:
     for view in Cache(path).views():
         compress(view.store_path("fake-zstd"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+        patch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(Cache(path).view(0), "half", teacher, ExtractPlan(layers="last2", shard_rows=8, batch_size=5))
     return path
