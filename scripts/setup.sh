@@ -54,5 +54,5 @@ fi
 # uv comes from PyPI, into an environment of its own, so that the other one holds the project alone.
 [[ -x $venv/uv/bin/uv ]] || { "$venv/bin/python" -m venv "$venv/uv" && "$venv/uv/bin/python" -m pip install -q uv; }
 echo "Installing Python packages into $venv (Python $(version "$venv/bin/python"))"
-"$venv/uv/bin/uv" pip install -q --python "$venv/bin/python" -c constraints.txt -e '.[dev]'
+"$venv/uv/bin/uv" pip install -q --compile-bytecode --python "$venv/bin/python" -c constraints.txt -e '.[dev]'
 touch "$venv/.ready"

@@ -9,8 +9,9 @@ BROUGHT_BY = {
     **dict.fromkeys(("ffcv", "llvmlite", "numba", "safetensors", "setuptools", "timm", "torch"), ("train", "teachers")),
     **dict.fromkeys(("huggingface_hub", "open_clip", "torchvision"), ("teachers",)),
     **dict.fromkeys(("tensorboard",), ("train",)),
-    **dict.fromkeys(("jinja2", "matplotlib", "sklearn"), ("pages",)),
+    **dict.fromkeys(("jinja2", "markupsafe", "matplotlib", "sklearn"), ("pages",)),
     "mlxtend": ("demo",),
+    "zarr": ("all",),
 }
 """Module -> the extras that bring it (setup.cfg)."""
 TAKEN_BY = {
