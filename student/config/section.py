@@ -27,7 +27,7 @@ LARGEST = {
 class Section:
     """A section of a configuration: the types of its fields are validated when it is built, then `validate` says the rest."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, hint in _field_hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):

@@ -186,7 +186,7 @@ def keeping(
     return (TrainConfig.from_json(here) if kept else config), kept
 
 
-def _value(tree: dict, name: str):
+def _value(tree: dict, name: str) -> object:
     node, leaf = _node_of(tree, name)
     return node[leaf]
 

@@ -256,7 +256,7 @@ class Trainer:
         drops = self.student.draw_drops(self.config.seed, self.step, self.config.batch_size, pinned)
         return None if drops is None else drops.chunk(self.n_micro_batches)[number].to(self.device, non_blocking=pinned)
 
-    def _gradients_shared(self, last: bool):
+    def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager:
         """Between processes gradients are exchanged in the last backward pass of a step."""
         return contextlib.nullcontext() if last or world_size() == 1 else self.forward.no_sync()
 

@@ -34,6 +34,8 @@ class Checked:
     """`view-000/crops.beton`, `view-000/clip-b16.zarr` -> rows whose bytes were compared with their checksums."""
     again: dict[str, int] = field(default_factory=dict)
     """The same -> rows that were made again from the originals, or by the teacher (remake.py)."""
+    not_made: dict[str, str] = field(default_factory=dict)
+    """The same -> a check that was left out here, and what installs what it needs."""
 
     def in_words(self) -> list[str]:
         """The files, a line; then the rows, a line for each view's crops and for each of its stores."""
@@ -44,7 +46,7 @@ class Checked:
             made = "cut" if what.endswith(".beton") else "taught"
             again = f", {self.again[what]:,} {made} again" if what in self.again else ""
             lines.append(f"{what:<{width}}  {self.rows.get(what, 0):,} rows{again}")
-        return lines
+        return [*lines, *(f"{what:<{width}}  not made: {why}" for what, why in self.not_made.items())]
 
 
 def judge(path: Path, wrong: str | None) -> Finding:

@@ -13,6 +13,7 @@ from ..crops.beton import CropReader, read_checksums, tables_sha256
 from ..errors import CacheCorruptError, MismatchError
 from ..files.durable import crc32c
 from ..format import layout
+from ..terminal.extras import extras_for, install_command
 from .findings import Checked, Finding, judge, without
 from .policy import check_small_files, check_spare, draw_rows, in_threads
 from .small_files import SmallFiles
@@ -57,6 +58,12 @@ def _crops(view: View, labels: np.ndarray | None, sample: int | None, draws: np.
         return judge(reader.path, f"{len(bad)} damaged crops, rows {bad[:5]}{' ...' if len(bad) > 5 else ''}.")
     try:
         reader.require_same_decoder()
+    except ModuleNotFoundError as error:
+        if not (extras := extras_for(error.name or "")):
+            raise
+        checked.not_made[f"{view.path.name}/{reader.path.name}"] = (
+            "whether this machine decodes crops to the pixels on record, which needs FFCV: " + install_command(extras)
+        )
     except MismatchError as error:
         return Finding("foreign", str(reader.path), without(reader.path, error))
     except CacheCorruptError as error:  # one that is not in the sample

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 
 from .pointers import load_u64, load_u8, pointer_u8  # isort: skip - before numba, whose threading layer it chooses
 
@@ -23,12 +24,16 @@ from ..format.shards import CLOSED, EMPTY_SLOT
 from .crc_instruction import crc_instruction
 
 _torch_threads = torch.get_num_threads()
-from ffcv.libffcv import ctypes_imdecode  # noqa: E402
+if sys.version_info >= (3, 12):
+    import setuptools  # noqa: F401 - it brings distutils, which ffcv 1.0.2 imports and Python has no more
+from ffcv.libffcv import ctypes_imdecode, lib  # noqa: E402
 
 # importing ffcv leaves both torch and numba with one thread
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
+DECODER = lib._name
+"""Path of the library that decodes crops."""
 OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING, CUT_SHORT, NOT_OPEN = range(7)
 """Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
 

@@ -54,7 +54,7 @@ class Manifest:
     """None: not on record, as in stores before version 3."""
     format_version: int = STORE_VERSIONS[-1]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if type(self.view) is not int or not 0 <= self.view < 2**31:
             raise ValueError(f"view must be a number from 0, not {self.view!r}")
         for name in ("crops_id", "crops_sha256", "probe_sha256"):

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import CacheCorruptError, CropNotCachedError, NotInCacheError, TeacherCacheError, UsageError
 from ..files.durable import crc32c
@@ -101,7 +102,7 @@ class StoreReader:
         """Close what is open. Reading opens it again; which rows have been checked is remembered."""
         self.shards.close()
 
-    def read(self, array: str, rows, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
+    def read(self, array: str, rows: ArrayLike, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
         """Copy `rows` of `array` into `out` ([len(rows), *row_shape] of the stored dtype, C-contiguous), in that order.
 
         places: integer [len(rows), K], to read only the tokens that stand there of each row, in that order: K for T in the shape
@@ -145,7 +146,7 @@ class StoreReader:
             raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
         return places.astype("int32", copy=False)
 
-    def tokens(self, rows, layer: int = -1) -> np.ndarray:
+    def tokens(self, rows: ArrayLike, layer: int = -1) -> np.ndarray:
         """Whitened tokens of one block as float32 [len(rows), T, D], dequantised. For looking, not for training.
 
         layer: number of the block, from 1; or from the end, -1 is the teacher's last. T = C+N, or of a store of visible tokens
@@ -222,7 +223,7 @@ class StoreReader:
             checked[row] = 1
         return data[:-4]
 
-    def _damaged(self, array: str, row: int, why) -> CacheCorruptError:
+    def _damaged(self, array: str, row: int, why: object) -> CacheCorruptError:
         message = f"{self.path / array}: row {row} is damaged ({why}). Run teacher-cache verify on this cache."
         return CacheCorruptError(message)
 

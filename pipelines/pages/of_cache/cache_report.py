@@ -44,7 +44,7 @@ class Options:
     weights: str | None = None
     """Of the teacher, to measure errors with."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.verify and self.verified:
             raise UsageError("--verify checks now, --verified reads what was found before: give one of them.")
         if self.sample is not None and not self.verify:
