@@ -1,0 +1,1 @@
+"""Joins a cache and a student: batches, presets, pages and the demo."""
