@@ -21,6 +21,11 @@ soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full co
 check: $(READY) ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
+.PHONY: docs
+docs: $(READY) ## the pages of docs/ that are written from the code: map, options, presets
+	@.venv/bin/python -m scripts.documents
+	@.venv/bin/python -m pipelines.presets > docs/presets.md
+
 clean: ## remove everything that make made
 	rm -rf .venv demo-out soak-out bench-out *.egg-info .pytest_cache .ruff_cache .hypothesis
 

@@ -98,7 +98,7 @@ def options_page() -> str:
         context = click.Context(command, info_name=name)
         usage = " ".join([name, *command.collect_usage_pieces(context)])
         first = " ".join(inspect.cleandoc(command.help).split("\n\n")[0].split())
-        lines += [f"## {name}", "", first, "", f"    {usage}", "", "| option | takes | default | |", "|---|---|---|---|"]
+        lines += [f"## {name}", "", f"{first} `{usage}`", "", "| option | takes | default | |", "|---|---|---|---|"]
         for option in command.params:
             if isinstance(option, click.Option):
                 default, what = _default(option, context)

@@ -27,7 +27,7 @@ def command_lines() -> list[tuple[str, str]]:
     """(document, command) of every line in a document that calls one of our programs with arguments."""
     lines = []
     for document in DOCUMENTS:
-        for line in document.read_text().splitlines():
+        for line in document.read_text().replace("\\\n", " ").splitlines():
             match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-train|student-eval|student-report) .*)", line)
             if match:
                 lines.append((document.name, match[1].split(" #")[0].strip()))
