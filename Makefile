@@ -24,6 +24,11 @@ soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full co
 check: $(READY) ## style, and the types of the public names
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
+.PHONY: docs
+docs: $(READY) ## the pages of docs/ that are written from the code: map, options, presets
+	@.venv/bin/python -m scripts.documents
+	@.venv/bin/python -m pipelines.presets > docs/presets.md
+
 clean: ## remove everything that make made
 	rm -rf .venv .venv-3.* build demo-out soak-out bench-out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
