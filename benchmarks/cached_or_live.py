@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import teacher_shape
 from student.modules.model import Student
 from teacher_cache.device import pick_device
 from teacher_cache.extraction.extract import extract_view
@@ -59,7 +61,7 @@ def main(presets, device: str, batch: int | None, tiny: bool, rounds: int, scrat
             needs = student.needs
             layers = tuple(teacher.spec.depth + 1 + offset for offset in needs[0].layers) or (teacher.spec.depth,)
             cache = made_up.make_cache(folder / preset, n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
-            plan = ExtractPlan(",".join(map(str, layers)), codec="none", shard_rows=n_rows // 4, batch_size=batch)
+            plan = ExtractPlan(",".join(map(str, layers)), shard_rows=n_rows // 4, batch_size=batch)
             extract_view(cache.view(0), name, teacher, plan)
 
             options = {"batch_size": batch, "device": device}

@@ -18,6 +18,7 @@ from teacher_cache.device import pick_device
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 from teacher_cache.teachers import load_teacher
 
@@ -38,7 +39,7 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> floa
     n_rows = len(spec.rows_of(0))
 
     def write() -> int:
-        with ShardWriter(store, spec, teacher.spec, 0) as out:
+        with ShardWriter(Store.open(store), 0) as out:
             for start in range(0, n_rows, 64):
                 out.append({array: values[start : min(start + 64, n_rows)] for array, values in rows.items()})
         return n_rows
@@ -50,14 +51,17 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> floa
     return -rate
 
 
-def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round: int, batch: int, dtype: str):
-    """Claim, rates and conditions for one teacher."""
-    device, precision = pick_device(device, "auto")
+def measured(name: str, device: str, precision: str, compiled: bool, rounds: int, folder: Path, crops_per_round: int, batch: int,
+             dtype: str, label: str):  # fmt: skip
+    """Claim, rates and conditions for one teacher; `label` is what they call it."""
+    device, precision = pick_device(device, precision)
     teacher = load_teacher(name, None if name == "demo" else "random:0", None, device, precision)
+    if compiled:
+        teacher.compile()
     shard_rows, size = crops_per_round, teacher.spec.image_size
     n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
     cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
-    view, plan = cache.view(0), ExtractPlan(dtype=dtype, codec="none", shard_rows=shard_rows, batch_size=batch)
+    view, plan = cache.view(0), ExtractPlan(dtype=dtype, shard_rows=shard_rows, batch_size=batch)
     extract_view(view, name, teacher, plan, range(0, 1))
 
     spec, crops = plan.store_spec(teacher.spec, n_rows), CropReader(view.path)
@@ -79,19 +83,19 @@ def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round:
 
     found = measure.take_turns(
         {
-            f"{name}: extraction": extract,
-            f"{name}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
-            f"{name}: writing": lambda: write_alone(written, teacher, spec, rows),
+            f"{label}: extraction": extract,
+            f"{label}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
+            f"{label}: writing": lambda: write_alone(written, teacher, spec, rows),
         },
         rounds,
     )
-    share = found.each(lambda r: r[f"{name}: extraction"] / min(r[f"{name}: bare teacher"], r[f"{name}: writing"]))
+    share = found.each(lambda r: r[f"{label}: extraction"] / min(r[f"{label}: bare teacher"], r[f"{label}: writing"]))
     row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     condition = (
-        f"{name}: {teacher.spec.weights}, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, "
+        f"{label}: {teacher.spec.weights}, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, "
         f"{dtype}, {row_bytes:,} bytes a row, batches of {batch}, shards of {shard_rows}"
     )
-    return measure.claim(f"extraction / min(bare teacher, writing), {name}", share, 0.97), found.figures("crops/s"), condition
+    return measure.claim(f"extraction / min(bare teacher, writing), {label}", share, 0.97), found.figures("crops/s"), condition
 
 
 @click.command()
@@ -100,8 +104,12 @@ def measured(name: str, device: str, rounds: int, folder: Path, crops_per_round:
 @click.option("--crops", type=click.IntRange(1), help="A round. [default: 192; on a GPU 2048]")
 @click.option("--batch", type=click.IntRange(1), help="[default: 16; on a GPU 128]")
 @click.option("--dtype", default="int8", show_default=True)
+@click.option("--precision", "precisions", multiple=True, default=("auto",), type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option("--compile", "compiled", is_flag=True, help="Each also with torch.compile.")
 @measure.options
-def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: int, scratch: Path | None):
+def main(
+    teachers, device: str, crops, batch, dtype: str, precisions, compiled: bool, tiny: bool, rounds: int, scratch: Path | None
+):
     """Crops/s of extraction over the slower of the bare teacher and the disk. Files may go to --scratch /dev/shm."""
     if device.startswith("cuda") and measure.gpu_name() is None:
         measure.not_run("extraction-gpu", "no GPU here")
@@ -112,9 +120,10 @@ def main(teachers, device: str, crops, batch, dtype: str, tiny: bool, rounds: in
     crops, batch = crops or (4 if tiny else 2048 if on_gpu else 192), batch or (2 if tiny else 128 if on_gpu else 16)
     claims, figures, conditions = [], {}, ["decoding, quantising, CRCs and fsync included; the quantiser's fit is not"]
     with measure.scratch_folder(scratch, 0 if tiny else crops * (rounds + 4) * 1_100_000) as folder:
-        for name in names:
+        for name, precision, is_compiled in itertools.product(names, precisions, (False, True)[: 1 + compiled]):
+            label = name + f" {precision}" * (precision != "auto") + " compiled" * is_compiled
             with measure.scratch_folder(folder) as own:  # the stores of one teacher are gone before the next ones are made
-                claim, rates, condition = measured(name, device, rounds, own, crops, batch, dtype)
+                claim, rates, condition = measured(name, device, precision, is_compiled, rounds, own, crops, batch, dtype, label)
             claims.append(claim)
             figures |= rates
             conditions.append(condition)

@@ -13,16 +13,17 @@ import click
 import torch
 
 from pipelines.demo.data import write_digits
-from pipelines.feed.source import CachedSource, LiveSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.presets import recipe
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.spec import DTYPES
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.sizes import store_bytes
 from teacher_cache.teachers import load_teacher
 
@@ -82,7 +83,7 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
     claims = [measure.claim("bytes / float16, five layers of a ViT-B/16", [share], most_bytes, at_most=True)]
     figures = {}
     with measure.scratch_folder(scratch) as folder:
-        plan = ExtractPlan(layers="last5", dtype=dtype, codec="none", shard_rows=64, batch_size=16)
+        plan = ExtractPlan(layers="last5", dtype=dtype, shard_rows=64, batch_size=16)
         digits = write_digits(folder / "digits")
         teachers = {"demo": (digits / "val", DEMO_PRESETS), "moco-v3-s16": (None, ("mimco-s16",))}
         for teacher_name, (images, presets) in teachers.items():
@@ -90,7 +91,7 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
             n_rows, size = (16 if tiny or not images else 256), teacher.spec.image_size
             cache = made_up.make_cache(folder / teacher_name, n_rows, size, images, CropPlan(size=size, scale=(0.5, 1.0)))
             extract_view(cache.view(0), teacher_name, teacher, plan)
-            layers = read_manifest(cache.view(0).store_path(teacher_name)).fidelity
+            layers = cache.view(0).store(teacher_name).manifest.fidelity
             figures[f"error of a token, {teacher_name}"] = {
                 "median": max(layer.median for layer in layers), "p99": max(layer.p99 for layer in layers),
                 "n_tokens": layers[0].n_tokens, "of": "the worst of five layers",

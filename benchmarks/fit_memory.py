@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from teacher_cache.extraction.fit import FIT_ROWS, TRIAL_ROWS, Sample, fit, fit_bytes
+from teacher_cache.extraction.fit import FIT_ROWS, Sample, fit, fit_bytes
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.words import human
 
@@ -34,19 +34,17 @@ def main(tiny: bool, rounds: int, scratch: Path | None):
     where = measure.environment()
     teacher = replace(made_up.VIT_B16, dim=1024, depth=24, heads=16)
     teacher = made_up.SMALL if tiny else teacher
-    plan = ExtractPlan(layers="last24")
-    spec = plan.store_spec(teacher, 64 if tiny else 1_281_167)
+    spec = ExtractPlan(layers="last24").store_spec(teacher, 64 if tiny else 1_281_167)
     n_rows = min(FIT_ROWS, spec.n_rows)
     draws = np.random.default_rng(0)
     with measure.scratch_folder(scratch, 2 * fit_bytes(spec, teacher)) as folder, Sample(folder, spec, teacher) as sample:
         shape = (ROWS, len(spec.layers), sample.n_drawn, teacher.dim)
         tokens = draws.standard_normal(shape, "float32")
-        whole = draws.standard_normal((TRIAL_ROWS, len(spec.layers), spec.n_tokens(teacher), teacher.dim), "float32")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
         before, started = _memory("VmRSS"), time.perf_counter()
         for start in range(0, n_rows, ROWS):
-            sample.add(tokens[: min(ROWS, n_rows - start)], whole[: 0 if start else min(TRIAL_ROWS, n_rows)])
-        fit(sample, spec, plan)
+            sample.add(tokens[: min(ROWS, n_rows - start)])
+        fit(sample, spec)
         seconds, added = time.perf_counter() - started, max(1, _memory("VmHWM") - before)
     figures = {
         "sample on disk": {"unit": "MB", "median": fit_bytes(spec, teacher) / 1e6},

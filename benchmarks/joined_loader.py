@@ -46,7 +46,7 @@ def require_equal(loader: JoinedLoader, crops: CropReader, store: StoreReader, r
     """End the program unless a batch of the loader is what the readers give."""
     for raw in loader.batches(rows[None]):
         same = [np.array_equal(raw.images, crops.read(rows))]
-        for part in loader.parts:
+        for part in loader.fields:
             expected = store.read(part.array, rows).reshape(len(rows), -1).view("u1")
             same.append(np.array_equal(raw.records[:, part.offset : part.offset + part.n_bytes], expected))
     if not all(same):

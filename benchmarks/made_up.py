@@ -15,8 +15,9 @@ from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store.commits import fold
+from teacher_cache.store.folding import fold
 from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 
 NAME = "made-up"
@@ -85,8 +86,8 @@ def _some_images(source: Path, folder: Path, n_images: int) -> Path:
 
 
 def store_spec(teacher: TeacherSpec, n_rows: int, layers: str, dtype: str = "int8", shard_rows: int = 256) -> StoreSpec:
-    """What `teacher-cache extract --codec none` would make of these."""
-    return ExtractPlan(layers=layers, dtype=dtype, codec="none", shard_rows=shard_rows).store_spec(teacher, n_rows)
+    """What `teacher-cache extract` would make of these."""
+    return ExtractPlan(layers=layers, dtype=dtype, shard_rows=shard_rows).store_spec(teacher, n_rows)
 
 
 def begin_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, view=None) -> None:
@@ -117,14 +118,14 @@ def fill_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, seed: int = 0)
     """Give a begun store all its rows, random ones."""
     rng = np.random.default_rng(seed)
     for shard in range(spec.n_shards):
-        with ShardWriter(path, spec, teacher, shard) as out:
+        with ShardWriter(Store.open(path), shard) as out:
             rows = spec.rows_of(shard)
             for start in range(rows.start, rows.stop, 32):
                 n_rows = min(32, rows.stop - start)
                 out.append(
                     {a: made_up_rows(rng, n_rows, spec.row_shape(a, teacher), spec.row_dtype(a)) for a in spec.array_names}
                 )
-    fold(path, spec)
+    fold(Store.open(path))
 
 
 def add_targets(cache: Cache, teacher: TeacherSpec = VIT_B16, layers: str = "last5", dtype: str = "int8", name: str = NAME,

@@ -118,6 +118,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
+    if given := os.environ.get("COMMIT"):  # of a checkout that has come without its repository
+        return given
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()

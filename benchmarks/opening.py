@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.feed.source import CachedSource
+from pipelines.feed.cached_source import CachedSource
 from student.batch import Needs
 from teacher_cache.cache import Cache
 from teacher_cache.store.reader import StoreReader

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_cache.cache import Cache, CropsIdentity, View, view_path, write_cache
+from teacher_cache.cache import Cache, CropsIdentity, View, write_cache
 from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.crops.images import ImageList
 from teacher_cache.files.durable import crc32c, npy_bytes, seal, sha256_file, write_whole
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
-from teacher_cache.format.shards import HEADER_BYTES, header, shard_file
+from teacher_cache.format.layout import shard_file, view_path
+from teacher_cache.format.shards import HEADER_BYTES, header
 from teacher_cache.format.spec import StoreSpec, TeacherSpec
-from teacher_cache.store.commits import FILE_DTYPE, fold, write_commit
-from teacher_cache.store.manifest import manifest_sha256
+from teacher_cache.store.commits import FILE_DTYPE
+from teacher_cache.store.folding import fold
 from teacher_cache.store.spare import write_spare
+from teacher_cache.store.store import Store
 
 from . import made_up
 
@@ -52,8 +54,8 @@ def add_sparse_targets(view: View, teacher: TeacherSpec, layers: str = "last5", 
     for shard in range(spec.n_shards):
         slots = [row % spec.shard_rows for row in sorted(readable)[slice(*np.searchsorted(shards, [shard, shard + 1]))]]
         sizes = [_write_shard(path, teacher, spec, column, shard, slots) for column in range(len(spec.array_names))]
-        write_commit(path, shard, np.array([(n_bytes, 0) for n_bytes in sizes], FILE_DTYPE))
-    fold(path, spec)
+        Store.open(path).write_commit(shard, np.array([(n_bytes, 0) for n_bytes in sizes], FILE_DTYPE))
+    fold(Store.open(path))
     return path
 
 
@@ -66,7 +68,7 @@ def _write_shard(store: Path, teacher: TeacherSpec, spec: StoreSpec, column: int
     index[:n_rows, 1] = row_bytes + 4
     crc = crc32c(bytes(row_bytes)).to_bytes(4, "little")
     with open(shard_file(store, array, shard, 1 + len(spec.row_shape(array, teacher))), "wb") as file:
-        file.write(header(manifest_sha256(store), column, shard))
+        file.write(header(Store.open(store).sha256, column, shard))
         for slot in slots:
             file.seek(int(index[slot, 0]) + row_bytes)
             file.write(crc)

@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.presets import recipe
 from student.batch import Batch
 from student.modules.model import Student
@@ -75,17 +76,19 @@ def config_of(preset: str, tiny: bool, shapes, image_size: int, batch: int):
 @click.option("--preset", "presets", multiple=True, default=("maskalign-b16", "mr-mae-b16"), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="Without a GPU it is not run, unless this is cpu.")
 @click.option("--batch", type=click.IntRange(1), help="[default: 256; with --tiny 8]")
+@click.option("--rows", type=click.IntRange(1), help="Of the cache. [default: 8192; with --tiny 32]")
 @click.option("--compile", "compiled", is_flag=True, help="As student-train --compile.")
 @measure.options
-def main(presets, device: str, batch: int | None, compiled: bool, tiny: bool, rounds: int, scratch: Path | None):
+def main(presets, device: str, batch, rows, compiled: bool, tiny: bool, rounds: int, scratch: Path | None):
     """Steps/s from the cache over steps/s on a batch that is on the device."""
     if device == "auto" and measure.gpu_name() is None:
         measure.not_run("student-step", "no GPU here")
         return
     where, (device, _) = measure.environment(), pick_device(device, "auto")
     teacher, n_rows, batch, n_steps = (made_up.SMALL, 32, batch or 8, 2) if tiny else (made_up.VIT_B16, 8192, batch or 256, 30)
+    n_rows = rows or n_rows
     claims, figures, conditions = [], {}, [f"{device}, batches of {batch}" + ", compiled" * compiled]
-    with measure.scratch_folder(scratch, 0 if tiny else 9 << 30) as folder:
+    with measure.scratch_folder(scratch, 0 if tiny else n_rows * 1_200_000) as folder:
         cache = made_up.make_cache(folder, n_rows, teacher.image_size)
         store = made_up.add_targets(cache, teacher, shard_rows=max(8, n_rows // 8))
         shapes = (teacher_shape(teacher),)

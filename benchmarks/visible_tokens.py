@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import torch
 
-from pipelines.feed.source import CachedSource, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import teacher_shape
 from pipelines.presets import recipe
 from student.modules.model import Student
 from teacher_cache.device import pick_device

@@ -5,7 +5,7 @@ from teacher_cache.terminal.signals import run_program
 
 def train() -> None:
     def load():
-        from .cli.commands import train
+        from .cli.train import train
 
         return train
 
@@ -14,7 +14,7 @@ def train() -> None:
 
 def evaluate() -> None:
     def load():
-        from .cli.commands import evaluate
+        from .cli.evaluate import evaluate
 
         return evaluate
 
@@ -23,7 +23,7 @@ def evaluate() -> None:
 
 def report() -> None:
     def load():
-        from .cli.commands import report
+        from .cli.report import report
 
         return report
 

@@ -18,6 +18,11 @@ from torch import Tensor
 from .errors import RunError
 
 
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens [B, n, D] that stand at `index` [B, n] of `tokens` [B, N, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Mask:
     """A partition of the N patches of every image, counted row by row from 0."""
@@ -26,7 +31,7 @@ class Mask:
     drop: Tensor  # int64 [B, n_drop], the others
 
     @property
-    def hidden(self) -> Tensor:
+    def is_hidden(self) -> Tensor:
         """bool [B, N], True where a patch is hidden."""
         visible = torch.ones(
             self.keep.shape[0], self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device
@@ -74,7 +79,7 @@ class Targets:
     def patches(self, which: int) -> Tensor:
         """The patch tokens of one block, [B, N, D]: `layer` without CLS. RunError if there are only those of visible patches."""
         if self.index is not None:
-            raise RunError("The batch holds tokens of visible patches only; `needs.hidden` must ask for the others.")
+            raise RunError("The batch holds tokens of visible patches only; `needs.hidden_tokens` must ask for the others.")
         return self.layer(which)[:, int(self.has_cls) :]
 
     def visible(self, which: int, keep: Tensor) -> Tensor:
@@ -86,8 +91,7 @@ class Targets:
         if self.index is not None:
             first = int(self.has_cls)
             return self.layer(which)[:, first : first + keep.shape[1]]
-        patches = self.patches(which)
-        return patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        return take(self.patches(which), keep)
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,12 @@ class Needs:
 
     layers: tuple[int, ...] = ()  # counted from the end, ascending
     attention: bool = False
-    hidden: bool = False  # tokens of hidden patches too, not of visible ones alone
+    hidden_tokens: bool = False  # those of hidden patches too, not of visible ones alone
 
     def __or__(self, other: Needs) -> Needs:
-        """What two parts want together."""
+        """What two objectives, or a masker and one, want together."""
         layers = tuple(sorted({*self.layers, *other.layers}))
-        return Needs(layers, self.attention or other.attention, self.hidden or other.hidden)
+        return Needs(layers, self.attention or other.attention, self.hidden_tokens or other.hidden_tokens)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class BatchSource(Protocol):
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step), counted from 0 over the whole run, in order.
 
-        Each step is as many batches as the trainer was told, of equal size, by the places of `micro_batches.place_of`, already
-        on the device of the training. If the iterator has a `close()`, it is called when training ends, however it ends.
+        Each step is as many batches as the trainer asks for, of equal size, by the numbers of `micro_batches.number_in_step`,
+        already on the device of the training. If the iterator has a `close()`, it is called when training ends, however it ends.
         """
         ...

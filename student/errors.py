@@ -32,12 +32,12 @@ class RunMismatchError(RunError):
 class PeerFailedError(StudentError, RuntimeError):
     """Another process of the run has failed, and this one stops with it.
 
-    place: its number among them, from 0.  text: what it said.
+    rank: its number among them, from 0.  text: its error.
     """
 
-    def __init__(self, place: int, text: str):
-        super().__init__(f"Process {place} of this run failed: {text}")
-        self.place = place
+    def __init__(self, rank: int, text: str):
+        super().__init__(f"Process {rank} of this run failed: {text}")
+        self.rank = rank
         self.text = text
 
 

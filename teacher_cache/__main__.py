@@ -5,7 +5,7 @@ from .terminal.signals import run_program
 
 def main() -> None:
     def load():
-        from .cli.commands import main
+        from .cli.main import main
 
         return main
 

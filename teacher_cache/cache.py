@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .crops.beton import read_checksums
+from .crops.beton import CropReader, read_checksums
 from .crops.images import ImageList
-from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UsageError
+from .errors import BadInputError, CacheCorruptError, MismatchError, NotInCacheError, UnknownNameError, UsageError
 from .files.durable import (
     canonical_json,
     inside,
@@ -28,10 +28,14 @@ from .files.durable import (
     sha256_file,
     write_whole,
 )
+from .format import layout
 from .format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
+from .format.layout import LISTS, SPARE, store_file_name, store_folder, store_name, view_number, view_path
 from .format.spec import CACHE_VERSIONS, MAX_ROWS, from_json
-from .store.manifest import Manifest, store_file_name
-from .store.spare import BOTH_LOST, SPARE, pack_members
+from .store.manifest import Manifest
+from .store.reader import StoreReader
+from .store.spare import BOTH_LOST, pack_members
+from .store.store import Store
 from .words import quoted
 
 
@@ -82,7 +86,7 @@ MAX_NAME = 4096
 """Bytes of an image's path, on average over a list."""
 
 
-def differences(before: dict, now: dict, where: str) -> list[str]:
+def identity_differences(before: dict, now: dict, where: str) -> list[str]:
     """What differs between two `CropsIdentity.to_json()`, a readable line each: `crop plan seed: 0 in the cache, 1 given`."""
 
     def flat(value: dict) -> dict:  # the version follows from the plan
@@ -97,22 +101,14 @@ def differences(before: dict, now: dict, where: str) -> list[str]:
     return [f"{key}: {before[key]} {where}, {now.get(key)} given" for key in before if before[key] != now.get(key)]
 
 
-def view_path(cache_dir: Path, number: int) -> Path:
-    return cache_dir / f"view-{number:03d}"
-
-
-LISTS = ["images.txt", "labels.npy", "skipped.txt"]
-"""The small files of a cache that cache.json vouches for."""
-
-
 def _no_cache(path: Path) -> UsageError | CacheCorruptError:
     """What to raise for a folder without cache.json."""
     require_no_part(path)
-    if (path / "crops.partial").exists():
+    if (path / layout.WORK).exists():
         return UsageError(f"{path} is no cache: its crop stage was not finished; run the same teacher-cache command again.")
     if (path / SPARE).exists():
         return CacheCorruptError(f"{path} has lost its cache.json. Restore it with: teacher-cache crop --repair {quoted(path)}")
-    if any(path.glob("view-*/checksums.json")):
+    if any(path.glob(f"{layout.VIEWS}/{layout.CHECKSUMS_JSON}")):
         return CacheCorruptError(f"{path} has lost its cache.json and {SPARE}, which had a copy. {BOTH_LOST['cache']}")
     return UsageError(f"{path} is no cache: it has no cache.json.")
 
@@ -120,7 +116,7 @@ def _no_cache(path: Path) -> UsageError | CacheCorruptError:
 def require_no_part(path: Path) -> None:
     """Raise UsageError for a file or folder within a cache, naming that; it may have lost its cache.json."""
     for around in path.absolute().parents:
-        if (around / "cache.json").exists() or (around / SPARE).exists() and any(around.glob("view-*")):
+        if (around / layout.CACHE_JSON).exists() or (around / SPARE).exists() and any(around.glob(layout.VIEWS)):
             raise UsageError(f"{path} is a part of the cache {around}. Give the whole of it: {around}")
 
 
@@ -136,12 +132,12 @@ class View:
 
     @property
     def is_cropped(self) -> bool:
-        return (self.path / "checksums.json").exists()
+        return (self.path / layout.CHECKSUMS_JSON).exists()
 
     @cached_property
     def crops_sha256(self) -> str:
         """Of crops.npy, which holds the CRC-32C of every encoded crop: it names the pixels of this view."""
-        return read_checksums(self.path)["files"]["crops.npy"]
+        return read_checksums(self.path)["files"][layout.CROPS_NPY]
 
     def require_own(self, manifest: Manifest) -> None:
         """Raise CacheCorruptError unless a store was made from the crops of this very view."""
@@ -155,7 +151,7 @@ class View:
 
     def crops(self) -> np.ndarray:
         """CROP_DTYPE [n_images]: box, flip, jitter and checksums of every crop, as checksums.json vouches for them."""
-        path = self.path / "crops.npy"
+        path = self.path / layout.CROPS_NPY
         with _nothing_missing():
             crops, found = read_npy(path, CROP_DTYPE, (self.cache.n_images,)), sha256_file(path)
         if found != self.crops_sha256:
@@ -164,11 +160,42 @@ class View:
 
     def store_path(self, name: str) -> Path:
         """Where the store `name` is, or would be. CacheCorruptError if it is a symlink that leads out of the cache."""
-        return inside(self.cache.path, f"{self.path.name}/{store_file_name(name)}.zarr")
+        return inside(self.cache.path, f"{self.path.name}/{store_folder(store_file_name(name))}")
+
+    def store(self, name: str) -> Store:
+        """The store `name`, opened. Raises as Store.open does."""
+        return Store.open(self.store_path(name))
+
+    def targets(self, name: str | None = None) -> StoreReader:
+        """What the teacher of a store says of the crops of this view: `targets("clip-b16").tokens(rows, layer=-1)`.
+
+        name: of a store; None takes the only one. Raises UsageError if there are several, UnknownNameError if there is no such
+        one, NotInCacheError if there is none yet, CacheCorruptError if it does not belong to this view.
+        """
+        known, where = self.store_names(), f"View {self.number} of {self.cache.path}"
+        if not known:
+            command = f"teacher-cache extract --teacher NAME {quoted(self.cache.path)}"
+            raise NotInCacheError(f"{where} has crops, but no targets yet. Make them: {command}")
+        if name is None and len(known) > 1:
+            raise UsageError(f"{where} has targets of {', '.join(known)}. Choose with --teacher.")
+        chosen = known[0] if name is None else store_file_name(name)
+        if chosen not in known:
+            raise UnknownNameError(f"{where} has no targets of {name}; it has those of {', '.join(known)}.")
+        reader = StoreReader(self.store_path(chosen))
+        self.require_own(reader.manifest)
+        return reader
+
+    def pixels(self, rows) -> np.ndarray:
+        """The crops of `rows`, decoded: uint8 [len(rows), size, size, 3], RGB, in that order. Raises as CropReader.read."""
+        return self._crop_reader.read(rows)
+
+    @cached_property
+    def _crop_reader(self) -> CropReader:
+        return CropReader(self.path)
 
     def store_names(self) -> list[str]:
         """Teachers that have at least a begun store in this view."""
-        return sorted(path.name.removesuffix(".zarr") for path in self.path.glob("*.zarr"))
+        return sorted(store_name(path.name) for path in self.path.glob(layout.STORES))
 
 
 @contextmanager
@@ -190,7 +217,7 @@ class Cache:
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            value = read_sealed(self.path / "cache.json")
+            value = read_sealed(self.path / layout.CACHE_JSON)
         except (FileNotFoundError, NotADirectoryError):
             raise _no_cache(self.path) from None
         version = value.get("format_version")
@@ -199,7 +226,7 @@ class Cache:
                 f"{self.path} has format version {version}; this program reads versions "
                 f"{' and '.join(map(str, CACHE_VERSIONS))}. Use the version of teacher-cache that wrote it."
             )
-        self.files = listed_files(value, self.path / "cache.json")
+        self.files = listed_files(value, self.path / layout.CACHE_JSON)
         try:
             self.identity = CropsIdentity.from_json(value)
             self.n_skipped = value["n_skipped"]
@@ -210,7 +237,7 @@ class Cache:
             if sorted(self.files) != LISTS or type(self.n_skipped) is not int:
                 raise ValueError(f"it must list {', '.join(LISTS)} and count what was skipped")
         except (KeyError, TypeError, ValueError, CacheCorruptError) as error:
-            raise CacheCorruptError(f"{self.path / 'cache.json'}: {error!r}.") from error
+            raise CacheCorruptError(f"{self.path / layout.CACHE_JSON}: {error!r}.") from error
 
     @property
     def plan(self) -> CropPlan:
@@ -229,8 +256,8 @@ class Cache:
 
     def views(self) -> list[View]:
         """The finished views, in order of their numbers."""
-        numbers = (path.name.removeprefix("view-") for path in self.path.glob("view-*") if path.is_dir())
-        views = [View(self, int(number)) for number in sorted(numbers) if number.isdecimal()]
+        names = sorted(path.name for path in self.path.glob(layout.VIEWS) if path.is_dir())
+        views = [View(self, number) for number in map(view_number, names) if number is not None]
         return [view for view in views if view.is_cropped]
 
     def finished_view(self, number: int) -> View:
@@ -243,10 +270,10 @@ class Cache:
 
     def images(self) -> ImageList:
         """Names and labels of the rows, checked against the identity. No name leads out of the folder of the images."""
-        path = self.path / "images.txt"
+        path = self.path / layout.IMAGES_TXT
         with _nothing_missing():
             data = read_plain(path, self.n_images * MAX_NAME)
-            labels = read_npy(self.path / "labels.npy", "int64", (self.n_images,))
+            labels = read_npy(self.path / layout.LABELS_NPY, "int64", (self.n_images,))
         names = tuple(data.decode(errors="replace").split("\n")[:-1])  # what was replaced does not fit the identity
         images = ImageList(names, labels, self.identity.classes)
         if CropsIdentity.of(images, self.plan, self.identity.crop_format) != self.identity:
@@ -257,7 +284,7 @@ class Cache:
 
     def require_same(self, identity: CropsIdentity) -> None:
         """Raise MismatchError naming every difference if the crops asked for are not the crops that are here."""
-        differing = differences(self.identity.to_json(), identity.to_json(), "in the cache")
+        differing = identity_differences(self.identity.to_json(), identity.to_json(), "in the cache")
         if differing:
             raise MismatchError(
                 f"{self.path} holds other crops than those asked for:\n  " + "\n  ".join(differing) +
@@ -268,9 +295,9 @@ class Cache:
 def write_cache(path: Path, images: ImageList, plan: CropPlan, crop_format: str, skipped: list[str]) -> None:
     """Publish the identity of a new cache: the lists first, then their spare, cache.json last."""
     files = {
-        "images.txt": "".join(f"{name}\n" for name in images.names).encode(),
-        "labels.npy": npy_bytes(images.labels),
-        "skipped.txt": "".join(f"{line}\n" for line in skipped).encode(),
+        layout.IMAGES_TXT: "".join(f"{name}\n" for name in images.names).encode(),
+        layout.LABELS_NPY: npy_bytes(images.labels),
+        layout.SKIPPED_TXT: "".join(f"{line}\n" for line in skipped).encode(),
     }
     identity = CropsIdentity.of(images, plan, crop_format)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -278,5 +305,5 @@ def write_cache(path: Path, images: ImageList, plan: CropPlan, crop_format: str,
     declaration = seal(value)
     for name, data in files.items():
         write_whole(path / name, data)
-    write_whole(path / SPARE, pack_members({**files, "cache.json": declaration}))
-    write_whole(path / "cache.json", declaration)
+    write_whole(path / SPARE, pack_members({**files, layout.CACHE_JSON: declaration}))
+    write_whole(path / layout.CACHE_JSON, declaration)

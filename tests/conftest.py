@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeTeacher, write_images
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.cropping import make_crops, plan_job
@@ -41,7 +42,9 @@ def shared_cache(tmp_path_factory, image_folder, teacher) -> Cache:
     for number in (0, 1):
         extract_view(cache.view(number), "fake", teacher, ExtractPlan(shard_rows=8, batch_size=5))
         extract_view(cache.view(number), "fake16", teacher, ExtractPlan(dtype="float16", shard_rows=8, batch_size=5))
-        extract_view(cache.view(number), "fake-zstd", teacher, ExtractPlan(codec="zstd", shard_rows=8, batch_size=5))
+        extract_view(cache.view(number), "fake-zstd", teacher, ExtractPlan(shard_rows=8, batch_size=5))
+    for number in (0, 1):
+        compress(cache.view(number).store_path("fake-zstd"))
     return cache
 
 

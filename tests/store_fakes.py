@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
-from teacher_cache.store.commits import fold
+from teacher_cache.store.folding import fold
 from teacher_cache.store.manifest import Manifest, create_store
+from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 
 TEACHER = TeacherSpec(
@@ -49,7 +53,7 @@ def begin(path: Path, spec: StoreSpec, view=0) -> None:
 def fill(path: Path, spec: StoreSpec, arrays: dict[str, np.ndarray], shards=None, batch=2) -> None:
     for shard in range(spec.n_shards) if shards is None else shards:
         rows = spec.rows_of(shard)
-        with ShardWriter(path, spec, TEACHER, shard) as out:
+        with ShardWriter(Store.open(path), shard) as out:
             for start in range(rows.start, rows.stop, batch):
                 out.append({name: values[start : min(start + batch, rows.stop)] for name, values in arrays.items()})
 
@@ -59,8 +63,28 @@ def make_store(path: Path, spec: StoreSpec, seed=0, view=0) -> dict[str, np.ndar
     arrays = values_of(spec, seed)
     begin(path, spec, view)
     fill(path, spec, arrays)
-    fold(path, spec)
+    fold(Store.open(path))
     return arrays
+
+
+def write_again(path: Path, store: Path, codec: str | None = None) -> None:
+    """Write a store from manifest, small arrays and stored rows of another; codec: of all arrays, by default theirs."""
+    reader = StoreReader(path)
+    spec = replace(reader.spec, codecs=tuple((array, codec or its) for array, its in reader.spec.codecs))
+    create_store(store, replace(reader.manifest, store=spec), reader.statistics, reader.head, reader.store.small_array("probe"))
+    in_fp32 = reader.store.read_fp32_rows()
+    for shard in range(spec.n_shards):
+        rows = spec.rows_of(shard)
+        with ShardWriter(Store.open(store), shard) as out:
+            out.append({array: reader.read(array, rows) for array in spec.array_names}, in_fp32[np.isin(in_fp32, rows)])
+    fold(Store.open(store))
+
+
+def compress(store: Path, codec: str = "zstd") -> None:
+    """Make a finished store one of those that were begun in a codec: nothing begins them any more."""
+    write_again(store, aside := store.with_name(f"{store.name}.compressed"), codec)
+    shutil.rmtree(store)
+    aside.rename(store)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

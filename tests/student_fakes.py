@@ -18,7 +18,7 @@ from student import (
     TrainConfig,
     ViTConfig,
 )
-from student.devices.micro_batches import place_of
+from student.devices.micro_batches import number_in_step
 
 TEACHER = TeacherShape("fake", grid=(4, 4), dim=12, depth=3, has_cls=True, has_attention=True, projection_dim=None)
 
@@ -76,7 +76,7 @@ class FakeSource:
             for step in range(first_step, last_step):
                 for index in range(self.accumulate):
                     self.before(step, index)
-                    first_row = step * self.config.batch_size + place_of(index, self.rank, self.world) * size
+                    first_row = step * self.config.batch_size + number_in_step(index, self.rank, self.world) * size
                     yield fake_batch(range(first_row, first_row + size), self.needs[0].layers)
         finally:
             self.n_closed += 1

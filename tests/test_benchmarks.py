@@ -20,9 +20,11 @@ from teacher_cache.errors import CacheCorruptError
 from teacher_cache.inspecting.inspect import describe
 from teacher_cache.store.reader import StoreReader
 
-FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"]}
+FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"],
+         "step-parts": ["--preset", "maskalign-b16"]}  # fmt: skip
 """Of the presets that a benchmark goes through, one is enough to see that it works."""
-CPU = {"student-step": ["--device", "cpu"], "cached-or-live": ["--device", "cpu"], "extraction-gpu": ["--device", "cpu"]}
+ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts")
+CPU = dict.fromkeys(ON_A_GPU, ["--device", "cpu"])
 
 
 def last_line(module: str, arguments: list[str]) -> dict:
@@ -50,7 +52,7 @@ def test_every_benchmark_runs(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["student-step", "cached-or-live", "extraction-gpu"])
+@pytest.mark.parametrize("name", ON_A_GPU)
 def test_without_a_gpu_it_says_so(name, monkeypatch):
     """Where there is no GPU, what needs one is not run and says so; it never runs on something else in silence."""
     monkeypatch.setattr(measure, "gpu_name", lambda: None)
@@ -107,7 +109,7 @@ def test_sparse_caches(tmp_path):
     path = sparse.add_sparse_targets(cache.view(0), made_up.SMALL, shard_rows=16, readable=[3, 39])
     assert describe(cache)["views"][0]["stores"][0]["complete"]
     assert not CropReader(cache.view(0).path).read([0, 39]).any()
-    for reader in ("mmap", "pread", "zarr"):
+    for reader in ("mmap", "pread"):
         store = StoreReader(path, reader)
         assert all(not store.read(array, [39, 3]).any() for array in store.spec.array_names)
         with pytest.raises(CacheCorruptError, match="row 4 is damaged"):

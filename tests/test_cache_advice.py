@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner
 from fakes import FakeTeacher
 
-from pipelines.feed.source import complete_views
-from student.cli.commands import report, train
+from pipelines.feed.complete_views import complete_views
+from student.cli.report import report
+from student.cli.train import train
 from teacher_cache import teachers
 from teacher_cache.cache import Cache
-from teacher_cache.cli import commands
+from teacher_cache.cli.main import main
 from teacher_cache.errors import NotInCacheError
 
 
@@ -56,21 +57,19 @@ def test_flows_in_a_folder_with_blanks(place, image_folder):
     """From crops to a report, what is suggested next names the cache as one word."""
     cache = place / "my cache"
     small = ["--layers", "last", "--batch-size", 8]
-    said = run(commands.main, "crop", "--images", image_folder, "--crop-size", 32, cache)
+    said = run(main, "crop", "--images", image_folder, "--crop-size", 32, cache)
     assert named(said, "teacher-cache extract --teacher NAME", cache)
-    assert named(run(commands.main, "show", cache), "teacher-cache extract --teacher NAME", cache)
-    assert named(run(commands.main, "extract", "--teacher", "fake", *small, "--views", 2, "--shards", "0:1", cache),
+    assert named(run(main, "show", cache), "teacher-cache extract --teacher NAME", cache)
+    assert named(run(main, "extract", "--teacher", "fake", *small, "--views", 2, "--shards", "0:1", cache),
                  "teacher-cache crop --images DIR", cache)  # fmt: skip
     said = run(train, "--cache", cache, "--preset", "maskalign-b16", "--out", place / "run")
     assert named(said, "teacher-cache extract --teacher clip-b16 --weights PATH", cache)
-    said = run(commands.main, "extract", "--teacher", "fake", *small, cache)
+    said = run(main, "extract", "--teacher", "fake", *small, cache)
     assert named(said, "teacher-cache inspect", cache) and named(said, "student-train --cache", cache)
-    assert named(run(commands.main, "crop", "--repair", "--dry-run", cache), "teacher-cache verify", cache)
+    assert named(run(main, "crop", "--repair", "--dry-run", cache), "teacher-cache verify", cache)
     assert named(run(report, place / "run"), "student-report", place / "run")
     verified = place / "verify out.json"
-    assert named(
-        run(commands.main, "report", "--verified", verified, "-o", place / "a.html", cache), "teacher-cache verify", cache
-    )
+    assert named(run(main, "report", "--verified", verified, "-o", place / "a.html", cache), "teacher-cache verify", cache)
 
 
 def test_what_mends_a_cache_in_a_folder_with_blanks(place, shared_cache):
@@ -81,7 +80,7 @@ def test_what_mends_a_cache_in_a_folder_with_blanks(place, shared_cache):
             words()
         assert named(str(caught.value).split("; or")[0], "teacher-cache", path)
     (path / "view-000" / "crops.beton").unlink()
-    assert named(run(commands.main, "verify", path), "teacher-cache crop --repair", path)
-    assert named(run(commands.main, "show", "--teacher", "fake", path), "teacher-cache crop --repair", path)
+    assert named(run(main, "verify", path), "teacher-cache crop --repair", path)
+    assert named(run(main, "show", "--teacher", "fake", path), "teacher-cache crop --repair", path)
     (path / "cache.json").unlink()
-    assert named(run(commands.main, "inspect", path), "teacher-cache crop --repair", path)
+    assert named(run(main, "inspect", path), "teacher-cache crop --repair", path)

@@ -10,9 +10,9 @@ from cache_fakes import contents
 from store_fakes import begin, fill, make_store, same, spec_of, values_of
 
 from teacher_cache.extraction.background import THREAD, BackgroundWriter
-from teacher_cache.store.commits import fold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import fold
 from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.store import Store
 from teacher_cache.store.writer import ShardWriter
 
 
@@ -39,9 +39,9 @@ def test_the_same_bytes(tmp_path, codec):
     arrays = make_store(tmp_path / "foreground" / "s.zarr", spec)
     path = tmp_path / "background" / "s.zarr"
     begin(path, spec)
-    with BackgroundWriter(path, read_manifest(path), counted.append) as out:
+    with BackgroundWriter(Store.open(path), counted.append) as out:
         put_all(out, spec, arrays)
-    fold(path, spec)
+    fold(Store.open(path))
     assert contents(path.parent) == contents(tmp_path / "foreground") and sum(counted) == spec.n_rows
     assert not [thread for thread in threading.enumerate() if thread.name.startswith((THREAD, "checksum"))]
 
@@ -51,7 +51,7 @@ def test_back_pressure(begun, monkeypatch):
     path, spec, arrays = begun
     gate, append, n_put = threading.Event(), ShardWriter.append, []
     monkeypatch.setattr(ShardWriter, "append", lambda *arguments: gate.wait(30) and append(*arguments))
-    with BackgroundWriter(path, read_manifest(path), lambda n: None, ahead=1) as out:
+    with BackgroundWriter(Store.open(path), lambda n: None, ahead=1) as out:
 
         def produce():
             for shard in range(spec.n_shards):
@@ -83,7 +83,7 @@ def test_an_error_reaches_the_caller(begun, monkeypatch, fails_at):
         append(*arguments)
 
     monkeypatch.setattr(ShardWriter, "append", failing)
-    with pytest.raises(OSError, match="No space left"), BackgroundWriter(path, read_manifest(path), lambda n: None) as out:
+    with pytest.raises(OSError, match="No space left"), BackgroundWriter(Store.open(path), lambda n: None) as out:
         put_all(out, spec, arrays)
     assert StoreReader(path).finished.tolist() == [fails_at > 2, False, False] and not list(path.rglob("*.partial"))
 
@@ -92,7 +92,7 @@ def test_leaving_early_on_a_disk_that_fails(begun, monkeypatch):
     """Left by an exception while files cannot even be removed, the writer ends all the same, with that exception."""
     path, _, arrays = begun
     monkeypatch.setattr(ShardWriter, "_abandon", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(path, read_manifest(path), lambda n: None) as out:
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(Store.open(path), lambda n: None) as out:
         out.put(0, {name: values[:2] for name, values in arrays.items()}, is_last=False)
         raise KeyboardInterrupt
 
@@ -100,7 +100,7 @@ def test_leaving_early_on_a_disk_that_fails(begun, monkeypatch):
 def test_leaving_early(begun):
     """Left by an exception, what was put is still written: whole shards are kept, the one that is not whole is given up."""
     path, spec, arrays = begun
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(path, read_manifest(path), lambda n: None) as out:
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(Store.open(path), lambda n: None) as out:
         put_all(out, spec, arrays, [0])
         out.put(1, {name: values[3:5] for name, values in arrays.items()}, is_last=False)
         raise KeyboardInterrupt

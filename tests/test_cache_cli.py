@@ -22,16 +22,15 @@ from fakes import FakeTeacher
 from teacher_cache import teachers
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
-from teacher_cache.cli import commands
+from teacher_cache.cli.main import main
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import UnknownNameError
 from teacher_cache.extraction import parts
 from teacher_cache.extraction.background import BackgroundWriter
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.files import space
-from teacher_cache.store.commits import write_commit
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.sizes import shard_bytes
+from teacher_cache.store.store import Store
 
 FAKE = ["extract", "--teacher", "fake"]
 SMALL = ["--layers", "last2", "--shard-rows", "8", "--batch-size", "5"]
@@ -48,7 +47,7 @@ def fake_teacher(monkeypatch, teacher):
 
 def run(*arguments, code=0):
     """Run the command; what it said on stdout and stderr. A traceback is a failure of the test."""
-    result = CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -78,7 +77,7 @@ def made(tmp_path, made_once):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", commands.main.commands)
+@pytest.mark.parametrize("command", main.commands)
 def test_help(command):
     """Every command explains itself, with an example that names it, and describes every option."""
     text = run(command, "--help").output
@@ -90,7 +89,7 @@ def test_help(command):
 def test_help_of_the_whole():
     """teacher-cache --help lists the commands with a line each, and an example."""
     text = run("--help").output
-    assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in commands.main.commands)
+    assert "Example:" in text and all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in main.commands)
     assert {"0", "1", "2", "75", "130"} <= set(text.split("Exit codes:")[1].split())
 
 
@@ -149,11 +148,11 @@ def test_stores_that_do_not_agree(tmp_path, image_folder, monkeypatch):
     extract_to(tmp_path / "c", image_folder, "--views", 2)
     shutil.rmtree(tmp_path / "c" / "view-000" / "fake.zarr")
     before = contents(tmp_path / "c")
-    monkeypatch.setattr(commands, "_load_teacher", None)
-    said = run(*FAKE, "--shard-rows", 4, "--codec", "zstd", "--layers", "last2", tmp_path / "c", code=2).stderr
-    assert said.splitlines()[1:3] == ["  shard_rows: 8 in the store, 4 given", "  codecs: none in the store, zstd given"]
+    monkeypatch.setattr(teachers, "load_teacher", None)
+    said = run(*FAKE, "--shard-rows", 4, "--layers", "last2", tmp_path / "c", code=2).stderr
+    assert said.splitlines()[1] == "  shard_rows: 8 in the store, 4 given"
     assert "view-001/fake.zarr was made with other parameters" in said and contents(tmp_path / "c") == before
-    said = run(*FAKE, "--layers", "last", "--codec", "zstd", tmp_path / "c", code=2).stderr
+    said = run(*FAKE, "--layers", "last", tmp_path / "c", code=2).stderr
     assert said.splitlines()[1] == "  layers: 5,6 in the store, 6 given" and "codecs" not in said
 
 
@@ -300,7 +299,7 @@ def test_a_gpu_that_is_full(tmp_path, image_folder, monkeypatch):
 def test_tokens_option(tmp_path, image_folder):
     """--tokens visible:K and --dtype int4 make such a store, and the command that goes on need not repeat them."""
     extract_to(tmp_path / "c", image_folder, "--tokens", "visible:5", "--dtype", "int4")
-    store = read_manifest(tmp_path / "c" / "view-000" / "fake.zarr").store
+    store = Store.open(tmp_path / "c" / "view-000" / "fake.zarr").spec
     assert (store.visible, store.dtype) == (5, "int4")
     assert "already holds" in run(*FAKE, tmp_path / "c").stderr
     said = run(*FAKE, "--tokens", "all", tmp_path / "c", code=2).stderr
@@ -539,7 +538,7 @@ def test_broken_files(made, image_folder, name, damage):
         file.unlink()
     add_a_view = ["crop", "--views", "2", "--images", str(image_folder), "--dry-run"]
     for arguments in (["inspect"], ["crop"], add_a_view, [*FAKE, *SMALL], [*FAKE, "--name", "b"]):
-        result = CliRunner().invoke(commands.main, [*arguments, str(made)])
+        result = CliRunner().invoke(main, [*arguments, str(made)])
         assert isinstance(result.exception, SystemExit | None), (arguments, result.exception)
         assert result.exit_code in (0, 1) and result.stderr.count("Error: ") == result.exit_code, (arguments, result.output)
     if name != "cache.json" or damage != "gone":
@@ -610,7 +609,7 @@ def test_looking_imports_no_torch(cache):
     """inspect and teachers import neither torch nor zarr: they answer at once, also where torch is broken."""
     for arguments in (["inspect", str(cache.path)], ["teachers"], ["--help"]):
         script = (
-            "import sys\nfrom teacher_cache.cli.commands import main\n"
+            "import sys\nfrom teacher_cache.cli.main import main\n"
             f"try: main({arguments!r})\nexcept SystemExit as error: assert not error.code\n"
             "print(sorted({'torch', 'zarr', 'ffcv', 'timm', 'numba'} & set(sys.modules)), file=sys.stderr)"
         )
@@ -633,8 +632,8 @@ def test_resuming_needs_space_for_the_rest_only(tmp_path, image_folder, monkeypa
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
     for shard in range(5):
-        write_commit(store, shard, files[shard])
-    left = shard_bytes(read_manifest(store).store, teacher.spec, 5)
+        Store.open(store).write_commit(shard, files[shard])
+    left = shard_bytes(Store.open(store).spec, teacher.spec, 5)
     monkeypatch.setattr(space, "free_bytes", lambda path: left)
     assert run("extract", "--teacher", "fake", tmp_path / "c").exit_code == 0
     assert verify(Cache(tmp_path / "c"))[0] == []

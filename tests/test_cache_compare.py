@@ -10,17 +10,18 @@ import pytest
 from cache_fakes import PLAN, crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.files.durable import seal, write_whole
 from teacher_cache.inspecting.compare import compare
 from teacher_cache.inspecting.inspect import describe, ranges
 from teacher_cache.inspecting.table import Bar
-from teacher_cache.store.commits import unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import unfold
+from teacher_cache.store.store import Store
 
 
 def differing(first: Cache, second: Cache) -> list[str]:
@@ -47,7 +48,7 @@ def test_a_copy_is_equal(shared_cache, cache):
 def test_other_shards(shared_cache, cache):
     """Shards that are missing, stores that are missing and shards with other bytes are named."""
     store = cache.view(1).store_path("fake")
-    unfold(store, read_manifest(store).store, np.array([True, False, True]))
+    unfold(Store.open(store), np.array([True, False, True]))
     shutil.rmtree(cache.view(0).store_path("fake16"))
     assert differing(shared_cache, cache) == [
         "fake, view 1: 3 and 2 of 3 shards are there; only in one: 1:2",
@@ -62,7 +63,7 @@ def test_other_bytes(tmp_path, image_folder, teacher):
     assert differing(first, second) == []
     store = second.view(0).store_path("fake")
     files = np.load(store / "shards.npy")
-    unfold(store, read_manifest(store).store, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     record = store / "commits" / "000001.json"
     changed = [[int(file["bytes"]), int(file["crc32"]) ^ 1] for file in files[1]]
     write_whole(record, seal({"shard": 1, "files": changed, "fp32_rows": []}))
@@ -74,7 +75,6 @@ def test_other_bytes(tmp_path, image_folder, teacher):
     [
         ({"dtype": "float16"}, "fake: dtype: int8 | float16"),
         ({"layers": "last"}, "fake: layers: 2, 3, 4, 5, 6 | 6"),
-        ({"codec": "zstd"}, "fake: codec of tokens/06: none | zstd"),
         ({"shard_rows": 12}, "fake: shard_rows: 8 | 12"),
     ],
 )
@@ -82,6 +82,13 @@ def test_other_settings(tmp_path, image_folder, teacher, options, said):
     """A setting of a store that differs is named with both values."""
     first = cache_with(tmp_path / "a", image_folder, teacher)
     assert said in differing(first, cache_with(tmp_path / "b", image_folder, teacher, **options))
+
+
+def test_other_codec(tmp_path, image_folder, teacher):
+    """A store that was begun compressed is told from one that was not, array by array."""
+    first, second = (cache_with(tmp_path / name, image_folder, teacher) for name in "ab")
+    compress(second.view(0).store_path("fake"))
+    assert "fake: codec of tokens/06: none | zstd" in differing(first, second)
 
 
 def test_other_teacher(tmp_path, image_folder, teacher):
@@ -139,7 +146,7 @@ def test_missing_shards_are_ranges(cache):
     """What is missing is told as --shards takes it; a complete store misses nothing."""
     assert ranges(np.array([True, False, True, True])) == [[0, 1], [2, 4]] and ranges(np.zeros(3, bool)) == []
     store = cache.view(1).store_path("fake")
-    unfold(store, read_manifest(store).store, np.array([False, True, False]))
+    unfold(Store.open(store), np.array([False, True, False]))
     described = {view["view"]: {s["name"]: s for s in view["stores"]} for view in describe(cache)["views"]}
     assert described[0]["fake"]["missing_shards"] == [] and described[0]["fake"]["finish"] is None
     assert described[1]["fake"]["missing_shards"] == [[0, 1], [2, 3]]

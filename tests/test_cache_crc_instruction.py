@@ -15,14 +15,14 @@ from teacher_cache.kernels.crc_instruction import INSTRUCTIONS
 
 CODE = """
 import numpy as np
-from teacher_cache import compiled
+from teacher_cache.kernels import loops
 data = np.frombuffer(bytes(range(256)) * 5 + b"123456789", "u1")
 for n in (0, 1, 7, 8, 9, len(data)):
-    print(compiled.crc32c_at(np.uint64(data.ctypes.data), np.uint64(n)))
+    print(loops.crc32c_at(np.uint64(data.ctypes.data), np.uint64(n)))
 out = np.zeros(200_000, "u1")
 source = np.arange(200_000, dtype="u8").view("u1")[:200_000].copy()
-compiled.copy_bytes(np.uint64(out.ctypes.data), np.uint64(source.ctypes.data), np.uint64(len(out)), False)
-print((out == source).all(), compiled._INSTRUCTION is not None)
+loops.copy_bytes(np.uint64(out.ctypes.data), np.uint64(source.ctypes.data), np.uint64(len(out)), False)
+print((out == source).all(), loops._INSTRUCTION is not None)
 """
 
 

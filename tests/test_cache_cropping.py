@@ -19,6 +19,7 @@ from teacher_cache.crops.cutting import cut, draw, load_image
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, NoSpaceError, UsageError
 from teacher_cache.extraction import cropping, parts
 from teacher_cache.files.claims import claimed
+from teacher_cache.format import layout
 from teacher_cache.format.crop_plan import CropPlan
 
 
@@ -216,10 +217,10 @@ def test_killed_before_the_work_folder_is_removed(tmp_path, image_folder, undist
 def test_a_claim_left_at_the_end(tmp_path, image_folder, undisturbed):
     """The claim of a process that was killed at the very end goes away; that of a living one stays and is no obstacle."""
     crop_folder(tmp_path / "c", image_folder, 2)
-    with claimed(tmp_path / "c" / cropping.CLAIM, "x"):
+    with claimed(tmp_path / "c" / layout.CROPS_CLAIM, "x"):
         crop_folder(tmp_path / "c", image_folder, 2)
-        assert (tmp_path / "c" / cropping.CLAIM).exists()
-    (tmp_path / "c" / cropping.CLAIM).touch()
+        assert (tmp_path / "c" / layout.CROPS_CLAIM).exists()
+    (tmp_path / "c" / layout.CROPS_CLAIM).touch()
     assert contents(crop_folder(tmp_path / "c", image_folder, 2).path) == undisturbed
 
 

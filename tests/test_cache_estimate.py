@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from cache_fakes import contents
@@ -10,14 +11,14 @@ from click.testing import CliRunner
 from fakes import write_images
 
 from pipelines.presets import student_rate
-from teacher_cache.cli import commands
+from teacher_cache.cli.main import main
 from teacher_cache.errors import NoSpaceError
 from teacher_cache.estimating import disk, trial
 from teacher_cache.estimating.verdict import Rates, Use, hours, judge
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     return result
@@ -168,7 +169,7 @@ def test_measuring(tmp_path, images, monkeypatch):
     """--measure gives every rate, says how each was taken, and leaves nothing behind; a rate that is given is not measured."""
     for module in (trial, student_rate):
         monkeypatch.setattr(module, "LASTS_S", 0.05)
-    monkeypatch.setattr(disk, "TEMPORARY_BYTES", 64 << 20)
+    monkeypatch.setattr(disk, "WRITE_S", 0.01)
     arguments = ["--preset", "maskalign-demo", "--images", images, "--measure", tmp_path / "to" / "be"]
     told = estimated(*arguments)
     assert all(told["rates"][name] > 0 for name in ("teacher", "extraction", "student", "disk"))
@@ -183,18 +184,29 @@ def test_measuring(tmp_path, images, monkeypatch):
 
 
 def test_reading_a_disk(tmp_path, monkeypatch):
-    """Files that are there are read as they are, in reads of whole blocks, where O_DIRECT is refused, too."""
+    """Files that are there are read, every byte of them once, and stay as they are."""
     file = tmp_path / "shard"
     file.write_bytes(bytes(3_000_001))
     monkeypatch.setattr(disk, "file_system", lambda path: "ext4")
-    is_direct = disk._can_be_direct(file)
-    for refused in (False, True):
-        if refused:
-            monkeypatch.setattr(disk, "_can_be_direct", lambda path: False)
-        rates = disk.measure_files([file], 5000)
-        assert rates.sequential > 0 and rates.random > 0 and rates.write is None and rates.chunk_bytes == 8192
-        assert ("fadvise" in rates.how) == (refused or not is_direct)
-    assert file.stat().st_size == 3_000_001
+    read, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *arguments: read.append(pread(*arguments)) or read[-1])
+    rates = disk.measure_files([file, file], 5000)
+    assert sum(map(len, read)) == 2 * 3_000_001 and rates.random > 0 and rates.write is None
+    assert rates.how == "after the kernel was asked to forget them" and file.stat().st_size == 3_000_001
+
+
+def test_writing_to_a_disk(tmp_path, monkeypatch):
+    """A file is written in pieces, each fsynced, until the time is over or it has a tenth of what is free; then it goes away."""
+    written, fsync = [], os.fsync
+    monkeypatch.setattr(disk, "PIECE", 1 << 20)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (written.append(os.fstat(descriptor).st_size), fsync(descriptor)))
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 35 << 20)
+    rates = disk.measure_folder(tmp_path / "not" / "there", 4096)
+    assert written == [1 << 20, 2 << 20, 3 << 20] and rates.write > 0 and rates.random > 0
+    monkeypatch.setattr(disk, "WRITE_S", 0.0001)
+    written.clear()
+    disk.measure_folder(tmp_path, 4096)
+    assert written == [1 << 20] and list(tmp_path.iterdir()) == []
 
 
 def test_memory_is_no_disk(tmp_path, monkeypatch):
@@ -206,7 +218,7 @@ def test_memory_is_no_disk(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_not_measured(tmp_path, monkeypatch):
     """Where there is no room for a temporary file, nothing is written."""
-    monkeypatch.setattr(disk, "free_bytes", lambda path: 100 << 20)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 600 << 20)
     with pytest.raises(NoSpaceError, match="too few to measure the disk"):
         disk.measure_folder(tmp_path, 4096)
     assert list(tmp_path.iterdir()) == []

@@ -22,12 +22,12 @@ from teacher_cache.errors import BadInputError, MismatchError, NoSpaceError, Not
 from teacher_cache.extraction import extract
 from teacher_cache.extraction.extract import ExtractPlan, extract_view, probe_image
 from teacher_cache.files import claims
-from teacher_cache.files.claims import claimed, claimed_range, store_claim, store_claims
+from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.format.layout import store_claim, store_claims
 from teacher_cache.store import writer
-from teacher_cache.store.commits import is_complete
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.store.sizes import shard_bytes
+from teacher_cache.store.store import Store, is_complete
 from teacher_cache.teachers.base import TeacherOutput
 from teacher_cache.terminal import progress
 from teacher_cache.words import human
@@ -181,23 +181,11 @@ def test_wrong_layers(teacher, text):
         ExtractPlan(text).layers_of(teacher.spec)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int3"}, {"codec": "gzip"}, {"shard_rows": 0}, {"batch_size": -1}])
+@pytest.mark.parametrize("options", [{"dtype": "int3"}, {"shard_rows": 0}, {"batch_size": -1}])
 def test_wrong_plans(options):
-    """Unknown dtypes and codecs, and sizes below one, are refused."""
+    """Unknown dtypes, and sizes below one, are refused."""
     with pytest.raises(UsageError, match="dtype is one of|must be positive"):
         ExtractPlan(**options)
-
-
-def test_codec_auto(crops, teacher):
-    """`auto` compresses tokens where that saves enough, and leaves the others, scales and attention alone."""
-    flat = Counting(teacher, change=lambda output: replace(output, tokens=output.tokens.sign() * (output.tokens.abs() > 1)))
-    extract_view(crops.view(0), "plain", teacher, replace(PLAN, dtype="float16"))
-    extract_view(crops.view(0), "flat", flat, PLAN)
-    codecs = {name: dict(read_manifest(crops.view(0).store_path(name)).store.codecs) for name in ("plain", "flat")}
-    assert set(codecs["plain"].values()) == {"none"}
-    assert codecs["flat"] == {**{f"tokens/{i:02d}": "zstd" for i in range(2, 7)}, "scale": "none", "attention": "none"}
-    sizes = {name: sum(map(len, contents(crops.view(0).store_path(name) / "tokens").values())) for name in codecs}
-    assert sizes["flat"] < 0.85 * sizes["plain"] / 2
 
 
 # --- again -----------------------------------------------------------------------------------------------------------
@@ -220,7 +208,6 @@ def test_weights_may_move(cache, teacher):
 OTHER = {
     "layers": (ExtractPlan("last2", shard_rows=8), {}, "layers: 2,3,4,5,6 in the store, 5,6 given"),
     "dtype": (ExtractPlan(dtype="float16", shard_rows=8), {}, "dtype: int8 in the store, float16 given"),
-    "codec": (ExtractPlan(codec="zstd", shard_rows=8), {}, "codecs: .*none.* in the store, .*zstd.* given"),
     "shards": (ExtractPlan(shard_rows=4), {}, "shard_rows: 8 in the store, 4 given"),
     "weights": (
         PLAN,
@@ -287,7 +274,7 @@ def test_interrupted_anywhere(crops, teacher, undisturbed, at):
 
 
 SHARD_FILE = writer._ShardFile
-CRASHES = [(writer, "write_commit", 1), (writer, "write_commit", 3), (SHARD_FILE, "publish", 1), (SHARD_FILE, "finish", 10)]
+CRASHES = [(Store, "write_commit", 1), (Store, "write_commit", 3), (SHARD_FILE, "publish", 1), (SHARD_FILE, "finish", 10)]
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), CRASHES)
@@ -303,10 +290,10 @@ def test_crashes_while_a_shard_is_published(crops, teacher, undisturbed, monkeyp
 
 def test_killed_before_its_records_were_removed(crops, teacher, undisturbed, monkeypatch):
     """Commit records that outlived the completion of their store go away when the command is run again."""
-    from teacher_cache.store import commits
+    from teacher_cache.store import folding
 
     with monkeypatch.context() as patch:
-        patch.setattr(commits.shutil, "rmtree", failing_at(shutil.rmtree, 1, KeyboardInterrupt()))
+        patch.setattr(folding.shutil, "rmtree", failing_at(shutil.rmtree, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(crops.view(0), "fake", teacher, PLAN)
     assert (crops.view(0).store_path("fake") / "commits").exists()
@@ -372,7 +359,7 @@ def test_full_disk(crops, teacher, undisturbed, monkeypatch, call):
         with pytest.raises(NoSpaceError, match=words) as caught:
             extract_view(crops.view(0), "fake", teacher, PLAN)
     done, needed = re.search(words, str(caught.value)).groups()
-    spec = read_manifest(crops.view(0).store_path("fake")).store
+    spec = crops.view(0).store("fake").spec
     assert needed == human(sum(shard_bytes(spec, teacher.spec, shard) for shard in range(int(done), 3)))
     assert not list(crops.path.rglob("*.partial"))
     extract_view(crops.view(0), "fake", teacher, PLAN)
@@ -471,7 +458,7 @@ def test_an_array_that_starts_at_once(crops, teacher, undisturbed, monkeypatch, 
         return wait
 
     monkeypatch.setattr(extract, "_fit", fit_when_all_wait)
-    monkeypatch.setattr(extract, "fold", lambda store, spec: folded.append(is_complete(store)) or fold(store, spec))
+    monkeypatch.setattr(extract, "fold", lambda store: folded.append(store.is_complete) or fold(store))
     monkeypatch.setattr(extract, "waiting", counted_waiting)
 
     def work(first: int) -> int:

@@ -17,17 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, __version__, features
+from store_fakes import write_again
+from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache, write_cache
 from teacher_cache.checking.verify import verify
 from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.files.durable import npy_bytes, read_sealed, seal, sha256_file, write_whole
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.store.commits import fold, read_fp32_rows
-from teacher_cache.store.manifest import create_store, read_small_array
 from teacher_cache.store.reader import READERS, StoreReader
 from teacher_cache.store.spare import write_spare
-from teacher_cache.store.writer import ShardWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_v1"
 NUMBERS = GOLDEN.with_suffix(".json")
@@ -210,7 +209,7 @@ def test_the_examples_of_the_document_run(monkeypatch):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_golden_cache_is_readable(numbers, reader):
-    """Cache and StoreReader read the committed cache; every reader gives the numbers beside it and every row."""
+    """Cache and StoreReader read the committed cache; every reader, and zarr, gives the numbers beside it and every row."""
     cache = Cache(GOLDEN)
     assert cache.images().names[ROW] == numbers["name"] and cache.plan == PLAN
     view = cache.finished_view(0)
@@ -222,6 +221,7 @@ def test_the_golden_cache_is_readable(numbers, reader):
             rows = store.read(array, range(N_IMAGES))
             assert picked(rows[ROW]) == expected
             np.testing.assert_array_equal(rows, [stored_row(store.path, array, row) for row in range(N_IMAGES)])
+            np.testing.assert_array_equal(rows, rows_by_zarr(store.path, array, range(N_IMAGES)))
         np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
 
 
@@ -239,19 +239,6 @@ def test_verify_finds_the_golden_cache_sound():
     """`verify` has nothing to say about the committed cache."""
     findings, checked = verify(Cache(GOLDEN))
     assert findings == [] and checked.n_files > 50
-
-
-def write_again(path: Path, store: Path) -> None:
-    """Write a store from the manifest, the small arrays and the stored rows of another."""
-    reader = StoreReader(path, reader="zarr")
-    create_store(store, reader.manifest, reader.statistics, reader.head, read_small_array(path, "probe"))
-    in_fp32 = read_fp32_rows(path, reader.spec)
-    for shard in range(reader.spec.n_shards):
-        rows = reader.spec.rows_of(shard)
-        with ShardWriter(store, reader.spec, reader.teacher, shard) as out:
-            own = in_fp32[np.isin(in_fp32, rows)]
-            out.append({array: reader.read(array, rows) for array in reader.spec.array_names}, own)
-    fold(store, reader.spec)
 
 
 def test_the_writers_give_the_same_bytes_again(tmp_path):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import race
+from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
-from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row, write_again
+from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row
+from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
-from teacher_cache.format.race import race
 from teacher_cache.store.reader import READERS, StoreReader
 
 GOLDEN = GOLDEN_V1.with_name("cache_v2")
@@ -49,7 +51,7 @@ def test_a_reader_written_from_the_document_reads_the_targets():
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_golden_stores_are_readable(reader):
-    """Every reader gives every row of every array as it stands in the files, and verify finds them sound."""
+    """Every reader, and zarr, gives every row of every array as it stands in the files, and verify finds them sound."""
     view = Cache(GOLDEN).finished_view(0)
     assert view.store_names() == sorted(STORES)
     for name in STORES:
@@ -57,6 +59,7 @@ def test_the_golden_stores_are_readable(reader):
         for array in store.spec.array_names:
             expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
             np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
+            np.testing.assert_array_equal(rows_by_zarr(store.path, array, range(N_IMAGES)), expected)
         np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
     assert verify(Cache(GOLDEN))[0] == []
 

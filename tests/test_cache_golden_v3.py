@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import Bf16Teacher, FakeTeacher, image_of
+from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
 from test_cache_golden import (
     N_IMAGES,
@@ -35,8 +36,8 @@ from test_cache_golden import (
     stored_row,
     unseal,
     whitened,
-    write_again,
 )
+from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
@@ -46,9 +47,9 @@ from teacher_cache.extraction import extract
 from teacher_cache.extraction.cropping import make_crops, plan_job
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_FORMATS
-from teacher_cache.store.commits import read_fp32_rows, unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import unfold
 from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.store import Store
 
 GOLDEN = GOLDEN_V1.with_name("cache_v3")
 NUMBERS = GOLDEN.with_suffix(".json")
@@ -91,7 +92,7 @@ def numbers_of(cache: Path) -> dict:
     final_norm = last * teacher.head["gamma"] + teacher.head["beta"]
     stores = {}
     for name in STORES:
-        reader = StoreReader(view.store_path(name), reader="zarr")
+        reader = StoreReader(view.store_path(name))
         stores[name] = {array: picked(reader.read(array, [ROW])[0]) for array in reader.spec.array_names}
     return {
         "made_with": software(),
@@ -135,7 +136,7 @@ def test_a_reader_written_from_the_document_reads_the_store(numbers):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_golden_stores_are_readable(reader):
-    """Every reader gives every row of every array as it stands in the files, and verify finds them sound."""
+    """Every reader, and zarr, gives every row of every array as it stands in the files, and verify finds them sound."""
     view = Cache(GOLDEN).finished_view(0)
     assert view.store_names() == sorted(STORES)
     for name in STORES:
@@ -143,7 +144,8 @@ def test_the_golden_stores_are_readable(reader):
         for array in store.spec.array_names:
             expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
             np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
-        assert read_fp32_rows(store.path, store.spec).tolist() == (IN_FP32 if name == "mixed" else [])
+            np.testing.assert_array_equal(rows_by_zarr(store.path, array, range(N_IMAGES)), expected)
+        assert store.store.read_fp32_rows().tolist() == (IN_FP32 if name == "mixed" else [])
     assert verify(Cache(GOLDEN))[0] == []
 
 
@@ -207,7 +209,7 @@ def compare_with_golden(again: Path, numbers: dict) -> list[str]:
         assert {name for name in changed(old, new) if _behind_header(name, old) != _behind_header(name, new)} <= follow
     assert np.abs(pixels[0].astype(int) - pixels[1]).mean() < 2
     for name in STORES:
-        readers = [StoreReader(view.store_path(name), reader="zarr") for view in views]
+        readers = [StoreReader(view.store_path(name)) for view in views]
         same_manifest(*(reader.manifest.to_json() for reader in readers), exactly=not reasons)
         for layer in readers[0].spec.layers:
             before, after = (reader.tokens(range(N_IMAGES), layer) for reader in readers)
@@ -253,7 +255,7 @@ def of_now(name: str) -> FakeTeacher:
 
 
 def plan_of(store: Path) -> ExtractPlan:
-    spec = read_manifest(store).store
+    spec = Store.open(store).spec
     layers = ",".join(map(str, spec.layers))
     return ExtractPlan(layers, spec.dtype, shard_rows=spec.shard_rows, batch_size=2, visible=spec.visible)
 
@@ -271,15 +273,15 @@ def test_an_unfinished_old_store_goes_on(tmp_path, case):
     """A store that an older version left unfinished is finished in that version: its manifest stays, its values are right."""
     cache, name, version = old_cache(tmp_path, case)
     store = cache.view(0).store_path(name)
-    before, spec = files_of(store), read_manifest(store).store
-    rows = StoreReader(store, reader="zarr").tokens(range(N_IMAGES), 6)
-    unfold(store, spec, np.arange(spec.n_shards) == 0)
+    before, spec = files_of(store), Store.open(store).spec
+    rows = StoreReader(store).tokens(range(N_IMAGES), 6)
+    unfold(Store.open(store), np.arange(spec.n_shards) == 0)
     assert extract_view(cache.view(0), name, of_now(name), plan_of(store))
-    assert read_manifest(store).format_version == version and verify(cache)[0] == []
+    assert Store.open(store).manifest.format_version == version and verify(cache)[0] == []
     assert "fp32_rows" not in unseal(store / "complete.json")
     after = files_of(store)
     assert after.keys() == before.keys() and {file for file in changed(before, after) if file.endswith("zarr.json")} == set()
-    np.testing.assert_allclose(StoreReader(store, reader="zarr").tokens(range(N_IMAGES), 6), rows, atol=0.2)
+    np.testing.assert_allclose(StoreReader(store).tokens(range(N_IMAGES), 6), rows, atol=0.2)
 
 
 @pytest.mark.parametrize("case", ["v1 int8", "v2 visible"])
@@ -289,7 +291,7 @@ def test_another_view_of_an_old_store(tmp_path, case):
     first = cache.view(0).store_path(name)
     cache = make_crops(plan_job(cache.path, write_images(tmp_path / "images"), PLAN, "jpeg95", 2))
     assert extract_view(cache.view(1), name, of_now(name), plan_of(first))
-    manifest = read_manifest(cache.view(1).store_path(name))
+    manifest = cache.view(1).store(name).manifest
     assert manifest.format_version == version and manifest.made is None and manifest.teacher.resize == "none"
     assert verify(cache)[0] == []
 
@@ -298,7 +300,7 @@ def test_an_old_store_of_another_teacher_is_refused(tmp_path):
     """What an old store does say still has to agree."""
     cache, name, _ = old_cache(tmp_path, "v1 int8")
     store = cache.view(0).store_path(name)
-    unfold(store, read_manifest(store).store, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     teacher = of_now(name)
     teacher.spec = replace(teacher.spec, resize="bilinear")
     with pytest.raises(MismatchError, match="resize: none in the store, bilinear given"):

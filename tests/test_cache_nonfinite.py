@@ -20,9 +20,9 @@ from teacher_cache.errors import BadInputError, CacheCorruptError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.durable import read_sealed, seal
 from teacher_cache.inspecting.inspect import describe
-from teacher_cache.store.commits import fold, is_complete, read_commits, read_fp32_rows, read_fp32_rows_to_make, unfold
-from teacher_cache.store.manifest import read_manifest
+from teacher_cache.store.folding import fold, unfold
 from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.store import Store, is_complete
 
 PLAN = ExtractPlan("last2", shard_rows=8, batch_size=3)
 
@@ -48,8 +48,7 @@ def test_such_rows_are_made_in_fp32_and_on_record(cache, capsys):
     teacher = Bf16Teacher(pixels(cache, 4, 17, 18))
     extract_view(cache.view(0), "fake", teacher, PLAN)
     store = cache.view(0).store_path("fake")
-    spec = read_manifest(store).store
-    assert read_fp32_rows(store, spec).tolist() == [4, 17, 18] == read_sealed(store / "complete.json")["fp32_rows"]
+    assert Store.open(store).read_fp32_rows().tolist() == [4, 17, 18] == read_sealed(store / "complete.json")["fp32_rows"]
     assert describe(cache)["views"][0]["stores"][0]["fp32_rows"] == 3
     assert "3 crops made in fp32" in capsys.readouterr().err
 
@@ -90,14 +89,14 @@ def test_mended_shards_have_the_same_bytes(cache, remembered):
     """A shard that is made again has the same rows in fp32, also on a machine where bf16 would give numbers for them now."""
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17, 18)), PLAN)
     store = cache.view(0).store_path("fake")
-    before, spec = contents(store), read_manifest(store).store
+    before = contents(store)
     shard = next((store / "tokens/06").glob("c.2.*"))
     shard.write_bytes(shard.read_bytes()[:-100] + bytes(100))
     assert len(list(repair_store(cache.view(0), "fake"))) == 1
-    assert not is_complete(store) and read_fp32_rows(store, spec).tolist() == [4]
-    assert read_fp32_rows_to_make(store, spec).tolist() == [17, 18]
-    unfold(store, spec, np.array([False, True, False]))  # again, before the shard was made
-    assert read_fp32_rows_to_make(store, spec).tolist() == [4, 17, 18]
+    assert not is_complete(store) and Store.open(store).read_fp32_rows().tolist() == [4]
+    assert Store.open(store).read_fp32_rows_to_make().tolist() == [17, 18]
+    unfold(Store.open(store), np.array([False, True, False]))  # again, before the shard was made
+    assert Store.open(store).read_fp32_rows_to_make().tolist() == [4, 17, 18]
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17, 18) if remembered else ()), PLAN)
     assert contents(store) == before
 
@@ -116,7 +115,7 @@ def test_interrupted_and_continued(cache):
     extract_view(cache.view(0), "whole", teacher, PLAN)
     extract_view(cache.view(0), "fake", teacher, PLAN, range(0, 1))
     store = cache.view(0).store_path("fake")
-    assert read_fp32_rows(store, read_manifest(store).store).tolist() == [4]
+    assert Store.open(store).read_fp32_rows().tolist() == [4]
     extract_view(cache.view(0), "fake", teacher, PLAN, range(1, 3))
     assert contents(store) == contents(cache.view(0).store_path("whole"))
 
@@ -131,7 +130,7 @@ def test_what_fp32_cannot_do_either(cache, precision):
     with pytest.raises(BadInputError, match=f"non-finite values in fp32 for row 17, {image} .*SHA-256.*leave the image out"):
         extract_view(cache.view(0), "fake", teacher, PLAN)
     store = cache.view(0).store_path("fake")
-    assert read_commits(store, read_manifest(store).store)[1].tolist() == [True, True, False]
+    assert Store.open(store).read_commits()[1].tolist() == [True, True, False]
     sound = Bf16Teacher()
     sound.precision = precision
     assert extract_view(cache.view(0), "fake", sound, PLAN)
@@ -165,10 +164,9 @@ def test_more_than_the_record_holds(cache, monkeypatch):
     """A store with more such rows than complete.json may name is not declared complete, and the way out is said."""
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN)
     store = cache.view(0).store_path("fake")
-    spec = read_manifest(store).store
-    unfold(store, spec, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN, range(0, 2))
-    monkeypatch.setattr("teacher_cache.store.commits.MAX_FP32_ROWS", 1)
+    monkeypatch.setattr("teacher_cache.store.folding.MAX_FP32_ROWS", 1)
     with pytest.raises(BadInputError, match="2 rows were made in fp32, more than 1: bf16 is wrong"):
         extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN)
 
@@ -190,18 +188,17 @@ def test_records_that_lie(cache, case):
     """Rows that a record cannot have are corruption, in complete.json and in the record of a shard."""
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4)), PLAN)
     store = cache.view(0).store_path("fake")
-    spec = read_manifest(store).store
     _lie(store / "complete.json", BAD_ROWS[case])
     with pytest.raises(CacheCorruptError, match="complete.json: fp32_rows must be"):
-        read_fp32_rows(store, spec)
+        Store.open(store).read_fp32_rows()
     assert any("fp32_rows" in finding.message for finding in verify(cache)[0])
     _lie(store / "complete.json", [4])
-    unfold(store, spec, np.array([True, True, False]))
+    unfold(Store.open(store), np.array([True, True, False]))
     _lie(store / "commits/000000.json", BAD_ROWS[case])
     with pytest.raises(CacheCorruptError, match="000000.json: fp32_rows must be"):
-        read_fp32_rows(store, spec)
+        Store.open(store).read_fp32_rows()
     _lie(store / "commits/000000.json", [4])
-    assert read_fp32_rows(store, spec).tolist() == [4]
+    assert Store.open(store).read_fp32_rows().tolist() == [4]
 
 
 def _lie(path: Path, rows) -> None:
@@ -218,7 +215,7 @@ def test_an_unreadable_list_of_rows_to_make(cache):
     teacher = Bf16Teacher(pixels(cache, 4))
     extract_view(cache.view(0), "fake", teacher, PLAN)
     store = cache.view(0).store_path("fake")
-    unfold(store, read_manifest(store).store, np.array([False, True, True]))
+    unfold(Store.open(store), np.array([False, True, True]))
     kept = store / "commits/000000.fp32"
     kept.write_text(json.dumps({"shard": 0}))
     with pytest.raises(CacheCorruptError, match="000000.fp32.*Delete that file"):
@@ -231,9 +228,9 @@ def test_fold_keeps_them(cache):
     """A fold that was killed half-way and is done again has the same rows on record."""
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN)
     store = cache.view(0).store_path("fake")
-    before, spec = contents(store), read_manifest(store).store
-    unfold(store, spec, np.array([True, True, False]))
+    before = contents(store)
+    unfold(Store.open(store), np.array([True, True, False]))
     (store / "shards.npy").write_bytes(b"half")
     extract_view(cache.view(0), "fake", Bf16Teacher(pixels(cache, 4, 17)), PLAN, range(2, 3))
-    fold(store, spec)
+    fold(Store.open(store))
     assert contents(store) == before

@@ -26,8 +26,9 @@ from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import MadeWith
 from teacher_cache.inspecting.compare import compare
 from teacher_cache.inspecting.inspect import describe
-from teacher_cache.store.commits import unfold
-from teacher_cache.store.manifest import create_store, read_head, read_manifest, read_small_array, read_statistics
+from teacher_cache.store.folding import unfold
+from teacher_cache.store.manifest import create_store
+from teacher_cache.store.store import Store
 
 PLAN = ExtractPlan("last2", shard_rows=8, batch_size=3)
 
@@ -54,7 +55,7 @@ def test_on_record(cache):
     teacher = FakeTeacher()
     teacher.is_compiled = True
     extract_view(cache.view(0), "fake", teacher, PLAN)
-    manifest = read_manifest(cache.view(0).store_path("fake"))
+    manifest = cache.view(0).store("fake").manifest
     assert manifest.made.batch_size == 3 and manifest.made.compile and manifest.made.device.startswith("cpu")
     assert {"torch", "timm", "open_clip_torch", "pillow", "jpeg_decoder"} <= manifest.software.keys()
     store = describe(cache)["views"][0]["stores"][0]
@@ -74,14 +75,14 @@ def test_what_differs_is_told(cache, monkeypatch, capsys):
     assert "bytes may differ" not in capsys.readouterr().err
     for number in (0, 1):
         if number == 0:
-            unfold(store, read_manifest(store).store, np.array([True, True, False]))
+            unfold(Store.open(store), np.array([True, True, False]))
         assert extract_view(cache.view(number), "fake", teacher, other)
         said = capsys.readouterr().err
         assert f"{store} was begun with other software or another machine; bytes may differ:\n" in said
         assert f"\n  torch: {software()['torch']} then, 9.9 now\n" in said and "new" not in said
         assert "\n  batch_size: 3 then, 5 now\n" in said and "\n  compile: False then, True now\n" in said
         assert "numpy" not in said
-    assert read_manifest(store).made.batch_size == 3  # of when it was begun
+    assert Store.open(store).manifest.made.batch_size == 3  # of when it was begun
 
 
 def test_the_batch_size_is_taken_over(cache):
@@ -112,11 +113,11 @@ def test_an_old_store_has_no_place_for_rows_in_fp32(cache):
     broken = Bf16Teacher(CropReader(cache.view(0).path).read([17]))
     extract_view(cache.view(0), "new", Bf16Teacher(), PLAN)
     path, store = cache.view(0).store_path("new"), cache.view(0).store_path("fake")
-    manifest = read_manifest(path)
+    manifest = Store.open(path).manifest
     teacher = replace(manifest.teacher, activation=None, positions=None)
     old = replace(manifest, teacher=teacher, made=None, format_version=1)
-    probe = read_small_array(path, "probe")
-    create_store(store, old, read_statistics(path, manifest.store), read_head(path, manifest.teacher), probe)
+    probe = Store.open(path).small_array("probe")
+    create_store(store, old, Store.open(path).statistics(), Store.open(path).head(), probe)
     words = f"in bf16 for row 17, {cache.images().names[17]}. fp32 gives numbers, but .* of version 1, .*another --name"
     with pytest.raises(BadInputError, match=words):
         extract_view(cache.view(0), "fake", broken, PLAN)
@@ -133,23 +134,22 @@ def test_the_sample_costs_a_layer(tmp_path, monkeypatch):
     )  # blocks as small beside a layer as they are in earnest
     monkeypatch.setattr("teacher_cache.format.quantize.BLOCK_CHANNELS", 16)
     teacher = replace(TEACHER, dim=128, depth=12, grid=(8, 8))
-    plan = ExtractPlan("last12")
-    spec = plan.store_spec(teacher, 1024)
+    spec = ExtractPlan("last12").store_spec(teacher, 1024)
     draws = np.random.default_rng(0)
     with Sample(tmp_path, spec, teacher) as sample:
         assert list(tmp_path.iterdir()) == []  # no name, so nothing is left by a process that is killed
-        for start in range(0, 128, 32):
+        for _ in range(0, 128, 32):
             tokens = draws.standard_normal((32, 12, 65, 128), "float32")
-            sample.add(tokens[:, :, :32], tokens[: 16 if start == 0 else 0])
+            sample.add(tokens[:, :, :32])
         del tokens
         assert sample._file.seek(0, 2) == fit_bytes(spec, teacher)
-        fit(sample, spec, plan)  # what is imported is imported now
+        fit(sample, spec)  # what is imported is imported now
         tracemalloc.start()
-        statistics, fidelity, _ = fit(sample, spec, plan)
+        statistics, fidelity = fit(sample, spec)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     layer = 128 * 32 * 128 * 4
-    assert len(statistics) == len(fidelity) == 12 and layer < peak < 2.5 * layer < fit_bytes(spec, teacher) / 5
+    assert len(statistics) == len(fidelity) == 12 and layer < peak < 2.5 * layer < fit_bytes(spec, teacher) / 4
     assert list(tmp_path.iterdir()) == []
 
 

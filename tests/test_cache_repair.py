@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from cache_fakes import contents, crop_folder, failing_at, flip_bit
+from store_fakes import compress
 
 from teacher_cache.cache import Cache
 from teacher_cache.checking import advice
@@ -17,13 +18,13 @@ from teacher_cache.checking.repair import repair_lists, repair_store, repair_vie
 from teacher_cache.checking.verify import verify_folder, views_on_disk
 from teacher_cache.crops import beton
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
-from teacher_cache.extraction.cropping import CLAIM
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.claims import claimed, claimed_range
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.store import writer
+from teacher_cache.format.layout import CROPS_CLAIM
+from teacher_cache.store.store import Store
 
-PLAN = ExtractPlan("last", codec="zstd", shard_rows=8)
+PLAN = ExtractPlan("last", shard_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def made(images, teacher):
     """One view, one compressed int8 store of one layer, an image left out: every kind of file."""
     cache = crop_folder(images.parent / "c", images, skip_bad=True)
     extract_view(cache.view(0), "fake", teacher, PLAN)
+    compress(cache.view(0).store_path("fake"))
     return cache.path, contents(cache.path)
 
 
@@ -150,7 +152,7 @@ def test_damage_everywhere_at_once(cache, image_folder, teacher):
     ):  # fmt: skip
         damaged(cache.path / name, "changed")
     plans = {"fake": ExtractPlan(shard_rows=8, batch_size=5), "fake16": ExtractPlan(dtype="float16", shard_rows=8, batch_size=5),
-             "fake-zstd": ExtractPlan(codec="zstd", shard_rows=8, batch_size=5)}  # fmt: skip
+             "fake-zstd": ExtractPlan(shard_rows=8, batch_size=5)}  # fmt: skip
     list(repair_lists(cache.path))
     for view in views_on_disk(cache):
         list(repair_view(view, image_folder))
@@ -168,7 +170,7 @@ def unfinished(cache, teacher, monkeypatch):
     """A store of view 0, the only one, with two of three shards."""
     shutil.rmtree(cache.view(1).path)
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+        patch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(cache.view(0), "new", teacher, PLAN)
     return cache.view(0).store_path("new")
@@ -358,7 +360,7 @@ def test_no_cache_there(tmp_path):
 def test_a_writer_at_work_is_left_alone(whole, images):
     """Nothing is mended under the hands of another writer."""
     view = Cache(whole).view(0)
-    with claimed(whole / CLAIM, "it"):
+    with claimed(whole / CROPS_CLAIM, "it"):
         for begin in (lambda: repair_lists(whole), lambda: repair_view(view, images)):
             with pytest.raises(MismatchError, match="being written by process"):
                 list(begin())

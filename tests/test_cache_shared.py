@@ -16,12 +16,13 @@ from click.testing import CliRunner
 from teacher_cache.cache import Cache
 from teacher_cache.checking.repair import repair_lists
 from teacher_cache.checking.verify import verify
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import NotAllowedError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files import claims
-from teacher_cache.files.claims import claimed, claimed_range, store_claim, store_claims
+from teacher_cache.files.claims import claimed, claimed_range
 from teacher_cache.files.durable import write_whole
+from teacher_cache.format.layout import store_claim, store_claims
 from teacher_cache.store.reader import StoreReader
 
 

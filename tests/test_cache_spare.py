@@ -14,7 +14,8 @@ from store_fakes import begin, make_store, spec_of
 
 from teacher_cache.errors import CacheCorruptError
 from teacher_cache.files.durable import seal
-from teacher_cache.store.spare import SPARE, is_current, pack, pack_members, read_spare, spare_names, write_spare
+from teacher_cache.format.layout import SPARE
+from teacher_cache.store.spare import is_current, pack, pack_members, read_spare, spare_names, write_spare
 
 
 @pytest.fixture(scope="module")

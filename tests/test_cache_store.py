@@ -11,22 +11,18 @@ import pytest
 from cache_fakes import contents, failing_at, flip_bit, kills
 from store_fakes import MADE, TEACHER, begin, fill, make_store, same, shard_of, spec_of, values_of
 
-from teacher_cache.errors import BadInputError, CacheCorruptError, UsageError
+from teacher_cache.errors import BadInputError, CacheCorruptError, NotInCacheError, UsageError
 from teacher_cache.files.durable import read_sealed, seal, sha256_file
 from teacher_cache.format.shards import HEADER_BYTES, header, require_header
-from teacher_cache.store import commits, spare, writer
-from teacher_cache.store.commits import count_commits, fold, is_complete, is_folded, read_commits, unfold
-from teacher_cache.store.manifest import (
-    Manifest,
-    extract_command,
-    manifest_sha256,
-    read_manifest,
-    read_small_array,
-)
+from teacher_cache.store import spare, writer
+from teacher_cache.store import store as store_module
+from teacher_cache.store.folding import fold, is_folded, unfold
+from teacher_cache.store.manifest import Manifest, extract_command
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.store.sizes import store_bytes
 from teacher_cache.store.spare import is_current
-from teacher_cache.store.writer import ShardWriter, missing_bytes, missing_shards
+from teacher_cache.store.store import Store, is_complete
+from teacher_cache.store.writer import ShardWriter, missing_bytes
 
 
 @pytest.fixture
@@ -45,7 +41,7 @@ def test_batches_do_not_matter(tmp_path):
     for batch in (1, 3):
         begin(tmp_path / f"{batch}.zarr", spec)
         fill(tmp_path / f"{batch}.zarr", spec, values_of(spec), batch=batch)
-        fold(tmp_path / f"{batch}.zarr", spec)
+        fold(Store.open(tmp_path / f"{batch}.zarr"))
     assert contents(tmp_path / "1.zarr") == contents(tmp_path / "3.zarr")
 
 
@@ -55,7 +51,7 @@ def test_order_of_shards_does_not_matter(tmp_path):
     for name, shards in (("a", (0, 1, 2)), ("b", (2, 0, 2, 1))):
         begin(tmp_path / name, spec)
         fill(tmp_path / name, spec, values_of(spec), shards)
-        fold(tmp_path / name, spec)
+        fold(Store.open(tmp_path / name))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -64,12 +60,12 @@ def test_a_failed_shard_leaves_no_trace(tmp_path):
     spec, path = spec_of(), tmp_path / "t.zarr"
     begin(path, spec)
     before, arrays = contents(path), values_of(spec)
-    with pytest.raises(KeyboardInterrupt), ShardWriter(path, spec, TEACHER, 0) as out:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(Store.open(path), 0) as out:
         out.append({name: values[:2] for name, values in arrays.items()})
         raise KeyboardInterrupt
-    with pytest.raises(UsageError, match="shard 0 of tokens/01 has 2 of 3 rows"), ShardWriter(path, spec, TEACHER, 0) as out:
+    with pytest.raises(UsageError, match="shard 0 of tokens/01 has 2 of 3 rows"), ShardWriter(Store.open(path), 0) as out:
         out.append({name: values[:2] for name, values in arrays.items()})
-    with pytest.raises(UsageError, match="tokens/01: rows must be int8"), ShardWriter(path, spec, TEACHER, 0) as out:
+    with pytest.raises(UsageError, match="tokens/01: rows must be int8"), ShardWriter(Store.open(path), 0) as out:
         out.append({name: values[:3].astype("float64") for name, values in arrays.items()})
     assert contents(path) == before
 
@@ -81,7 +77,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(writer, "create_aside", failing_at(writer.create_aside, 2, full))
     with pytest.raises(OSError, match="No space left"):
-        ShardWriter(path, spec_of(), TEACHER, 0)
+        ShardWriter(Store.open(path), 0)
     assert not list(path.rglob("*.partial"))
 
 
@@ -93,7 +89,7 @@ def test_a_disk_that_fills_up_at_the_end(tmp_path, monkeypatch, call):
     monkeypatch.setattr(writer.os, "fsync", failing_at(writer.os.fsync, call, OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         fill(path, spec, values_of(spec), [1])
-    assert not list(path.rglob("*.partial")) and missing_shards(path, spec) == [0, 1, 2]
+    assert not list(path.rglob("*.partial")) and Store.open(path).missing_shards() == [0, 1, 2]
 
 
 def test_fold_needs_every_shard(tmp_path):
@@ -102,8 +98,8 @@ def test_fold_needs_every_shard(tmp_path):
     begin(path, spec)
     fill(path, spec, values_of(spec), [0, 2])
     with pytest.raises(CacheCorruptError, match="1 of 3 shards are not finished"):
-        fold(path, spec)
-    assert not is_complete(path) and count_commits(path, spec) == 2
+        fold(Store.open(path))
+    assert not is_complete(path) and Store.open(path).n_finished() == 2
 
 
 def test_creating_is_all_or_nothing(tmp_path):
@@ -120,7 +116,7 @@ def test_creating_is_all_or_nothing(tmp_path):
 def test_a_store_is_not_begun_where_one_lost_its_declaration(finished):
     """A store folder without store.json is neither "no store" nor a place for a new one."""
     (finished / "store.json").unlink()
-    for ask in (read_manifest, lambda path: writer.missing_bytes(path, spec_of(), TEACHER)):
+    for ask in (Store.open, lambda path: writer.missing_bytes(path, spec_of(), TEACHER)):
         with pytest.raises(CacheCorruptError, match=r"t.zarr has lost its store.json. .*--repair"):
             ask(finished)
 
@@ -133,7 +129,7 @@ def test_a_planted_symlink_is_not_written_through(tmp_path):
     for name in ("tokens/01/c.0.0.0.partial", "commits/000000.json.partial", "shards.npy.partial", "spare.tar.partial"):
         (path / name).symlink_to(precious)
     fill(path, spec, values_of(spec))
-    fold(path, spec)
+    fold(Store.open(path))
     assert precious.read_text() == "mine" and not list(path.rglob("*.partial"))
 
 
@@ -143,7 +139,7 @@ def test_a_planted_symlink_is_not_written_through(tmp_path):
 def test_every_shard_file_says_what_it_is(finished):
     """Every shard begins with the 64 bytes that name its store, array and number, and its rows follow."""
     spec, store_sha256 = spec_of(), sha256_file(finished / "zarr.json")
-    assert manifest_sha256(finished) == store_sha256
+    assert Store.open(finished).sha256 == store_sha256
     for column, array in enumerate(spec.array_names):
         for shard in range(3):
             data = shard_of(finished, array, shard).read_bytes()
@@ -155,7 +151,7 @@ def test_every_shard_file_says_what_it_is(finished):
 
 def test_swapped_shards_have_other_headers(finished):
     """A file in the place of another, of another array or store, and a flipped bit in a header are told apart."""
-    path, sha256 = shard_of(finished, "tokens/01", 1), manifest_sha256(finished)
+    path, sha256 = shard_of(finished, "tokens/01", 1), Store.open(finished).sha256
     here = header(sha256, 0, 1)
     cases = {
         r"is shard 2 of array 0, in the place of shard 1 of array 0\.": header(sha256, 0, 2),
@@ -175,7 +171,7 @@ def test_swapped_shards_have_other_headers(finished):
 
 def test_bytes_are_estimated_with_headers(finished):
     """The estimate of a store without compression is what its shard files have, to the byte."""
-    files, _ = read_commits(finished, spec_of())
+    files, _ = Store.open(finished).read_commits()
     assert store_bytes(spec_of(), TEACHER) == files["bytes"].sum() == sum(
         path.stat().st_size for array in spec_of().array_names for path in (finished / array).glob("c.*")
     )  # fmt: skip
@@ -200,10 +196,10 @@ def test_killed_while_folding(tmp_path):
     fill(filled, spec, arrays)
     restore(path, filled)
     n_deaths = 0
-    for _ in kills(lambda: fold(path, spec)):
+    for _ in kills(lambda: fold(Store.open(path))):
         n_deaths += 1
-        assert not is_folded(path) and same(StoreReader(path, "zarr").read("scale", range(7)), arrays["scale"])
-        fold(path, spec)
+        assert not is_folded(path) and same(StoreReader(path).read("scale", range(7)), arrays["scale"])
+        fold(Store.open(path))
         assert contents(path) == contents(tmp_path / "whole.zarr") and is_folded(path)
         restore(path, filled)
     assert contents(path) == contents(tmp_path / "whole.zarr") and n_deaths > 12
@@ -211,14 +207,14 @@ def test_killed_while_folding(tmp_path):
 
 def test_folding_mends_the_spare_of_sound_files_only(finished):
     """A finished store whose spare is gone gets it again, but a damaged small file never replaces its sound copy."""
-    spec, original = spec_of(), (finished / "spare.tar").read_bytes()
+    original = (finished / "spare.tar").read_bytes()
     (finished / "spare.tar").unlink()
     assert not is_folded(finished)
-    fold(finished, spec)
+    fold(Store.open(finished))
     assert (finished / "spare.tar").read_bytes() == original and is_folded(finished)
     flip_bit(finished / "head/gamma/c.0", 9)
     with pytest.raises(CacheCorruptError, match="head/gamma/c.0: its SHA-256 is not the recorded one. .*--repair"):
-        fold(finished, spec)
+        fold(Store.open(finished))
     assert (finished / "spare.tar").read_bytes() == original
 
 
@@ -228,15 +224,15 @@ SOUND = np.array([True, False, True])
 def test_unfolding(finished):
     """A finished store goes back to records of its sound shards; making the others again gives the same store."""
     spec, before = spec_of(), contents(finished)
-    unfold(finished, spec, np.ones(3, bool))
+    unfold(Store.open(finished), np.ones(3, bool))
     assert contents(finished) == before  # sound altogether
-    unfold(finished, spec, SOUND)
-    assert not is_complete(finished) and missing_shards(finished, spec) == [1] and is_current(finished)
+    unfold(Store.open(finished), SOUND)
+    assert not is_complete(finished) and Store.open(finished).missing_shards() == [1] and is_current(finished)
     assert not {"complete.json", "shards.npy"} & set(spare.read_spare(finished))
-    unfold(finished, spec, SOUND)
-    assert missing_shards(finished, spec) == [1]
+    unfold(Store.open(finished), SOUND)
+    assert Store.open(finished).missing_shards() == [1]
     fill(finished, spec, values_of(spec), [1])
-    fold(finished, spec)
+    fold(Store.open(finished))
     assert contents(finished) == before
 
 
@@ -249,10 +245,10 @@ def test_unfolding_an_unfinished_store(tmp_path):
     flip_bit(path / "commits/000003.json", 30)
     shutil.copy(path / "commits/000000.json", path / "commits/000002.json")
     (path / "commits/notes.json").write_text("{}")
-    unfold(path, spec, np.array([True, False, False, True, True]))
-    assert missing_shards(path, spec) == [1, 2, 3] and count_commits(path, spec) == 2
+    unfold(Store.open(path), np.array([True, False, False, True, True]))
+    assert Store.open(path).missing_shards() == [1, 2, 3] and Store.open(path).n_finished() == 2
     fill(path, spec, values_of(spec), [1, 2, 3])
-    fold(path, spec)
+    fold(Store.open(path))
     assert contents(path) == contents(tmp_path / "whole.zarr")
 
 
@@ -266,49 +262,92 @@ def test_killed_while_unfolding(tmp_path, leftover):
         shutil.copytree(whole, tmp_path / "killed.zarr")
         whole = tmp_path / "killed.zarr"
         (whole / "commits").mkdir()
-        files, _ = read_commits(whole, spec)
-        commits.write_commit(whole, 1, files[1])
+        files, _ = Store.open(whole).read_commits()
+        Store.open(whole).write_commit(1, files[1])
     restore(path, whole)
     n_deaths = n_complete = 0
-    for _ in kills(lambda: unfold(path, spec, SOUND)):
+    for _ in kills(lambda: unfold(Store.open(path), SOUND)):
         n_deaths, n_complete = n_deaths + 1, n_complete + is_complete(path)
-        assert missing_shards(path, spec) == ([] if is_complete(path) else [1])
+        assert Store.open(path).missing_shards() == ([] if is_complete(path) else [1])
         assert is_complete(path) or "complete.json" not in spare.read_spare(path)
-        unfold(path, spec, SOUND)
-        assert missing_shards(path, spec) == [1]
+        unfold(Store.open(path), SOUND)
+        assert Store.open(path).missing_shards() == [1]
         fill(path, spec, arrays, [1])
-        fold(path, spec)
+        fold(Store.open(path))
         assert contents(path) == before
         restore(path, whole)
-    assert missing_shards(path, spec) == [1] and 8 < n_complete < n_deaths
+    assert Store.open(path).missing_shards() == [1] and 8 < n_complete < n_deaths
 
 
-@pytest.mark.parametrize("ask", [read_commits, count_commits])
-@pytest.mark.parametrize("moment", ["is_complete", "_records", "read_record"])
+def test_commits_are_read_once_and_on_request(tmp_path):
+    """A store that was opened keeps the commits it read first, until somebody asks for those of now."""
+    spec, path = spec_of(), tmp_path / "t.zarr"
+    begin(path, spec)
+    store = Store.open(path)
+    assert store.commits.finished.tolist() == [False] * 3
+    fill(path, spec, values_of(spec), [1])
+    assert not store.commits.finished.any() and store.n_finished() == 1
+    assert store.missing_shards() == [0, 2] and store.commits.finished.tolist() == [False, True, False]
+
+
+def replace_store(path: Path) -> None:
+    shutil.rmtree(path)
+    begin(path, spec_of(), view=1)
+
+
+LOSSES = {
+    "is deleted": (shutil.rmtree, NotInCacheError, "no such store"),
+    "loses its store.json": (lambda path: (path / "store.json").unlink(), CacheCorruptError, "has lost its store.json"),
+    "is damaged": (lambda path: flip_bit(path / "zarr.json", 999), CacheCorruptError, "zarr.json: not the file this store was"),
+    "is replaced": (replace_store, CacheCorruptError, "another store has taken its place"),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_what_happens_to_an_open_store_is_noticed(tmp_path, what):
+    """No shard is declared finished, and no store complete, that is not the one that was opened."""
+    happens, error, match = LOSSES[what]
+    path, spec = tmp_path / "t.zarr", spec_of()
+    begin(path, spec)
+    fill(path, spec, values_of(spec))
+    store = Store.open(path)
+    files, _ = store.read_commits()
+    happens(path)
+    left = contents(path) if path.exists() else None
+    for act in (lambda: store.write_commit(0, files[0]), lambda: fold(store)):
+        with pytest.raises(error, match=match):
+            act()
+    assert left == (contents(path) if path.exists() else None)
+
+
+@pytest.mark.parametrize("ask", [Store.read_commits, Store.n_finished])
+@pytest.mark.parametrize("moment", ["is_complete", "records", "read_record"])
 def test_folded_by_another_process_meanwhile(tmp_path, monkeypatch, ask, moment):
     """Whoever looks at a store while another process folds it sees a complete store."""
-    spec, path, original = spec_of(), tmp_path / "t.zarr", getattr(commits, moment)
+    spec, path, owner = spec_of(), tmp_path / "t.zarr", Store if moment == "records" else store_module
+    original = getattr(owner, moment)
     arrays = make_store(tmp_path / "whole.zarr", spec)
     begin(path, spec)
     fill(path, spec, arrays)
 
     def folded_behind(*arguments):
         answer = original(*arguments) if moment != "read_record" else None
-        monkeypatch.setattr(commits, moment, original)
-        fold(path, spec)
+        monkeypatch.setattr(owner, moment, original)
+        fold(Store.open(path))
         return original(*arguments) if moment == "read_record" else answer
 
-    monkeypatch.setattr(commits, moment, folded_behind)
-    found, expected = ask(path, spec), ask(tmp_path / "whole.zarr", spec)
-    assert found == expected if ask is count_commits else all(map(np.array_equal, found, expected))
+    store = Store.open(path)
+    monkeypatch.setattr(owner, moment, folded_behind)
+    found, expected = ask(store), ask(Store.open(tmp_path / "whole.zarr"))
+    assert found == expected if ask is Store.n_finished else all(map(np.array_equal, found, expected))
 
 
 def test_neither_complete_nor_begun(finished):
     """A store that has lost complete.json says so, instead of asking for all of its shards again."""
     (finished / "complete.json").unlink()
-    for ask in (read_commits, count_commits, missing_shards, fold):
+    for ask in (Store.read_commits, Store.n_finished, Store.missing_shards, fold):
         with pytest.raises(CacheCorruptError, match="has lost the list of its shards. .* --repair"):
-            ask(finished, spec_of())
+            ask(Store.open(finished))
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -347,7 +386,7 @@ def test_damaged_small_arrays(finished, name):
         for bit in range(0, 8 * file.stat().st_size, 97):
             flip_bit(file, bit)
             with pytest.raises(CacheCorruptError, match=f"{name}.*not the file this store was begun with"):
-                read_small_array(path, name)
+                Store.open(path).small_array(name)
             flip_bit(file, bit)
 
 

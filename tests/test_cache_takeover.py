@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 from teacher_cache.files import claim_file, claims, durable, guard
 from teacher_cache.files.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
+from teacher_cache.format.layout import store_claim, store_claims
 
 HOST = socket.gethostname()
 BEFORE = {"host": "node-17", "pid": 4711}
@@ -235,7 +236,7 @@ def test_without_locks(tmp_path, hold, number, monkeypatch, clock, capsys):
 BUSY = """
 import sys, threading
 from pathlib import Path
-from teacher_cache import claim_file
+from teacher_cache.files import claim_file
 from teacher_cache.files.claims import claimed
 claim_file.BEAT_S = 0.01
 def beat():
@@ -307,9 +308,9 @@ def take(path: Path) -> None:
 SLEEPER = """
 import fcntl, sys, time
 from pathlib import Path
-from teacher_cache import claim_file, durable
+from teacher_cache.files import claim_file, durable
 from teacher_cache.files.claims import claimed, claimed_range
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
 claim_file.BEAT_S = 0.02
@@ -355,7 +356,7 @@ def test_who_wakes_writes_nothing_more(tmp_path, hold, monkeypatch, capsys):
 TAKER = """
 import sys, time
 from pathlib import Path
-from teacher_cache import claims
+from teacher_cache.files import claims
 from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, taking_over
 root, hold = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
@@ -397,9 +398,9 @@ def all_held(root: Path):
         store.mkdir(parents=True)
     with (
         claimed(root / "crops.claim", "The crops"),
-        claimed_range(claims.store_claims(one), 0, 4, "Shards of one"),
-        claimed(claims.store_claim(one), "One"),
-        claimed(claims.store_claim(two), "Two"),
+        claimed_range(store_claims(one), 0, 4, "Shards of one"),
+        claimed(store_claim(one), "One"),
+        claimed(store_claim(two), "Two"),
     ):
         yield one, two
 
@@ -409,8 +410,8 @@ def test_the_right_claim_is_named(tmp_path, lost):
     """Who holds several claims is stopped where the lost one counts, by its name, in any thread, and elsewhere not."""
     with all_held(tmp_path) as (one, two):
         path = {
-            "The crops": tmp_path / "crops.claim", "Shards of one": claims.store_claims(one), "One": claims.store_claim(one),
-            "Two": claims.store_claim(two),
+            "The crops": tmp_path / "crops.claim", "Shards of one": store_claims(one), "One": store_claim(one),
+            "Two": store_claim(two),
         }[lost]  # fmt: skip
         take(path)
         refused = []

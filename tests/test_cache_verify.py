@@ -20,17 +20,16 @@ from teacher_cache.cache import Cache
 from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.shard_check import ArrayCheck
 from teacher_cache.checking.verify import verify, verify_folder
-from teacher_cache.cli.commands import _findings_table, main
+from teacher_cache.cli.main import main
+from teacher_cache.cli.verify import findings_table
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import UsageError
 from teacher_cache.extraction import parts
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files.durable import crc32c, seal
 from teacher_cache.format.shards import HEADER_BYTES, index_bytes
-from teacher_cache.store import writer
-from teacher_cache.store.commits import read_commits
-from teacher_cache.store.manifest import manifest_sha256, read_manifest
 from teacher_cache.store.spare import write_spare
+from teacher_cache.store.store import Store
 from teacher_cache.words import human
 
 
@@ -40,7 +39,8 @@ def small(image_folder, teacher, tmp_path_factory) -> Cache:
     folder = shutil.copytree(image_folder, tmp_path_factory.mktemp("small") / "images")
     next(folder.glob("*/*.png")).write_bytes(b"")
     cache = crop_folder(folder.parent / "c", folder, skip_bad=True)
-    extract_view(cache.view(0), "fake", teacher, ExtractPlan("last", codec="zstd", shard_rows=8))
+    extract_view(cache.view(0), "fake", teacher, ExtractPlan("last", shard_rows=8))
+    store_fakes.compress(cache.view(0).store_path("fake"))
     return cache
 
 
@@ -203,7 +203,7 @@ def test_leftovers_are_found(whole, name):
 def test_unfinished_store(image_folder, tmp_path, teacher, monkeypatch):
     """A half-made store is unfinished, not damaged, and says how much is done; damage in its finished part is still found."""
     cache = crop_folder(tmp_path / "c", image_folder)
-    monkeypatch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+    monkeypatch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         extract_view(cache.view(0), "new", teacher, ExtractPlan("last", shard_rows=8))
     store = cache.view(0).store_path("new")
@@ -284,10 +284,10 @@ VALUES = {
 
 def shard_faults(store) -> dict[str, str]:
     """Array/shard -> what ArrayCheck says of it, where it says something."""
-    manifest = read_manifest(store)
-    files, _ = read_commits(store, manifest.store)
-    checks = [ArrayCheck(store, manifest, array, manifest_sha256(store)) for array in manifest.store.array_names]
-    found = {f"{c.array}/{i}": c.fault(i, files[i, c.column]) for c in checks for i in range(manifest.store.n_shards)}
+    opened = Store.open(store)
+    checks = [ArrayCheck(opened, array) for array in opened.spec.array_names]
+    files, n_shards = opened.commits.files, opened.spec.n_shards
+    found = {f"{c.array}/{i}": c.fault(i, files[i, c.column]) for c in checks for i in range(n_shards)}
     return {place: wrong for place, wrong in found.items() if wrong}
 
 
@@ -318,7 +318,7 @@ def recommitted(file, change, store, shard=0):
     record = store / "commits" / f"{shard:06d}.json"
     value = json.loads(record.read_bytes())
     value.pop("crc32c")
-    column = read_manifest(store).store.array_names.index("attention")
+    column = Store.open(store).spec.array_names.index("attention")
     value["files"][column] = [len(data), zlib.crc32(data)]
     record.write_bytes(seal(value))
 
@@ -515,7 +515,7 @@ def test_table(cache):
     """On a terminal there is a table, and no text in it is taken for markup."""
     (cache.path / "[bold]notes").touch()
     console = Console(file=io.StringIO(), width=200)
-    console.print(_findings_table(cache.path, verify(cache)[0]))
+    console.print(findings_table(cache.path, verify(cache)[0]))
     text = console.file.getvalue()
     assert "│ unknown │ [bold]notes │ belongs to nothing in this cache. Remove it. │" in text
 

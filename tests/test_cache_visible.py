@@ -12,23 +12,25 @@ import pytest
 import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
+from oracles import race, take_visible
+from store_fakes import compress
 from student_fakes import tiny_config
 
-from pipelines.feed.source import CachedSource, stored_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.teacher_values import stored_shape
 from student.batch import Mask, Needs
 from student.config import AlignConfig, CosineConfig, MaskConfig, MimicConfig, PredictorConfig, ReconstructConfig, ViTConfig
 from student.errors import ConfigError, RunError
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.checking.remake import reteach, teach_views_again
 from teacher_cache.checking.verify import verify
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, UsageError
+from teacher_cache.extraction import encode
 from teacher_cache.extraction.encode import Encoder, to_host
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.format.race import race, take_visible
 from teacher_cache.format.spec import StoreSpec
-from teacher_cache.store.manifest import read_manifest
 from teacher_cache.store.reader import READERS, StoreReader
 from teacher_cache.teachers.base import TeacherOutput
 
@@ -39,7 +41,7 @@ STORES = {
     "visible": replace(PLAN, dtype="float16", visible=K),
     "visible4": replace(PLAN, dtype="int4", visible=K),
     "four": replace(PLAN, dtype="int4"),
-    "zipped": replace(PLAN, dtype="int4", visible=K, codec="zstd"),
+    "zipped": replace(PLAN, dtype="int4", visible=K),
 }
 
 
@@ -50,11 +52,17 @@ def cache(tmp_path_factory, image_folder):
     for view in cache.views():
         for name, plan in STORES.items():
             extract_view(view, name, FakeTeacher(), plan)
+    for view in cache.views():
+        compress(view.store_path("zipped"))
     return cache
 
 
 def reader_of(cache, name: str, view=0, **options) -> StoreReader:
     return StoreReader(cache.view(view).store_path(name), **options)
+
+
+def run_race(attention, rows, view, n_first) -> np.ndarray:
+    return encode.race(attention, rows, view, n_first).numpy()
 
 
 # --- the race ------------------------------------------------------------------------------------------------------------
@@ -64,7 +72,7 @@ def test_law_of_the_race():
     """First places are taken in proportion to attention, second ones in proportion among the rest; nothing is drawn twice."""
     attention = np.array([0.5, 0.3, 0.2, 0.0], "float32")
     n = 20_000
-    order = race(np.tile(attention, (n, 1)), np.arange(n), 0, 4)
+    order = run_race(np.tile(attention, (n, 1)), np.arange(n), 0, 4)
     assert (np.sort(order, 1) == np.arange(4)).all() and (order[:, 3] == 3).all() and order.dtype == np.int32
     first = np.bincount(order[:, 0], minlength=4) / n
     assert np.abs(first - attention).max() < 0.015
@@ -75,10 +83,10 @@ def test_law_of_the_race():
 def test_a_race_is_a_function_of_row_and_view():
     """A row's race is the same in any batch; another view or row runs another one; a shorter one is its beginning."""
     attention = np.full((6, 16), 1 / 16, "float32")
-    whole = race(attention, np.arange(6), 3, 16)
-    assert np.array_equal(race(attention[:2], np.array([4, 1]), 3, 16), whole[[4, 1]])
-    assert np.array_equal(race(attention, np.arange(6), 3, 5), whole[:, :5])
-    assert len({row.tobytes() for row in [*whole, *race(attention, np.arange(6), 4, 16)]}) == 12
+    whole = run_race(attention, np.arange(6), 3, 16)
+    assert np.array_equal(run_race(attention[:2], np.array([4, 1]), 3, 16), whole[[4, 1]])
+    assert np.array_equal(run_race(attention, np.arange(6), 3, 5), whole[:, :5])
+    assert len({row.tobytes() for row in [*whole, *run_race(attention, np.arange(6), 4, 16)]}) == 12
 
 
 def test_the_device_runs_the_same_race():
@@ -222,7 +230,7 @@ def test_copies_wait_for_their_own_device(monkeypatch):
 def test_versions(cache):
     """Before version 3, a store that says nothing new was of version 1; int4 and visible tokens made version 2, nothing else."""
     for name in STORES:
-        new = read_manifest(cache.view(0).store_path(name))
+        new = cache.view(0).store(name).manifest
         assert new.to_json()["format_version"] == 3
         teacher = dataclasses.replace(new.teacher, activation=None, positions=None)
         manifest = dataclasses.replace(new, teacher=teacher, format_version=new.store.least_version, made=None)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.format import layout
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "student"]}
 """Package -> the other packages that it may import."""
@@ -28,6 +30,8 @@ MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
 """In the package of the format; everything else there works where torch is not installed."""
 BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
 """How files are written and who may write them is one thing for a cache and for a run: all that student may know of a cache."""
+MAY_SPELL = ("teacher_cache.files.claims", "teacher_cache.files.guard", "student.files.run_directory")
+"""Below the format, or apart from it: what they know of the names of files in a cache they say themselves."""
 MOST_LINES, MOST_MODULES = 450, 14
 """Of a module; of a folder, `__init__.py` not counted."""
 
@@ -67,10 +71,10 @@ def violations(modules, *forbidden: str) -> list[str]:
 def test_the_walk_sees_what_it_should():
     """Imports inside functions, relative ones and those of submodules are all seen; the edges and all rooms are there."""
     assert is_in("teacher_cache.kernels.loops", *IMPORTS["teacher_cache.store.reader"])  # inside a function
-    assert "student.batch" in IMPORTS["student.masking.maskers"]  # relative, two dots
+    assert "student.batch" in IMPORTS["student.masking.masker"]  # relative, two dots
     assert "pipelines.presets.recipe" in IMPORTS["pipelines.presets"]  # from a package's __init__
-    assert {"teacher_cache.cli.commands", "student.cli.commands"} <= EDGE
-    assert violations(["teacher_cache.cli.commands"], "pipelines")
+    assert {"teacher_cache.cli.main", "student.cli.train"} <= EDGE
+    assert violations(["teacher_cache.cli.show"], "pipelines")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -111,6 +115,19 @@ def test_rooms_stay_small():
     assert {str(folder): n for folder, n in folders.items() if n > MOST_MODULES} == {}
 
 
+def test_names_of_files_stand_in_one_place():
+    """Only layout.py spells the names of a cache's files; student knows one, to refuse a cache as a folder for a run."""
+    named = (value for key, value in vars(layout).items() if key.isupper())
+    names = {value for value in named if isinstance(value, str) and "." in value}
+    assert {"cache.json", "store.json", "crops.beton", "*.zarr", ".claim"} <= names | {*layout.LISTS}
+    spelled = []
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        if module_name(path) not in {"teacher_cache.format.layout", *MAY_SPELL}:
+            words = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            spelled += [(module_name(path), word) for word in words if word in names]
+    assert spelled == []
+
+
 def is_base(name: str, allowed: tuple[str, ...]) -> bool:
     return name in allowed or is_in(name, *(module for module in allowed if module in BASE))
 
@@ -147,7 +164,7 @@ def test_what_is_loaded_at_run_time():
 import sys
 import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.checking.verify
 assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect and verify"
-import pipelines.feed.source, pipelines.presets, student.run.trainer
+import pipelines.feed.cached_source, pipelines.presets, student.run.trainer
 assert {"torch", "timm", "ffcv"} <= set(sys.modules), "this test looks at the wrong modules"
 print([name for name in sys.modules if name.startswith(("teacher_cache.teachers", "open_clip"))])
 """

@@ -6,6 +6,8 @@ import functools
 import itertools
 import os
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,8 @@ from pipelines.feed.loader import JoinedLoader
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, CropNotCachedError, UsageError
 from teacher_cache.kernels import loops
-from teacher_cache.store.commits import write_commit
 from teacher_cache.store.reader import StoreReader
+from teacher_cache.store.store import Store
 
 ARRAYS = ["tokens/05", "tokens/06", "scale", "attention"]
 
@@ -44,7 +46,7 @@ def shared_loaders(shared_cache):
 
 def without_padding(loader, records) -> np.ndarray:
     """The parts of each record side by side; what lies between them is whatever was in memory."""
-    return np.concatenate([records[:, part.offset : part.offset + part.n_bytes] for part in loader.parts], 1)
+    return np.concatenate([records[:, part.offset : part.offset + part.n_bytes] for part in loader.fields], 1)
 
 
 def copies(loader, rows) -> list:
@@ -63,7 +65,7 @@ def test_pixel_identity(shared_cache, batch_rows, workers):
 
 
 WAYS = [("fake", {}), ("fake", {"reader": "pread"}), ("fake", {"window": 2}), ("fake", {"reader": "pread", "window": 1}),
-        ("fake", {"reader": "zarr"}), ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
+        ("fake-zstd", {}), ("fake-zstd", {"reader": "pread", "window": 1})]  # fmt: skip
 
 
 @pytest.mark.parametrize("store, options", WAYS, ids=str)
@@ -78,7 +80,7 @@ def test_only_the_wanted_tokens(shared_cache, store, options):
     for index, raw in enumerate(loader.batches(order, patches.__getitem__)):
         assert np.array_equal(raw.patches, patches[index])
         wanted = np.concatenate([np.zeros((4, 1), int), patches[index][:, :kept] + 1], 1)
-        for part in loader.parts:
+        for part in loader.fields:
             whole = plain.read(part.array, raw.rows)
             if part.array != "attention":
                 whole = np.stack([row.take(places, -2) for row, places in zip(whole, wanted, strict=True)])
@@ -108,7 +110,7 @@ def test_tokens_that_are_not_there(shared_cache, patches, words):
 def test_records_are_the_rows(shared_cache, store, options):
     """A record is the stored bytes of its row, from every array, whichever way the store is read."""
     loader, plain = loader_of(shared_cache, store=store, **options), StoreReader(shared_cache.view(0).store_path("fake"))
-    assert (loader.fetch is None) == (store != "fake" or options.get("reader") == "zarr")
+    assert (loader.fetch is None) == (store != "fake")
     order = np.random.default_rng(0).permutation(24).reshape(-1, 4)
     for rows, _, records in copies(loader, order):
         stored = [plain.read(array, rows).reshape(len(rows), -1).view("u1") for array in ARRAYS]
@@ -165,7 +167,7 @@ def test_a_corrupt_crop_raises(cache):
 
 
 STORED = pytest.mark.parametrize(
-    "store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake", "zarr"), ("fake-zstd", "mmap"), ("fake-zstd", "pread")]
+    "store, reader", [("fake", "mmap"), ("fake", "pread"), ("fake-zstd", "mmap"), ("fake-zstd", "pread")]
 )
 SHARD = "tokens/06/c.1.0.0"  # rows 8 to 15
 
@@ -194,7 +196,7 @@ def test_an_unextracted_row_raises(shared_loaders, cache, store, reader):
     shards = np.load(store / "shards.npy")
     (store / "complete.json").unlink()
     (store / "commits").mkdir()
-    write_commit(store, 0, shards[0])
+    Store.open(store).write_commit(0, shards[0])
     with pytest.raises(CropNotCachedError, match="row 8 "):
         list(swapped_in(shared_loaders, cache, name, reader).batches(np.arange(24).reshape(6, 4)))
 
@@ -272,6 +274,13 @@ def test_torch_keeps_its_threads(shared_cache):
         torch.set_num_threads(before)
 
 
+def test_importing_the_loader_leaves_torch_its_threads():
+    """FFCV sets torch to one thread when it is imported; a student on a CPU trains with all of them all the same."""
+    code = "import torch; torch.set_num_threads(3); import pipelines.feed.loader; print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "3\n", done.stderr
+
+
 def test_two_loaders_at_once(shared_cache, loader):
     """Two live loaders do not disturb each other (numba's workqueue layer would abort the process)."""
     rows = np.arange(24).reshape(6, 4)
@@ -306,8 +315,8 @@ def test_float16_records(shared_cache, store, reader):
 
 
 @pytest.mark.parametrize("store, reader, why", [
-    ("fake", "mmap", None), ("fake", "pread", None), ("fake", "zarr", "zarr-python was asked for (--reader zarr)"),
-    ("fake-zstd", "mmap", "tokens/05 of fake-zstd.zarr is compressed with zstd (--codec none is not)"),
+    ("fake", "mmap", None), ("fake", "pread", None),
+    ("fake-zstd", "mmap", "tokens/05 of fake-zstd.zarr is compressed with zstd"),
 ])  # fmt: skip
 def test_the_slower_way_is_said(shared_cache, caplog, store, reader, why):
     """A run whose targets cannot be copied by compiled code says so in one line, with the reason; others say nothing."""

@@ -7,7 +7,7 @@ import re
 import jinja2
 import pytest
 
-from pipelines.pages.charts import COLOURS, chart
+from pipelines.pages.inline_svg import COLOURS, chart
 from pipelines.pages.page import percent, render, require_writable, write_page
 from pipelines.pages.palette import CLASSES_DARK, CLASSES_LIGHT, DARK, LIGHT
 from teacher_cache.errors import UsageError

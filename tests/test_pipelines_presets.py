@@ -15,7 +15,7 @@ from pipelines.presets import PRESETS, recipe
 from pipelines.presets.__main__ import shape_of, table
 from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import ContrastConfig, TrainConfig
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from student.run.optim import build_optimizer, learning_rate
 from teacher_cache.format.crop_plan import CropPlan

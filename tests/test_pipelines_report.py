@@ -16,6 +16,7 @@ import pytest
 from cache_fakes import crop_folder
 from click.testing import CliRunner
 from fakes import FakeTeacher, write_images
+from oracles import quantise
 
 from pipelines.pages.of_cache.boxes import box_figures
 from pipelines.pages.of_cache.cache_report import Options, page_of, report
@@ -23,12 +24,11 @@ from pipelines.pages.of_cache.fidelity import measured_errors
 from pipelines.pages.of_cache.layers import AttentionStatistics, LayerStatistics, effective_rank, expected_errors
 from pipelines.pages.of_cache.neighbours import agreement, nearest, on_a_plane
 from pipelines.pages.of_cache.sample import draw_blocks, gather
-from pipelines.pages.pictures.crops import open_store
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
-from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, quantise, token_errors
+from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, token_errors
 from teacher_cache.store.reader import StoreReader
 
 
@@ -103,8 +103,8 @@ def test_a_sample_is_of_finished_rows_and_bounded(shared_cache, teacher, tmp_pat
     """Rows of unfinished shards are never drawn; no more are drawn than asked for, the same again from the same seed."""
     cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
     extract_view(cache.view(0), "part", teacher, ExtractPlan(shard_rows=4, batch_size=4), range(1, 4))
-    assert draw_blocks(open_store(cache.view(0), "part"), 2000, 0).tolist() == list(range(4, 16))
-    large = open_store(cache.view(0), "fake")
+    assert draw_blocks(cache.view(0).targets("part"), 2000, 0).tolist() == list(range(4, 16))
+    large = cache.view(0).targets("fake")
     large.spec = replace(large.spec, n_rows=10_000, shard_rows=1000)
     large.finished = np.arange(10) != 4
     rows = draw_blocks(large, 500, seed=1)
@@ -150,7 +150,7 @@ def test_boxes_in_figures():
 def test_measured_errors_are_those_on_record(shared_cache, teacher):
     """Errors that the teacher measures again are those that were recorded on the sample the quantiser was fitted on."""
     view = shared_cache.view(0)
-    store = open_store(view, "fake")
+    store = view.targets("fake")
     medians, worst = measured_errors(view, store, teacher, np.arange(24))
     for i, layer in enumerate(store.manifest.fidelity):
         assert np.median(medians[i]) == pytest.approx(layer.median, rel=0.1) and worst[i].max() <= layer.worst * 1.2
@@ -266,7 +266,7 @@ def test_a_store_of_visible_int4_tokens(shared_cache, teacher, tmp_path):
     cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
     extract_view(cache.view(0), "seen", teacher, ExtractPlan(shard_rows=8, batch_size=5, visible=6, dtype="int4"))
     view = cache.view(0)
-    html = page_of(view, open_store(view, "seen"), Options(), teacher, None, "now", lambda line: None)
+    html = page_of(view, view.targets("seen"), Options(), teacher, None, "now", lambda line: None)
     assert "6 of 16 patches of each crop" in html and "median, measured" in html and "int4" in html
 
 
@@ -286,9 +286,7 @@ def test_an_unfinished_store_is_looked_at_as_far_as_it_is(shared_cache, teacher,
 def test_the_same_cache_gives_the_same_page(shared_cache):
     """But for the time, the page is a function of the cache and the options."""
     view = shared_cache.view(0)
-    pages = {
-        page_of(view, open_store(view, "fake"), Options(seed=seed), None, None, "now", lambda line: None) for seed in (0, 0, 1)
-    }
+    pages = {page_of(view, view.targets("fake"), Options(seed=seed), None, None, "now", lambda line: None) for seed in (0, 0, 1)}
     assert len(pages) == 2
 
 
@@ -381,7 +379,7 @@ def test_the_page_fits_a_phone_in_both_themes(opened, scheme):
 @pytest.mark.parametrize("n_rows", [1, 4, 10, 23])
 def test_small_caches_give_small_samples(cache, n_rows):
     """Of a cache with fewer rows than a block, any number of rows can be asked for."""
-    rows = draw_blocks(open_store(cache.view(0), "fake"), n_rows, 0)
+    rows = draw_blocks(cache.view(0).targets("fake"), n_rows, 0)
     assert len(rows) == n_rows == len(set(rows.tolist())) and rows.max() < 24
 
 

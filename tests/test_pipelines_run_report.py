@@ -12,13 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipelines.feed.source import normalise, stored_shape
+from pipelines.feed.teacher_values import stored_shape
+from pipelines.pages.maps import NOTHING
 from pipelines.pages.of_run import curves, pictures
-from pipelines.pages.of_run.facts import WARM_UP_STEPS, read_run
-from pipelines.pages.pictures.maps import NOTHING
+from pipelines.pages.of_run.run_facts import WARM_UP_STEPS, read_run
 from pipelines.presets import recipe
 from student.batch import Mask
-from student.cli.commands import report
+from student.cli.report import report
 from student.config import SwinConfig, ViTConfig
 from student.files.checkpoint import save_checkpoint
 from student.files.logs import StepReport
@@ -26,12 +26,12 @@ from student.files.run_directory import RunDirectory
 from student.modules.attention import cls_attention
 from student.modules.backbones import build_backbone
 from student.modules.model import Student
+from student.modules.pixels import normalise
 from student.modules.targets import normalise_patches, patchify
 from student.run.optim import build_optimizer
 from teacher_cache.cache import Cache
 from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan
-from teacher_cache.store.manifest import read_manifest
 
 N_STEPS = 12
 
@@ -42,7 +42,7 @@ def make_run(folder, cache: Cache, preset: str, store: str = "fake"):
     names = (store,) * len(chosen.teachers)
     shapes = tuple(stored_shape(cache, name) for name in names)
     config = replace(chosen.tiny(shapes, 32).config, teachers=names, epochs=8)
-    student, weights = Student(config, shapes), read_manifest(cache.view(0).store_path(store)).teacher.weights_sha256
+    student, weights = Student(config, shapes), cache.view(0).store(store).teacher.weights_sha256
     teachers = [{"store": name, "weights_sha256": weights, "dtype": "int8"} for name in names]
     identity = {"crops_id": cache.crops_id, "views": ["a", "b"], "order": {}, "teachers": teachers}
     directory = RunDirectory(folder, config, identity)

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 from PIL import Image
 
-from pipelines.feed.source import teacher_shape
-from pipelines.pages.pictures.crops import box_of, finished_ranges, look, open_store
-from pipelines.pages.pictures.laws import METHODS, hidden_patches, laws_for, one_a_kind
-from pipelines.pages.pictures.maps import NOTHING, colours_of_tokens, hide, similarities
+from pipelines.feed.teacher_values import teacher_shape
+from pipelines.pages.maps import NOTHING, colours_of_tokens, hide, similarities
+from pipelines.pages.of_crops.crops import box_of, finished_ranges, look
+from pipelines.pages.of_crops.laws import METHODS, hidden_patches, laws_for, one_a_kind
 from pipelines.presets import PRESETS, recipe
 from student.batch import TeacherShape
 from teacher_cache.cache import Cache
-from teacher_cache.cli.commands import main
+from teacher_cache.cli.main import main
 from teacher_cache.crops.cutting import cut, draw
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
@@ -156,7 +156,7 @@ def test_the_box_is_what_was_cut(plan):
 def test_what_is_looked_at_is_what_is_stored(shared_cache, image_folder):
     """Pixels, tokens without CLS, attention, name and original are those of the row."""
     view = shared_cache.view(1)
-    store = open_store(view, "fake16")
+    store = view.targets("fake16")
     (crop,) = look(view, store, [5], image_folder)
     names = shared_cache.images().names
     assert crop.name == names[5] and crop.class_name == names[5].split("/")[0]
@@ -192,7 +192,7 @@ def test_rows_that_are_not_there_yet(shared_cache, teacher, tmp_path):
     """Of an unfinished store the finished rows are drawn; for others it is said which there are and how to go on."""
     cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
     extract_view(cache.view(0), "part", teacher, ExtractPlan(shard_rows=5, batch_size=5), range(1, 3))
-    assert finished_ranges(open_store(cache.view(0), "part")) == "rows 5 to 14"
+    assert finished_ranges(cache.view(0).targets("part")) == "rows 5 to 14"
     code, said = run(cache.path, "--teacher", "part", "--row", 4, "-o", tmp_path / "a.png")
     assert code == 1 and "there are rows 5 to 14" in said and "teacher-cache extract --teacher fake" in said
     assert run(cache.path, "--teacher", "part", "--row", 5, "-o", tmp_path / "a.png")[0] == 0
@@ -202,7 +202,7 @@ def test_a_teacher_without_attention(shared_cache, tmp_path):
     """Without CLS the picture is drawn without attention, and that is said."""
     cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
     extract_view(cache.view(0), "plain", FakeTeacher(has_cls=False), ExtractPlan(shard_rows=24, batch_size=5))
-    store = open_store(cache.view(0), "plain")
+    store = cache.view(0).targets("plain")
     (crop,) = look(cache.view(0), store, [0])
     assert crop.attention is None and crop.tokens[6].shape == (16, 24) and not teacher_shape(store.teacher).has_attention
     code, said = run(cache.path, "--teacher", "plain", "-o", tmp_path / "a.png")
@@ -214,7 +214,7 @@ def test_a_store_of_visible_tokens(shared_cache, teacher, tmp_path):
     cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
     extract_view(cache.view(0), "seen", teacher, ExtractPlan(shard_rows=8, batch_size=5, visible=6))
     view = cache.view(0)
-    (seen,), (whole,) = (look(view, open_store(view, name), [3]) for name in ("seen", "fake16"))
+    (seen,), (whole,) = (look(view, view.targets(name), [3]) for name in ("seen", "fake16"))
     assert seen.is_kept.sum() == 6 and whole.is_kept.all()
     assert np.allclose(seen.tokens[6][seen.is_kept], whole.tokens[6][seen.is_kept], atol=0.1)
     colours, _ = colours_of_tokens(seen.tokens[6][None])

@@ -10,11 +10,12 @@ from fakes import write_images
 from timm.models.vision_transformer import VisionTransformer
 
 from pipelines.feed.labelled import MOST_BYTES, LabelledImages
-from student.cli.commands import evaluate, train
+from student.cli.evaluate import evaluate
+from student.cli.train import train
 from student.errors import ConfigError
 from teacher_cache import teachers
 from teacher_cache.cache import Cache
-from teacher_cache.cli import commands
+from teacher_cache.cli.main import main
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.extraction import parts
 from teacher_cache.store.reader import StoreReader
@@ -56,7 +57,7 @@ def run(command, *arguments, code=0) -> str:
 
 
 def extract(cache, images, teacher, *more, code=0) -> str:
-    return run(commands.main, "extract", "--teacher", teacher, "--images", images, "--batch-size", 4, *more, cache, code=code)
+    return run(main, "extract", "--teacher", teacher, "--images", images, "--batch-size", 4, *more, cache, code=code)
 
 
 def train_a_step(cache, out, *more, code=0) -> str:
@@ -83,7 +84,7 @@ def test_from_crop_to_step(tmp_path, images, teacher, image_size, crop_size):
     assert store.teacher.image_size == image_size and store.teacher.grid == (grid, grid)
     assert store.tokens([0], 2).shape == (1, 1 + grid**2, 24)
 
-    assert "sound and complete" in run(commands.main, "verify", "--images", images, "--weights", "random:0", cache)
+    assert "sound and complete" in run(main, "verify", "--images", images, "--weights", "random:0", cache)
     train_a_step(cache, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["backbone"]["image_size"] == crop_size and config["backbone"]["patch_size"] * grid == crop_size
@@ -93,7 +94,7 @@ def test_crops_that_no_patch_divides(tmp_path, images):
     """Crops of 257 px serve a teacher of its own size; a student whose patches do not fill them is refused with sizes that do."""
     cache = tmp_path / "cache"
     extract(cache, images, "vit-16", "--name", "tiny", "--image-size", 256, "--crop-size", 257)
-    assert "sound and complete" in run(commands.main, "verify", cache)
+    assert "sound and complete" in run(main, "verify", cache)
     said = train_a_step(cache, tmp_path / "run", code=2)
     assert "image_size=257 is no multiple of the 16 pixels of an output token. Take 256 or 272, and crops of that size." in said
     said = run(train, "--cache", cache, "--preset", "mae-b16", "--accept-mismatch", "--out", tmp_path / "run", code=2)
@@ -112,7 +113,7 @@ def test_a_teacher_that_patches_do_not_fill(tmp_path, images):
 def test_the_students_own_size(tmp_path, images):
     """A preset made for 224 px learns at 384 px when told so, and its student is evaluated there."""
     cache, out = tmp_path / "cache", tmp_path / "run"
-    run(commands.main, "crop", "--images", images, "--crop-size", 384, cache)
+    run(main, "crop", "--images", images, "--crop-size", 384, cache)
     small = {"depth": 1, "dim": 24, "heads": 2, "patch_size": 16}
     options = [word for key, value in small.items() for word in ("--set", f"backbone.{key}={value}")]
     arguments = [
@@ -137,23 +138,21 @@ def test_pages_and_pictures_of_large_crops(tmp_path, images):
     """show, report, inspect and estimate know nothing of 224 px either."""
     cache = tmp_path / "cache"
     extract(cache, images, "vit-16", "--name", "tiny", "--image-size", 384)
-    run(commands.main, "show", "--row", "0:2", "--images", images, "-o", tmp_path / "sheet.png", cache)
-    run(commands.main, "show", "-o", tmp_path / "one.png", cache)
-    run(commands.main, "report", "-o", tmp_path / "report.html", cache)
-    assert json.loads(run(commands.main, "inspect", "--json", cache))["plan"]["size"] == 384
-    said = run(
-        commands.main, "estimate", "--teacher", "vit-16", "--image-size", 384, "--images", images, "--json", tmp_path / "new"
-    )
+    run(main, "show", "--row", "0:2", "--images", images, "-o", tmp_path / "sheet.png", cache)
+    run(main, "show", "-o", tmp_path / "one.png", cache)
+    run(main, "report", "-o", tmp_path / "report.html", cache)
+    assert json.loads(run(main, "inspect", "--json", cache))["plan"]["size"] == 384
+    said = run(main, "estimate", "--teacher", "vit-16", "--image-size", 384, "--images", images, "--json", tmp_path / "new")
     assert json.loads(said)["crop_size"] == 384
 
 
 def test_other_sizes_are_another_cache(tmp_path, images):
     """A cache is not gone on with at another size, larger or smaller, and the message names the size alone."""
     cache = tmp_path / "cache"
-    run(commands.main, "crop", "--images", images, "--crop-size", 300, cache)
-    said = run(commands.main, "crop", "--images", images, "--crop-size", 224, "--views", 2, cache, code=2)
+    run(main, "crop", "--images", images, "--crop-size", 300, cache)
+    said = run(main, "crop", "--images", images, "--crop-size", 224, "--views", 2, cache, code=2)
     assert "crop plan size: 300 in the cache, 224 given" in said and "format_version" not in said
-    run(commands.main, "crop", "--images", images, "--views", 2, cache)
+    run(main, "crop", "--images", images, "--views", 2, cache)
     assert len(Cache(cache).views()) == 2
 
 
@@ -169,8 +168,8 @@ def test_the_largest_crops(tmp_path, monkeypatch):
     """Raw crops of 4096 px, of 50 MB each, are cut, found sound and read; so many of them are in memory as can be."""
     folder, cache = write_images(tmp_path / "images", 1, 2), tmp_path / "cache"
     monkeypatch.setattr(parts, "PART_BYTES", 3 * 4096**2)
-    run(commands.main, "crop", "--images", folder, "--crop-size", 4096, "--crop-format", "raw", cache)
-    assert "sound and complete" in run(commands.main, "verify", cache)
+    run(main, "crop", "--images", folder, "--crop-size", 4096, "--crop-format", "raw", cache)
+    assert "sound and complete" in run(main, "verify", cache)
     reader = CropReader(Cache(cache).view(0).path)
     assert [pixels.shape for pixels in reader.each([1, 0])] == [(4096, 4096, 3)] * 2
     assert LabelledImages(cache, 4096).batch_size == MOST_BYTES // (3 * 4096**2) == 2

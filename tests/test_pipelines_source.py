@@ -11,11 +11,16 @@ import pytest
 import torch
 from cache_fakes import crop_folder
 from fakes import FakeTeacher
+from oracles import quantise
 
-from pipelines.feed.source import CachedSource, CropSource, LiveSource, dequantise, stored_shape, teacher_shape
+from pipelines.feed.cached_source import CachedSource
+from pipelines.feed.crop_source import CropSource
+from pipelines.feed.dequantise import dequantise
+from pipelines.feed.live_source import LiveSource
+from pipelines.feed.teacher_values import stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
 from student.batch import Batch, Needs
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError, UsageError
@@ -119,7 +124,7 @@ def test_processes_share_a_step(shared_cache):
 AHEAD = ["maskalign-b16", "maskalign-b16-random", "mr-mae-b16", "mr-mae-b16-clip-dino", "mr-mcmae-b"]
 
 
-@pytest.mark.parametrize("reader", ["mmap", "pread", "zarr"])
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("preset", AHEAD)
 def test_visible_tokens_alone_teach_the_same(shared_cache, preset, reader):
     """Where no loss looks at hidden patches, only visible tokens are read; masks, loss and gradients are those of whole rows."""
@@ -217,7 +222,7 @@ def test_dequantise_equals_the_reference(dim, group, dtype):
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(3, 5, dim)).astype("float32") * generator.lognormal(size=dim).astype("float32")
     statistics = quantize.ChannelStatistics.fit(tokens.reshape(-1, dim))
-    q, scale = quantize.quantise(tokens, statistics, dtype, group)
+    q, scale = quantise(tokens, statistics, dtype, group)
     reference = quantize.dequantise(q, scale, statistics, dtype, group)
     given = *map(torch.from_numpy, (q, scale, statistics.centre, statistics.spread)), group
     np.testing.assert_allclose(dequantise(*given).numpy(), reference, rtol=1e-6, atol=1e-6)

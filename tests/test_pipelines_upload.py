@@ -12,7 +12,7 @@ import torch
 from test_pipelines_loader import loader_of
 
 from pipelines.feed import loader, upload
-from pipelines.feed.source import CachedSource
+from pipelines.feed.cached_source import CachedSource
 from pipelines.feed.upload import Upload
 from student.batch import Needs
 

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from pipelines.pages.of_run.facts import read_run
+from pipelines.pages.of_run.run_facts import read_run
 from pipelines.presets import PRESETS, recipe
 from student import RunMismatchError, Student, TrainConfig
-from student.cli.commands import train
+from student.cli.train import train
 from student.config import keeping
 from student.config.later import ADDED_LATER
 from student.files.begun import as_begun

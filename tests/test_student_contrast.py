@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from student_fakes import TEACHER, fake_batch
 
 from student import ConfigError, ContrastConfig, MaskConfig, Needs, OptimConfig, Student, TrainConfig, ViTConfig
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.backbones import Encoded
 from student.modules.batch_norm import BatchNorm
 from student.modules.objectives.contrast import Branch, Contrast
@@ -139,7 +139,7 @@ def test_what_it_refuses():
         Contrast(CONFIG, replace(BACKBONE, hidden="dropped"), (TEACHER,))
     with pytest.raises(ConfigError, match="multiple of batch_size=3"):
         train_config(batch_size=3)
-    assert Contrast(CONFIG, BACKBONE, (TEACHER,)).needs == Needs((-1,), hidden=True)
+    assert Contrast(CONFIG, BACKBONE, (TEACHER,)).needs == Needs((-1,), hidden_tokens=True)
 
 
 def run(student: Student, optimizer, first_row: int, n_rows: int, step: int, slices: list[slice]) -> float:
@@ -185,16 +185,16 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(halves, losses, rtol=1e-5)
     for name, tensor in student.state_dict().items():
         torch.testing.assert_close(first["state"][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-    assert student.modules.objectives["contrast"].patch.oldest == 4  # 12 keys went through a queue of 8
+    assert student.objectives["contrast"].patch.oldest == 4  # 12 keys went through a queue of 8
 
 
 def test_accumulated_queues():
     """Micro-batches see the same negatives as the large batch, and put the same number of keys into the queues, once a step."""
     student = Student(train_config(), (TEACHER,))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    before = student.modules.objectives["contrast"].patch.queue.clone()
+    before = student.objectives["contrast"].patch.queue.clone()
     run(student, optimizer, 0, 4, 0, [slice(0, 2), slice(2, 4)])
-    contrast = student.modules.objectives["contrast"]
+    contrast = student.objectives["contrast"]
     assert contrast.patch.oldest == 4 and contrast._waiting == []
     assert torch.equal(contrast.patch.queue[4:], before[4:]) and not torch.equal(contrast.patch.queue[:4], before[:4])
 
@@ -210,4 +210,4 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(batch, mask)[0], expected)
     student.after_batch()
     student.after_step(1, 8)
-    assert student.modules.objectives["contrast"].patch.oldest == 4
+    assert student.objectives["contrast"].patch.oldest == 4

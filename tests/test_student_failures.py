@@ -7,10 +7,11 @@ import pytest
 import torch
 from student_fakes import TEACHER, FakeSource, tiny_config
 
+import student.run.rescue
 import student.run.trainer
 from student import NonFiniteLossError, RunError, Student
 from student.files.checkpoint import latest_checkpoint, load_student
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.drop_path import draw_drops
 from student.run.trainer import Trainer
 from student.seeds import position_seed
@@ -143,7 +144,7 @@ def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
 
     trainer = make_trainer(tmp_path, failing(RunError("a damaged row"), (3, 0)))
     monkeypatch.setattr(student.run.trainer, "save_checkpoint", no_space)
-    monkeypatch.setattr(student.run.trainer, "write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(student.run.rescue, "write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(RunError, match="a damaged row") as caught:
         trainer.fit()
     assert "Step 3 could not be saved: could not be written" in caught.value.__notes__[0]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from student_fakes import TEACHER, fake_batch
 
 from student import Batch, ConfigError, MaskConfig, SwinConfig, Targets, TeacherShape, ViTConfig
-from student.masking.maskers import BlockMasker, MasksAhead, build_masker, draw_noise, take
+from student.batch import take
+from student.masking import MasksAhead, build_masker, draw_noise
+from student.masking.blocks import BlockMasker
 
 BACKBONE = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
 KINDS = typing.get_args(typing.get_type_hints(MaskConfig)["kind"])
@@ -78,7 +80,7 @@ def test_blocks_reach_every_patch():
 
 def test_blocks_equal_a_loop_over_rectangles():
     """Drawn one crop at a time by a plain loop over the same numbers, masks are the same."""
-    from student.masking.maskers import _uniforms
+    from student.masking.blocks import _uniforms
 
     masker, keys = BlockMasker(98, 16, (14, 14)), np.arange(40, dtype="uint64")
     for key, drawn in zip(keys, masker.draw(keys), strict=True):

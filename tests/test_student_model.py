@@ -17,7 +17,7 @@ from student import (
     Student,
     TrainConfig,
 )
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 
 SMALL = PredictorConfig(dim=8, depth=1, heads=2)
 ALL = (

@@ -233,7 +233,7 @@ def test_reconstruct_by_hand(style, mimic):
     objective = with_random_weights(build_objective(config, BACKBONE, (WITH_CLS,) if mimic else ()))
     batch = random_batch(WITH_CLS)
     z = double(batch.targets[0].tokens[:, 0, 1:])
-    assert (objective.teacher, objective.needs) == ((0, Needs((-1,), hidden=True)) if mimic else (None, Needs()))
+    assert (objective.teacher, objective.needs) == ((0, Needs((-1,), hidden_tokens=True)) if mimic else (None, Needs()))
 
     def by_hand(w, tokens, layers):
         keep, drop = MASK.keep.numpy(), MASK.drop.numpy()

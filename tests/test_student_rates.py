@@ -13,7 +13,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from pipelines.presets import recipe
 from student import OptimConfig
-from student.cli.commands import train
+from student.cli.train import train
 from student.run.optim import learning_rate
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from pipelines.feed.loader import JoinedLoader
 from student.batch import Needs
-from student.cli.commands import evaluate, train
+from student.cli.evaluate import evaluate
+from student.cli.train import train
 from student.modules.model import Student
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 
@@ -83,7 +84,7 @@ def test_the_teacher_is_absent(shared_cache, tmp_path):
     arguments = ["--cache", str(shared_cache.path), "--preset", "mr-mae-b16", "--tiny", *FIT, "--teacher", "fake",
                  "--out", str(tmp_path / "run"), "--max-steps", "2"]  # fmt: skip
     code = (
-        "import sys; from student.cli.commands import train; train(sys.argv[1:], standalone_mode=False);"
+        "import sys; from student.cli.train import train; train(sys.argv[1:], standalone_mode=False);"
         "print([m for m in sys.modules if m.startswith(('teacher_cache.teachers', 'open_clip',"
         "'teacher_cache.extraction'))])"
     )
@@ -113,7 +114,7 @@ def test_live_trains_too(shared_cache, teacher, tmp_path, monkeypatch):
         (["--preset", "mae-b16", "--cache", "nowhere", "--out", "x"], 2, "nowhere is no cache"),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--reader", "pread"], 2, "--reader is about stored targets"),
         (["--preset", "mae-b16", "--cache", "CACHE", "--out", "x", "--check", "never"], 2, "--check is about stored targets"),
-        (["--preset", "maskalign-b16", "--live", "--reader", "zarr", "--cache", "CACHE", "--out", "x"], 2, "this run reads none"),
+        (["--preset", "maskalign-b16", "--live", "--reader", "mmap", "--cache", "CACHE", "--out", "x"], 2, "this run reads none"),
         (["--preset", "mae-b16", "--set", "backbone.depth=1000000000"], 2, "depth must be at most 512"),
         (["--preset", "mae-b16", "--set", "objectives.0.weight=nan"], 2, "weight must be a finite number, not nan"),
         (["--preset", "mae-b16", "--set", "preset=\x1b[2J", "--show"], 2, "preset must be printable"),
@@ -235,7 +236,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.feed.source.JoinedLoader", Noted)
+        patch.setattr("pipelines.feed.crop_source.JoinedLoader", Noted)
         assert maskalign(shared_cache, tmp_path / "ahead").exit_code == 0
         patch.setattr(Student, "masks_ahead", lambda student, config: None)
         assert maskalign(shared_cache, tmp_path / "whole").exit_code == 0
@@ -246,7 +247,7 @@ def test_masks_are_drawn_ahead(shared_cache, tmp_path, monkeypatch):
 
 def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
     """A store whose targets are infinite stops the run at its step with the rows; the run folder goes on once they are mended."""
-    from pipelines.feed.source import CachedSource
+    from pipelines.feed.cached_source import CachedSource
 
     sound = CachedSource._targets
 
@@ -270,7 +271,7 @@ def test_targets_that_are_not_finite(shared_cache, tmp_path, monkeypatch):
 
 def test_a_damaged_row_loses_no_step(shared_cache, tmp_path, monkeypatch):
     """A row that cannot be read ends the run with its own message and code, behind a sentence that says which step is saved."""
-    from pipelines.feed.source import CachedSource
+    from pipelines.feed.cached_source import CachedSource
     from teacher_cache.errors import CacheCorruptError
 
     sound, calls = CachedSource._targets, []
@@ -347,11 +348,10 @@ def test_micro_batches_are_no_part_of_a_run(shared_cache, tmp_path):
     assert result.exit_code == 2 and "Give one of 8, 4, 2, 1." in result.output
 
 
-@pytest.mark.parametrize("reader", ["pread", "zarr"])
-def test_readers_give_the_same_run(shared_cache, tmp_path, reader):
+def test_readers_give_the_same_run(shared_cache, tmp_path):
     """Whichever way targets are read, the losses are the same, and a run may be resumed with another reader."""
     assert maskalign(shared_cache, tmp_path / "run", "--reader", "mmap", "--max-steps", "1").exit_code == 0
-    assert maskalign(shared_cache, tmp_path / "run", "--reader", reader, "--check", "always", "--max-steps", "3").exit_code == 0
+    assert maskalign(shared_cache, tmp_path / "run", "--reader", "pread", "--check", "always", "--max-steps", "3").exit_code == 0
     assert maskalign(shared_cache, tmp_path / "whole", "--max-steps", "3").exit_code == 0
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(tmp_path / "whole")]
 

@@ -30,8 +30,8 @@ def run(command: click.Command, program: str, *arguments) -> None:
 
 
 def main() -> None:
-    from student.cli.commands import train
-    from teacher_cache.cli.commands import main as teacher_cache
+    from student.cli.train import train
+    from teacher_cache.cli.main import main as teacher_cache
 
     from .data import write_digits
 

@@ -175,6 +175,8 @@ Nearest neighbours: among the {n_train:,} training digits, cosine, k = 20, votes
 DINO. The teacher learned from those digits and their labels, so its neighbours are easier than a student's who saw
 neither labels nor classes. With {n_val:,} digits one standard error at 98 % is 0.4 points.
 
+Licence: Apache-2.0, as all of this package (`LICENSE`); so are the weights.
+
 Limits: digits only, upright, bright on dark, grey. Trained with labels, unlike the teachers it stands in for.
 """
 

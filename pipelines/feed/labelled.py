@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student.modules.pixels import normalise
 from teacher_cache.cache import Cache
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.crops.cutting import cut, draw, load_image
 from teacher_cache.crops.images import read_image, scan
 from teacher_cache.errors import BadInputError, MismatchError
 from teacher_cache.format.crop_plan import CropPlan
-
-from .source import normalise
+from teacher_cache.format.layout import CACHE_JSON
 
 MOST_BYTES = 128 << 20
 """Of the pixels of a batch, as uint8: 256 images up to 418 px. A student takes four times as much of them, as float32."""
@@ -34,7 +34,7 @@ class LabelledImages:
     def __init__(self, path: Path, size: int, batch_size: int = 256):
         self.path, self.size = Path(path), size
         self.batch_size = max(1, min(batch_size, MOST_BYTES // (3 * size**2)))
-        if (self.path / "cache.json").exists():
+        if (self.path / CACHE_JSON).exists():
             self._crops = CropReader(Cache(self.path).finished_view(0).path)
             self.classes, self.labels = Cache(self.path).identity.classes, self._crops.labels
             if self._crops.size != size:

@@ -45,7 +45,7 @@ def data_uri(data: bytes, media_type: str) -> Markup:
 
 
 def require_writable(path: Path, outside_of: Path | None = None) -> None:
-    """Raise UsageError unless a file can be put at `path`: said before the work, not after it.
+    """Raise UsageError unless a file can be put at `path`: asked before the work, not after it.
 
     outside_of: a cache, into which nothing else may be written: every file in it is accounted for.
     """

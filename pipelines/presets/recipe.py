@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from student.batch import TeacherShape
 from student.config import (
     AlignConfig,
     BackboneConfig,
@@ -21,6 +21,9 @@ from student.config import (
 )
 from student.errors import ConfigError
 from teacher_cache.format.crop_plan import CropPlan
+
+if TYPE_CHECKING:  # it imports torch
+    from student.batch import TeacherShape
 
 TINY_IMAGE, TINY_GRID, TINY_DIM, TINY_DEPTH, TINY_HEADS = 32, 4, 48, 2, 3
 TINY_MOST = 64

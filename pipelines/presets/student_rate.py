@@ -10,13 +10,13 @@ import torch
 from student.batch import Batch, Needs, Targets, TeacherHead, TeacherShape
 from student.config import TrainConfig
 from student.errors import ConfigError
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.model import Student
 from student.run.optim import build_optimizer
 from teacher_cache.errors import UsageError
 from teacher_cache.format.spec import TeacherSpec
 
-from ..feed.source import block_numbers, teacher_shape
+from ..feed.teacher_values import block_numbers, teacher_shape
 
 LASTS_S = 8.0
 LEAST_STEPS = 2

@@ -1,1 +1,1 @@
-"""The commands student-train, student-eval and student-report: parse, call, print."""
+"""The commands student-train, student-eval and student-report, a file each: they parse, call and print."""

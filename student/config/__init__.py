@@ -1,4 +1,4 @@
-"""Everything a run is: frozen values, checked when built, `to_json` and `from_json`, no I/O.
+"""Everything a run is: frozen values, validated when built, `to_json` and `from_json`, no I/O.
 
 A wrong value raises ConfigError wherever it came from: Python, a JSON file or a `--set` on the command line.
 """

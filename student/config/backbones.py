@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .checked import Checked, require, require_positive
+from .section import Section, require, require_positive
 
 
 class _Grid:
@@ -24,7 +24,7 @@ class _Grid:
         """N, number of output tokens beside CLS."""
         return self.grid[0] * self.grid[1]
 
-    def check_grid(self) -> None:
+    def validate_grid(self) -> None:
         require_positive(self, "backbone", "image_size")
         below = max(1, self.image_size // self.stride) * self.stride
         require(
@@ -37,7 +37,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class ViTConfig(Checked, _Grid):
+class ViTConfig(Section, _Grid):
     """A plain ViT with a CLS token and fixed positions; the defaults are MAE's ViT-B/16 at 224 pixels."""
 
     kind: ClassVar[str] = "vit"
@@ -70,9 +70,9 @@ class ViTConfig(Checked, _Grid):
     def stride(self) -> int:
         return self.patch_size
 
-    def check(self):
+    def validate(self):
         require_positive(self, "backbone", "patch_size", "dim", "depth", "heads", "mlp_ratio")
-        self.check_grid()
+        self.validate_grid()
         require(self.dim % self.heads == 0, f"backbone.dim={self.dim} is no multiple of heads={self.heads}.")
         fuse = self.fuse_blocks
         require(
@@ -82,7 +82,7 @@ class ViTConfig(Checked, _Grid):
 
 
 @dataclass(frozen=True)
-class MCMAEConfig(Checked, _Grid):
+class MCMAEConfig(Section, _Grid):
     """Two masked-convolution stages, then ViT blocks over the visible tokens; the defaults are MCMAE-B at 224 pixels."""
 
     kind: ClassVar[str] = "mcmae"
@@ -115,14 +115,14 @@ class MCMAEConfig(Checked, _Grid):
     def stride(self) -> int:
         return self.strides[0] * self.strides[1] * self.strides[2]
 
-    def check(self):
+    def validate(self):
         require_positive(self, "backbone", "strides", "dims", "depths", "heads", "mlp_ratio")
-        self.check_grid()
+        self.validate_grid()
         require(self.dim % self.heads == 0, f"backbone.dims={self.dims}: the last is no multiple of heads={self.heads}.")
 
 
 @dataclass(frozen=True)
-class SwinConfig(Checked, _Grid):
+class SwinConfig(Section, _Grid):
     """Swin with mask tokens in place of hidden patches (SimMIM); the defaults are Swin-T at 224 pixels. No CLS."""
 
     kind: ClassVar[str] = "swin"
@@ -151,10 +151,10 @@ class SwinConfig(Checked, _Grid):
     def stride(self) -> int:
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
-    def check(self):
+    def validate(self):
         require_positive(self, "backbone", "patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio")
         require(len(self.depths) == len(self.heads), f"backbone: {len(self.depths)} depths and {len(self.heads)} heads.")
-        self.check_grid()
+        self.validate_grid()
         for stage, heads in enumerate(self.heads):
             width = self.embed_dim * 2**stage
             require(width % heads == 0, f"backbone.heads: stage {stage + 1} is {width} wide, no multiple of {heads}.")

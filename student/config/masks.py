@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .backbones import BackboneConfig
-from .checked import Checked, require, require_positive
+from .section import Section, require, require_positive
 
 
 @dataclass(frozen=True)
-class MaskConfig(Checked):
+class MaskConfig(Section):
     """The law by which patches are hidden, on the grid of the backbone's output tokens."""
 
     kind: Literal["random", "attention", "attention-top", "block", "unit"] = "random"
@@ -24,11 +24,11 @@ class MaskConfig(Checked):
     unit: int = 32
     """Side of a unit, pixels; `unit` only."""
 
-    def check(self):
+    def validate(self):
         require(0 <= self.ratio < 1, f"mask.ratio must be in 0..1, below 1, not {self.ratio}.")
         require_positive(self, "mask", "min_block", "unit")
 
-    def check_with(self, backbone: BackboneConfig) -> None:
+    def validate_with(self, backbone: BackboneConfig) -> None:
         """Raise ConfigError where the mask does not fit the backbone's grid."""
         if self.kind == "unit":
             fits = self.unit % backbone.stride == 0 and backbone.image_size % self.unit == 0

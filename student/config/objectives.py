@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .checked import Checked, require, require_positive
+from .section import Section, require, require_positive
 
 
 @dataclass(frozen=True)
-class PredictorConfig(Checked):
+class PredictorConfig(Section):
     """From visible tokens to a token for every patch; the defaults are MAE's decoder."""
 
     style: Literal["self", "prompting", "regressor"] = "self"
@@ -26,7 +26,7 @@ class PredictorConfig(Checked):
     drop_path: float = 0.0
     """Probability of dropping the last block's branches; grows linearly from 0 at the first (CAE), so one block has none."""
 
-    def check(self):
+    def validate(self):
         require(self.depth >= 0, f"predictor.depth must not be negative: {self.depth}.")
         require_positive(self, "predictor", "dim", "heads", "mlp_ratio")
         require(self.dim % self.heads == 0, f"predictor.dim={self.dim} is no multiple of heads={self.heads}.")
@@ -36,7 +36,7 @@ class PredictorConfig(Checked):
 
 
 @dataclass(frozen=True)
-class _Objective(Checked):
+class _Objective(Section):
     weight: float = 1.0
     """Factor of this loss in the total."""
     teacher: int = 0
@@ -44,10 +44,10 @@ class _Objective(Checked):
 
     @property
     def name(self) -> str:
-        """`kind`, with the teacher's place where it is not the first."""
+        """`kind`, with the teacher's number where it is not the first."""
         return self.kind if self.teacher == 0 else f"{self.kind}-{self.teacher + 1}"
 
-    def check(self):
+    def validate(self):
         require(self.weight > 0, f"{self.kind}.weight must be positive, not {self.weight}.")
         require(self.teacher >= 0, f"{self.kind}.teacher must be a place in `teachers`, counted from 0, not {self.teacher}.")
 
@@ -69,8 +69,8 @@ class AlignConfig(_Objective):
     mixing: Literal["dynamic", "layer-wise"] = "dynamic"
     """dynamic: each level learns its own mixture of all student blocks. layer-wise: the student's last K blocks, one each."""
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         require_positive(self, self.kind, "levels")
 
 
@@ -83,8 +83,8 @@ class ReconstructConfig(_Objective):
     """Factor of a second loss of the same decoder: the teacher's last block, whitened, at hidden patches."""
     decoder: PredictorConfig = field(default_factory=PredictorConfig)
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         require(self.mimic >= 0, f"{self.kind}.mimic must not be negative: {self.mimic}.")
 
 
@@ -99,8 +99,8 @@ class CosineConfig(_Objective):
     """Factors of CLS, visible and hidden tokens in the mean over all of them; the first is 0 where one side has no CLS."""
     predictor: PredictorConfig = field(default_factory=lambda: PredictorConfig("prompting"))
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         require_positive(self, self.kind, "scale")
         require(
             min(self.tokens) >= 0 and max(self.tokens) > 0,
@@ -125,8 +125,8 @@ class ContrastConfig(_Objective):
     momentum: float = 0.99
     """Of the key projector at the start; rises to 1 by a cosine."""
 
-    def check(self):
-        super().check()
+    def validate(self):
+        super().validate()
         require_positive(self, self.kind, "hidden_dim", "out_dim", "temperature", "queue")
         for name in ("patch_weight", "image_weight"):
             require(getattr(self, name) >= 0, f"{self.kind}.{name} must not be negative: {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""A run: the parts of the configuration put together, and how it is optimised."""
+"""A run: the sections of the configuration put together, and how it is optimised."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 from ..errors import ConfigError
 from .backbones import BackboneConfig, ViTConfig
-from .checked import Checked, completed, from_json, later_values, leaf_hints, parse, require, to_json
 from .masks import MaskConfig
 from .objectives import ObjectiveConfig, ReconstructConfig
+from .section import Section, completed, from_json, later_values, leaf_hints, parse, require, to_json
 
 
 @dataclass(frozen=True)
-class OptimConfig(Checked):
+class OptimConfig(Section):
     """AdamW with a linear warm-up and half a cosine down to `min_lr`, both per step."""
 
     base_lr: float = 1.5e-4
@@ -35,7 +35,7 @@ class OptimConfig(Checked):
     ema: float | None = None
     """Decay a step of an exponential moving average of the weights, kept beside them; None: none is kept."""
 
-    def check(self):
+    def validate(self):
         require(self.base_lr > 0, f"optim.base_lr must be positive, not {self.base_lr}.")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must be in 0..1, not {self.betas}.")
         for name in ("weight_decay", "warmup_epochs", "warmup_start", "min_lr"):
@@ -49,7 +49,7 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
+class TrainConfig(Section):
     """One run: two equal configs on the same data give the same weights."""
 
     preset: str = "custom"
@@ -65,8 +65,8 @@ class TrainConfig(Checked):
     batch_size: int = 1024
     """Crops a step, over all devices and micro-batches."""
     accumulate: int = 1
-    """Micro-batches a process takes in a step, unless Trainer is told how many crops its device holds at once. Only where a loss
-    takes statistics over them (contrast) does a run depend on it."""
+    """Micro-batches a process takes in a step, unless the Trainer is given how many crops its device holds at once. Only where a
+    loss takes statistics over them (contrast) does a run depend on it."""
     seed: int = 0
     """Of the initial weights, the order of the rows, the masks and drop path."""
     drops: Literal["rows", "micro-batches"] = "rows"
@@ -74,7 +74,7 @@ class TrainConfig(Checked):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
 
-    def check(self):
+    def validate(self):
         require(self.preset.isprintable(), f"preset must be printable text, not {self.preset!r}.")
         require(all(map(str.isprintable, self.teachers)), f"teachers must be printable text, not {self.teachers!r}.")
         for name in ("epochs", "batch_size", "accumulate"):
@@ -105,7 +105,7 @@ class TrainConfig(Checked):
                 fits,
                 f"{objective.kind}.queue must be a multiple of batch_size={self.batch_size}, so that keys leave it in order.",
             )
-        self.mask.check_with(self.backbone)
+        self.mask.validate_with(self.backbone)
         hides_none = self.mask.n_keep(self.backbone) == self.backbone.n_patches
         for objective in self.objectives:
             needs_hidden = objective.kind in ("reconstruct", "contrast") or (
@@ -145,7 +145,7 @@ def with_overrides(config: TrainConfig, overrides: Mapping[str, str]) -> TrainCo
     for name, text in overrides.items():
         if name not in hints:
             raise ConfigError(f"There is no field {name!r}. Fields that can be set: {', '.join(hints)}.")
-        node, leaf = _place(tree, name)
+        node, leaf = _node_of(tree, name)
         node[leaf] = parse(text, hints[name], name)
     return TrainConfig.from_json(tree)
 
@@ -155,7 +155,7 @@ def as_overrides(config: TrainConfig) -> dict[str, str]:
     tree = config.to_json()
     texts = {}
     for name in leaf_hints(config):
-        node, leaf = _place(tree, name)
+        node, leaf = _node_of(tree, name)
         value = node[leaf]
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         texts[name] = text.lower() if value is None or isinstance(value, bool) else text
@@ -169,7 +169,7 @@ def keeping(
 
     Such a setting is on ADDED_LATER or in `former` (dotted name -> JSON value), the record has the value that stands there, and
     its name is not among those `given` by the user.
-    record: what `to_json` once gave, or any other JSON; where it has no such place, nothing is kept.
+    record: what `to_json` once gave, or any other JSON; where it has no such key, nothing is kept.
     """
     there, here, kept = TrainConfig.completed(record), config.to_json(), []
     for name, value in [*later_values(config).items(), *former.items()]:
@@ -180,18 +180,18 @@ def keeping(
         except (KeyError, IndexError, TypeError, ValueError):
             continue
         if recorded == value != _value(here, name):
-            node, leaf = _place(here, name)
+            node, leaf = _node_of(here, name)
             node[leaf] = value
             kept.append(name)
     return (TrainConfig.from_json(here) if kept else config), kept
 
 
-def _value(tree: dict, name: str):
-    node, leaf = _place(tree, name)
+def _value(tree: dict, name: str) -> object:
+    node, leaf = _node_of(tree, name)
     return node[leaf]
 
 
-def _place(tree: dict, name: str) -> tuple[dict, str]:
+def _node_of(tree: dict, name: str) -> tuple[dict, str]:
     """The object that a dotted name ends in, and its key there."""
     *parents, leaf = name.split(".")
     for parent in parents:

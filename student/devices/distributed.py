@@ -1,7 +1,7 @@
 """The processes of one run. Without torch.distributed there is one, and everything here does nothing.
 
 One that fails says so in the store that all of them share, and every wait for the others looks there: nobody waits for a
-process that will not come. What is said between them beside gradients goes over CPUs, which a GPU's queue cannot hold up.
+process that will not come. What they exchange beside gradients goes over CPUs, which a GPU's queue cannot hold up.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 class _Summed(torch.autograd.Function):
-    """All processes get the sum, so the gradient of each one's part is the sum of all gradients."""
+    """All processes get the sum, so the gradient of what each one gave is the sum of all gradients."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ def _require_peers() -> None:
         store = dist.distributed_c10d._get_default_store()
         if not store.check([FAILED]):
             return
-        place, _, text = store.get(FAILED).decode().partition(" ")
+        failed, _, text = store.get(FAILED).decode().partition(" ")
     except RuntimeError:
-        place, text = 0, "the store that all processes share has gone with it"
-    raise PeerFailedError(int(place), text)
+        failed, text = 0, "the store that all processes share has gone with it"
+    raise PeerFailedError(int(failed), text)
 
 
 def averaged_on_cpu(_, bucket):  # torch compares annotations, and would not know these as text
@@ -176,6 +176,6 @@ def gathered(values: Tensor) -> Tensor:
     """`values` [n, ...] of all processes, one behind the other by rank: [world * n, ...]; no gradient."""
     if world_size() == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    _finish(dist.all_gather(parts, values.contiguous(), async_op=True), values)
-    return torch.cat(parts)
+    by_rank = [torch.empty_like(values) for _ in range(world_size())]
+    _finish(dist.all_gather(by_rank, values.contiguous(), async_op=True), values)
+    return torch.cat(by_rank)

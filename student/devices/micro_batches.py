@@ -1,7 +1,7 @@
 """How a step is cut up: over processes, and in each into what its device holds at once. What a run learns does not depend on it.
 
-A step of `world` processes with A micro-batches each has world * A places of equal size. Micro-batch i of process r is place
-i * world + r, so the i-th micro-batches of all processes are neighbouring rows, however many processes there are.
+A step of `world` processes with A micro-batches each has world * A micro-batches of equal size. The i-th of process r is number
+i * world + r of the step, so the i-th micro-batches of all processes are neighbouring rows, however many processes there are.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 
 
-def place_of(index: int, rank: int, world: int) -> int:
-    """The place in the step of micro-batch `index` of process `rank`."""
+def number_in_step(index: int, rank: int, world: int) -> int:
+    """The number, among all of its step, of micro-batch `index` of process `rank`."""
     return index * world + rank
 
 
@@ -22,11 +22,11 @@ def micro_batches(config: TrainConfig, world: int, micro_batch: int | None = Non
     """
     batch_size = config.batch_size
     if micro_batch is None:
-        places = config.accumulate * world
-        if batch_size % places:
+        n_micro_batches = config.accumulate * world
+        if batch_size % n_micro_batches:
             raise ConfigError(
                 f"batch_size={batch_size} cannot be cut into equal parts for accumulate={config.accumulate} and "
-                f"{world} processes. Take a multiple of {places}."
+                f"{world} processes. Take a multiple of {n_micro_batches}."
             )
         return config.accumulate
     if batch_size % (world * micro_batch):

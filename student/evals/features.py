@@ -62,4 +62,4 @@ def extract_features(
             model.train()
     if not labels:
         raise ConfigError("There are no images to extract features of.")
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels)
+    return {name: torch.cat(batches) for name, batches in features.items()}, torch.cat(labels)

@@ -29,7 +29,7 @@ REASONS = {
     "precision": "the steps so far were taken with it",
     "preset": "it is the name of what the run was begun with",
 }
-"""Why settings cannot be changed in a run under way; by the first part of their names."""
+"""Why settings cannot be changed in a run under way; by the first of their dotted names."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,6 @@ def _require_changeable(config: TrainConfig, key: str) -> None:
 
 def _value(config: TrainConfig, key: str):
     node = config.to_json()
-    for part in key.split("."):
-        node = node[int(part)] if isinstance(node, list) else node.get(part)
+    for name in key.split("."):
+        node = node[int(name)] if isinstance(node, list) else node.get(name)
     return node

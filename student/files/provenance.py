@@ -20,7 +20,7 @@ WORDS = {
     "shared_sha256": "quantiser of the targets",
     "dtype": "dtype of the targets",
 }
-"""What people call the parts of a data source's identity; all others go by their own names."""
+"""What people call the values of a data source's identity; all others go by their own names."""
 
 
 def require_same_config(holder: str, there: dict, given: TrainConfig) -> None:
@@ -39,7 +39,7 @@ def require_same(holder: str, what: str, there: dict, given: dict) -> None:
 
     holder: whose values `there` are, as the start of a sentence.  what: "configuration" or "data".
     """
-    differing = differences(there, json.loads(json.dumps(given)))
+    differing = difference_lines(there, json.loads(json.dumps(given)))
     if differing:
         other = "other data" if what == "data" else f"another {what}"
         raise RunMismatchError(
@@ -49,7 +49,7 @@ def require_same(holder: str, what: str, there: dict, given: dict) -> None:
         )  # fmt: skip
 
 
-def differences(there: dict, given: dict, name: str = "") -> list[str]:
+def difference_lines(there: dict, given: dict, name: str = "") -> list[str]:
     """A line for each value that differs: `weights of the teacher: sha256 ab12cd34ef56 in the run, sha256 98... given`.
 
     `there` comes from a file and may be any JSON; it is followed no deeper than `given`, which is ours, goes.
@@ -63,9 +63,9 @@ def differences(there: dict, given: dict, name: str = "") -> list[str]:
         if key == "views" and isinstance(one, list) and isinstance(two, list):
             lines += _views(one, two)
         elif isinstance(one, dict) and isinstance(two, dict):
-            lines += differences(one, two, f"{label}.")
+            lines += difference_lines(one, two, f"{label}.")
         elif isinstance(one, list) and isinstance(two, list) and any(isinstance(item, dict) for item in two):
-            lines += differences(_numbered(one), _numbered(two), f"{label}.")
+            lines += difference_lines(_numbered(one), _numbered(two), f"{label}.")
         else:
             lines.append(f"{label}: {_text(one)} in the run, {_text(two)} given")
     return lines
@@ -75,7 +75,7 @@ def _views(one: list, two: list) -> list[str]:
     """Views are named by the sha256 of their crops, in order."""
     if len(one) != len(two):
         return [f"views: {len(one)} in the run, {len(two)} given"]
-    return differences(_numbered(one, "crops of view "), _numbered(two, "crops of view "))
+    return difference_lines(_numbered(one, "crops of view "), _numbered(two, "crops of view "))
 
 
 def _numbered(items: list, prefix: str = "") -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..seeds import position_seed
 
-# B batch, S places at which branches are dropped
+# B batch, S branches that may be dropped
 
 
 class DropPath(nn.Module):
@@ -38,20 +38,20 @@ class DropPath(nn.Module):
 
 
 class DropPaths:
-    """All places of a module at which branches are dropped; timm's own drop path becomes ours there."""
+    """All branches of a module that may be dropped; timm's own drop path becomes ours there."""
 
     def __init__(self, module: nn.Module):
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, timm.layers.DropPath):
                     setattr(parent, name, DropPath(child.drop_prob) if child.drop_prob else nn.Identity())
-        self.places = [child for child in module.modules() if isinstance(child, DropPath)]
-        self.rates = tuple(place.rate for place in self.places)
+        self.branches = [child for child in module.modules() if isinstance(child, DropPath)]
+        self.rates = tuple(branch.rate for branch in self.branches)
 
     def set(self, factors: Tensor | None) -> None:
         """factors: float32 [B, S] on the device, of the crops of the next forward pass; None: drawn by torch's generator then."""
-        for index, place in enumerate(self.places):
-            place.factors = None if factors is None else factors[:, index]
+        for index, branch in enumerate(self.branches):
+            branch.factors = None if factors is None else factors[:, index]
 
 
 @functools.lru_cache(maxsize=2)  # a step may be cut into many micro-batches

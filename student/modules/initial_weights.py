@@ -7,14 +7,14 @@ from torch import nn
 
 def init_linear_and_norm(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases for every Linear in `module`, gain 1 and bias 0 for every LayerNorm."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm) and child.elementwise_affine:
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
 
 
 def init_narrow(parameter: nn.Parameter) -> None:

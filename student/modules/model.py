@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import Batch, Mask, Needs
 from ..config import TrainConfig
 from ..errors import ConfigError
-from ..masking.maskers import MasksAhead, ScoreMasker, build_masker
+from ..masking import MasksAhead, ScoreMasker, build_masker
 from .backbones import build_backbone
 from .drop_path import DropPaths, draw_drops
 from .objectives import build_objective
@@ -44,8 +44,8 @@ class Student(nn.Module):
 
         wanted = [(0, self.masker.needs), *((objective.teacher, objective.needs) for objective in self.objectives.values())]
         self.needs: tuple[Needs, ...] = tuple(
-            reduce(Needs.__or__, (needs for teacher, needs in wanted if teacher == place), Needs())
-            for place in range(len(teachers))
+            reduce(Needs.__or__, (needs for teacher, needs in wanted if teacher == number), Needs())
+            for number in range(len(teachers))
         )
         _require_stored_tokens(self.objectives, teachers)
 
@@ -100,7 +100,7 @@ def _require_stored_tokens(objectives: nn.ModuleDict, teachers: Teachers) -> Non
         if teacher is None or teacher.n_visible is None:
             continue
         stored = f"the store of {teacher.name} keeps those of {teacher.n_visible} visible patches only"
-        if objective.needs.hidden:
+        if objective.needs.hidden_tokens:
             raise ConfigError(
                 f"The objective {name} learns from the tokens of hidden patches too, and {stored}. Use a store of all tokens "
                 "(teacher-cache extract --tokens all), or an objective on visible patches: align, mimic."

@@ -29,5 +29,5 @@ def sincos_positions(dim: int, grid: tuple[int, int], convention: str = "mae") -
     if convention == "moco":
         halves.reverse()
 
-    patches = torch.cat([part for angles in halves for part in (angles.sin(), angles.cos())], dim=1)
+    patches = torch.cat([wave for angles in halves for wave in (angles.sin(), angles.cos())], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).float()

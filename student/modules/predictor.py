@@ -18,9 +18,8 @@ from timm.layers import DropPath, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..batch import Mask
+from ..batch import Mask, take
 from ..config import PredictorConfig
-from ..masking.maskers import take
 from .initial_weights import init_linear_and_norm, init_narrow
 from .positions import sincos_positions
 
@@ -54,8 +53,8 @@ class Predictor(nn.Module):
         self.style = config.style
         regressor = config.style == "regressor"
 
-        # CAE v2 has its bridge only for ViT-T, whose regressor is narrower (modeling_cae.py:130-133); what is said of visible
-        # tokens and CLS goes through it as well.
+        # CAE v2 has its bridge only for ViT-T, whose regressor is narrower (modeling_cae.py:130-133); visible tokens and CLS go
+        # through it as well.
         bridged = not regressor or encoder_dim != config.dim
         self.embed = nn.Linear(encoder_dim, config.dim) if bridged else nn.Identity()
         self.embed_norm = nn.LayerNorm(config.dim, eps=NORM_EPS) if bridged and regressor else nn.Identity()
@@ -197,7 +196,7 @@ class RegressorAttention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k / sqrt(D / heads)) v, head by head: [B, n, D] from [B, n, D] and twice [B, m, D]."""
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # [B, heads, tokens, D / heads]
+    q, k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, k, v))  # [B, heads, tokens, D / heads]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -1,6 +1,6 @@
 """What "the target" means: teacher tokens from the whitened form they come in, and pixels by the patch.
 
-Whitened tokens z determine everything a teacher's last norm and projection would have said, because that norm whitens
+Whitened tokens z determine everything a teacher's last norm and projection would give, because that norm whitens
 first: final_norm = gamma * z + beta, projection = final_norm @ P.
 """
 

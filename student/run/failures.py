@@ -4,10 +4,10 @@ NNNNNNNN is the number of the step, counted from 1. Everything in a step is a fu
 
     error         what stopped the run
     process       where it happened, of `processes` that trained together
-    view, rows    of all crops of the step, in the order of its places; where the data source can tell
+    view, rows    of all crops of the step, in order; where the data source can tell
     losses        of the micro-batches of all processes, in the same order; parts, gradient_norm: if the step came so far
     learning_rate, changes, seed, batch_size, micro_batches
-    noise         what draws its masks: `student.masking.maskers.draw_noise(seed, step - 1, batch_size, n_patches)`
+    noise         what draws its masks: `student.masking.draw_noise(seed, step - 1, batch_size, n_patches)`
     drops         what drops branches: `student.modules.drop_path.draw_drops(seed, step - 1, batch_size, rates)`
     saved_step    the checkpoint from which the same command takes this step again, to the bit on a CPU (`--max-steps NNNNNNNN`)
 

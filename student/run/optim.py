@@ -47,7 +47,7 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int,
 
     mae: linear over the warm-up, the first step behind it has the peak; the cosine spans the rest (MAE util/lr_sched.py).
     simmim: as mae, but the cosine spans all steps, of which the warm-up hides the start, so the rate falls at its end; and a
-    step takes the rate of the one before it, as the scheduler is told of a step when that is done (SimMIM lr_scheduler.py,
+    step takes the rate of the one before it, as the scheduler hears of a step when that is done (SimMIM lr_scheduler.py,
     main_simmim.py; timm's CosineLRScheduler).
     beit: the last step of the warm-up has the peak already, and the first behind it once more (CAE furnace/utils.py).
     All start from `warmup_start` and head for `min_lr`, which no step quite has.
@@ -62,8 +62,8 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int,
     if step < warmup:
         rise = max(warmup - 1, 1) if config.schedule == "beit" else warmup
         return start + (peak - start) * step / rise
-    hidden = 0 if config.schedule == "simmim" else warmup
-    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - hidden) / (total - hidden)))
+    skipped = 0 if config.schedule == "simmim" else warmup
+    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - skipped) / (total - skipped)))
 
 
 def learning_rates(config: TrainConfig, steps_per_epoch: int) -> list[float]:

@@ -30,8 +30,8 @@ class StepDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=line)
         elif report.step % self._line_every == 0 or report.step == self._last_step:
-            place = f"step {report.step}/{self._last_step}  epoch {report.epoch:.2f}"
-            self._console.print(f"{place}  {line}", highlight=False, soft_wrap=True)
+            done = f"step {report.step}/{self._last_step}  epoch {report.epoch:.2f}"
+            self._console.print(f"{done}  {line}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

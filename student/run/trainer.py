@@ -20,24 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch, BatchSource, Mask
 from ..config import TrainConfig
-from ..devices.distributed import abandon, any_of, averaged_on_cpu, barrier, gathered, rank, tell_failure, world_size
-from ..devices.micro_batches import micro_batches, place_of
-from ..errors import ConfigError, NonFiniteLossError, PeerFailedError, RunError, RunMismatchError
-from ..files.changes import VIEWS, Change, config_at, extended, to_json
+from ..devices.distributed import any_of, averaged_on_cpu, barrier, gathered, rank, world_size
+from ..devices.micro_batches import micro_batches, number_in_step
+from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
+from ..files.changes import VIEWS, Change, config_at, extended
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..files.logs import StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
-from ..masking.maskers import draw_noise
+from ..masking import draw_noise
 from ..modules.average import WeightAverage
 from ..modules.model import Student
 from ..seeds import position_seed
-from .failures import write_failure
 from .interrupts import deferred_interrupts
 from .optim import build_optimizer, learning_rate, set_hyperparameters
 from .progress import StepDisplay
-
-DEVICE_WAIT = 60.0
-"""Seconds that a GPU has, after a failure, to be done with the last completed step."""
+from .rescue import StepState, rescue
 
 
 class Trainer:
@@ -71,7 +68,7 @@ class Trainer:
         """
         config: what the run was begun with.
         changes: settings that have other values from the next step on, "optim.base_lr" -> "1e-4"; see `changes.extended`. They
-            are kept: the run goes on with them when it is started again, told so or not.
+            are kept: the run goes on with them when it is started again, given again or not.
         micro_batch: crops that a device holds at once; by default what `config.accumulate` leaves of its share. The source must
             give batches of that size.
         checkpoint_every: steps between checkpoints, beside the one at the end of every epoch.
@@ -82,7 +79,7 @@ class Trainer:
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
-        self.n_places = self.accumulate * world_size()  # micro-batches of a step, over all processes
+        self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
         self.config = config
         self.device = torch.device(device)
         self.autocast = _autocasts(config.precision, self.device)
@@ -93,7 +90,7 @@ class Trainer:
             self.student.compile(fullgraph=True)
         self.forward = self.student
         if world_size() > 1:
-            barrier()  # whoever failed before this is told of here; the next line waits for all and does not look
+            barrier()  # finds out who failed before this; the next line waits for all and does not look
             self.forward = DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
             if self.device.type == "cpu":
                 self.forward.register_comm_hook(None, averaged_on_cpu)
@@ -104,39 +101,13 @@ class Trainer:
         self.on_step = on_step
         self.total_steps = config.epochs * source.steps_per_epoch
 
+        self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
         try:
-            barrier()  # the directory is this run's before any other process looks into it
-            self.step = self.saved_step = 0
-            recorded, led_here = recorded_changes(out_dir), ()
-            if checkpoint := latest_checkpoint(out_dir):
-                there = load_checkpoint(checkpoint, student, self.optimizer, config, source.identity, self.average)
-                self.step = self.saved_step = there.step
-                led_here = there.known_changes(checkpoint)
-                recorded = led_here if recorded is None else recorded
-                _require_same_history(checkpoint, led_here, [change for change in recorded if change.step < self.step])
-            self._require_equal_steps(out_dir)
-            if changes and recorded is None:
-                raise ConfigError(f"{out_dir} holds no run that could be changed. Begin one with these values: --set, --views.")
-            views = source.identity.get("views", ())
-            views_of = getattr(source, "views_of", None)
-            self.changes = extended(config, recorded or (), changes or {}, self.step, views, views_of)
-            if any(change.key == VIEWS for change in self.changes):
-                source.change_views([(change.step, change.new) for change in self.changes if change.key == VIEWS])
-            self._use_settings()
-            self.is_new = False
-            if self.directory:
-                self.is_new = self.directory.describe(data_from, self.changes, getattr(source, "pixels", None))
+            self._resume(out_dir, changes or {}, data_from)
         except BaseException:
             self._close_directory()
             raise
-        self._torn = False
-        """Whether an update of the weights, with its line in the log, has begun and not ended."""
-        self._under_way = False
-        """Whether a step has begun and its update is not made."""
-        self._updated: torch.cuda.Event | None = None
-        self._known: dict = {}
-        """What is known of the step under way, for the record of its failure."""
 
     def fit(self, max_steps: int | None = None) -> int:
         """Train to the end of the run, or until `max_steps` steps of it are done; the number of completed steps.
@@ -183,7 +154,7 @@ class Trainer:
             self.save()
             return stopped
         except BaseException as error:
-            self._rescue(error)
+            rescue(self, error)
             raise
         finally:
             if display:
@@ -191,115 +162,11 @@ class Trainer:
             if hasattr(batches, "close"):
                 batches.close()
 
-    def _close_directory(self) -> None:
-        if self.directory:
-            self.directory.close()
-
-    def _require_equal_steps(self, out_dir: Path) -> None:
-        steps = gathered(torch.tensor([self.step])).tolist()
-        if len(set(steps)) > 1:
-            raise RunError(
-                f"The processes of this run see checkpoints of different steps in {out_dir}: {steps}. Put the directory on a "
-                "disk that all of them share."
-            )
-
-    def save(self, only_finite: bool = False) -> None:
-        """Write a checkpoint of the last completed step, unless there is one. Ctrl-C and SIGTERM wait until it is written.
-
-        only_finite: raise RunError instead where a weight or a moment is not.
-        """
-        if self.step == self.saved_step:
-            return
-        with deferred_interrupts():
-            if self.directory:
-                self.directory.sync()
-                changes = [change for change in self.changes if change.step < self.step]
-                save_checkpoint(
-                    self.directory.path, self.step, self.student, self.optimizer, self.config, self.source.identity,
-                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite,
-                )  # fmt: skip
-            self.saved_step = self.step
-
-    def _rescue(self, error: BaseException) -> None:
-        """After a failure here or elsewhere: tell the others, save the last completed step, note on the error what is saved.
-
-        This process's last step is one that all have completed: all gave their gradients to it before any took it.
-        """
-        if isinstance(error, KeyboardInterrupt) and world_size() == 1:
-            self.save()
-            return
-        agreed = isinstance(error, NonFiniteLossError)
-        if not agreed:
-            tell_failure(str(error) or type(error).__name__)
-        try:
-            if self._torn:
-                raise RunError("the update of the weights, or its line in the log, was under way")
-            with self._aside_of_stuck_work():
-                self.save(only_finite=True)
-            lost = ""
-        except Exception as second:  # noqa: BLE001  (the first error is raised)
-            lost = f" Step {self.step:,} could not be saved: {second}"
-        if not agreed:
-            abandon()
-        if self.directory is None:
-            return
-        saved = (
-            f"Step {self.saved_step:,} is saved; the same command goes on from there." if self.saved_step else "No step is saved."
-        )
-        record = ""
-        if isinstance(error, Exception) and self._under_way:
-            try:
-                record = f" {self._write_failure(error)} says what is known of step {self.step + 1:,}."
-            except Exception as third:  # noqa: BLE001
-                record = f" What is known of step {self.step + 1:,} could not be written: {third}"
-        error.add_note(saved + lost + record)
-
-    @contextlib.contextmanager
-    def _aside_of_stuck_work(self) -> Iterator[None]:
-        """Where a GPU waits for a process that will not come, the last completed step is read on a stream beside that."""
-        if self._updated is None:
-            yield
-            return
-        deadline = time.monotonic() + DEVICE_WAIT
-        while not self._updated.query():
-            if time.monotonic() > deadline:
-                raise RunError("the GPU did not end it")
-            time.sleep(0.05)
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
-            yield
-
-    def _write_failure(self, error: Exception) -> Path:
-        config = self.config
-        facts = {
-            "error": f"{type(error).__name__}: {error}",
-            "process": error.place if isinstance(error, PeerFailedError) else rank(),
-            "processes": world_size(),
-            "micro_batches": self.accumulate,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "saved_step": self.saved_step,
-            "changes": to_json(self.changes),
-            "noise": {"generator_seed": position_seed("mask", config.seed, self.step)},
-            "drops": {"generator_seed": position_seed("drop path", config.seed, self.step)},
-        }
-        if hasattr(self.source, "rows_of"):
-            facts["view"], facts["rows"] = self.source.rows_of(self.step)
-        return write_failure(self.directory.path, self.step + 1, facts | self._known)
-
-    def _use_settings(self) -> None:
-        """Take the settings of the next step: the configuration is a function of the step."""
-        self.settings = config_at(self.config, self.changes, self.step)
-        set_hyperparameters(self.optimizer, self.student, self.settings.optim)
-        self.student.weights = {objective.name: objective.weight for objective in self.settings.objectives}
-        if self.average:
-            self.average.decay = self.settings.optim.ema
-        self._boundaries = {change.step for change in self.changes}
-
     def _take_step(self, batches: Iterator[Batch], signals: Sequence[int]) -> tuple[StepReport, bool]:
         """The report of one step, and whether the processes have agreed to stop behind it."""
         started = time.perf_counter()
         waited = 0.0
-        self._under_way = True
+        self.state.is_begun = True
         if self.step in self._boundaries:
             self._use_settings()
         optim = self.settings.optim
@@ -309,16 +176,16 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
 
-        self._known = {"learning_rate": lr}
+        self.state.known = {"learning_rate": lr}
         losses, rows, parts = [], [], {}
         for index in range(self.accumulate):
             asked = time.perf_counter()
-            batch = self._next(batches, self.config.batch_size // self.n_places)
+            batch = self._next(batches, self.config.batch_size // self.n_micro_batches)
             waited += time.perf_counter() - asked
 
-            place = place_of(index, rank(), world_size())
-            mask = batch.mask or self._draw_mask(batch, place)
-            drops = self._draw_drops(place)
+            number = number_in_step(index, rank(), world_size())
+            mask = batch.mask or self._draw_mask(batch, number)
+            drops = self._draw_drops(number)
             with self._gradients_shared(index == self.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                     loss, micro_parts = self.forward(batch, mask, drops)
@@ -339,10 +206,10 @@ class Trainer:
         stopped = world_size() > 1 and any_of(bool(signals))
         values = torch.stack([*losses, norm, *(torch.stack(value).mean() for value in parts.values())]).tolist()
         by_process = gathered(torch.tensor(values, dtype=torch.float64)[None])  # [world, accumulate + 1 + parts]
-        losses = by_process[:, : self.accumulate].T.flatten().tolist()  # by place
+        losses = by_process[:, : self.accumulate].T.flatten().tolist()  # in the order of the step
         norms = by_process[:, self.accumulate].tolist()
         parts = dict(zip(parts, by_process[:, self.accumulate + 1 :].mean(0).tolist(), strict=True))
-        self._known |= {"losses": losses, "parts": parts, "gradient_norm": norms[0]}
+        self.state.known |= {"losses": losses, "parts": parts, "gradient_norm": norms[0]}
         self._require_finite(losses, rows, parts, norms)
 
         if optim.clip_grad is not None:
@@ -350,16 +217,16 @@ class Trainer:
 
         # Weights, counter and log line change together, or a checkpoint after Ctrl-C would not be what it says.
         with deferred_interrupts():
-            self._torn = True
+            self.state.is_torn = True
             self.optimizer.step()
             self.step += 1
-            self._under_way = False
+            self.state.is_begun = False
             self.student.after_step(self.step, self.total_steps)
             if self.average:
                 self.average.update()
             if self.device.type == "cuda":
-                self._updated = torch.cuda.current_stream(self.device).record_event()
-            self._known = {}
+                self.state.updated = torch.cuda.current_stream(self.device).record_event()
+            self.state.known = {}
             seconds = time.perf_counter() - started
             report = StepReport(
                 step=self.step,
@@ -372,24 +239,24 @@ class Trainer:
             )
             if self.directory:
                 self.directory.write(report)
-            self._torn = False
+            self.state.is_torn = False
         return report, stopped
 
-    def _draw_mask(self, batch: Batch, place: int) -> Mask:
+    def _draw_mask(self, batch: Batch, number: int) -> Mask:
         # The masks of a step are drawn for all its crops at once, so they do not depend on how it is cut up.
         noise = draw_noise(self.config.seed, self.step, self.config.batch_size, self.student.n_patches)
-        return self.student.draw_mask(batch, noise.chunk(self.n_places)[place])
+        return self.student.draw_mask(batch, noise.chunk(self.n_micro_batches)[number])
 
-    def _draw_drops(self, place: int) -> Tensor | None:
-        """What is dropped of the micro-batch at `place`, drawn as its masks are: float32 [B, S] on the device."""
+    def _draw_drops(self, number: int) -> Tensor | None:
+        """What is dropped of micro-batch `number` of the step, drawn as its masks are: float32 [B, S] on the device."""
         if self.config.drops == "micro-batches":  # a run of before: torch's generator draws in the forward pass
-            torch.manual_seed(position_seed("drop path", self.config.seed, self.step, place))
+            torch.manual_seed(position_seed("drop path", self.config.seed, self.step, number))
             return None
         pinned = self.device.type == "cuda"
         drops = self.student.draw_drops(self.config.seed, self.step, self.config.batch_size, pinned)
-        return None if drops is None else drops.chunk(self.n_places)[place].to(self.device, non_blocking=pinned)
+        return None if drops is None else drops.chunk(self.n_micro_batches)[number].to(self.device, non_blocking=pinned)
 
-    def _gradients_shared(self, last: bool):
+    def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager:
         """Between processes gradients are exchanged in the last backward pass of a step."""
         return contextlib.nullcontext() if last or world_size() == 1 else self.forward.no_sync()
 
@@ -403,22 +270,22 @@ class Trainer:
         if len(batch.images) != n_crops:
             raise RunError(
                 f"The data source gave a batch of {len(batch.images)} crops at step {self.step + 1}; "
-                f"batch_size={self.config.batch_size}, cut into {self.n_places}, makes {n_crops}."
+                f"batch_size={self.config.batch_size}, cut into {self.n_micro_batches}, makes {n_crops}."
             )
         return batch
 
     def _require_finite(self, losses: list[float], rows: list[Tensor], parts: dict[str, float], norms: list[float]) -> None:
-        """losses: by place.  norms: of the whole gradient, by process; it can overflow where no loss does."""
-        broken = [place for place, loss in enumerate(losses) if not math.isfinite(loss)]
+        """losses: of all micro-batches.  norms: of the whole gradient, by process; it can overflow where no loss does."""
+        broken = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         odd = [norm for norm in norms if not math.isfinite(norm)]
         if not broken and not odd:
             return
-        rows = gathered(torch.stack(rows)).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1).tolist()  # by place
+        rows = gathered(torch.stack(rows)).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1).tolist()  # in order
         if broken:
             what, bad = f"loss became {losses[broken[0]]}", rows[broken[0]]
         else:
             what, bad = f"norm of the gradient became {odd[0]}, under finite losses,", sum(rows, [])
-        self._known["rows"] = sum(rows, [])
+        self.state.known["rows"] = sum(rows, [])
         step = self.step + 1
         listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
         raise NonFiniteLossError(
@@ -431,6 +298,68 @@ class Trainer:
     def _checkpoint_is_due(self) -> bool:
         at_epoch_end = self.step % self.source.steps_per_epoch == 0
         return at_epoch_end or (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0)
+
+    def save(self, only_finite: bool = False) -> None:
+        """Write a checkpoint of the last completed step, unless there is one. Ctrl-C and SIGTERM wait until it is written.
+
+        only_finite: raise RunError instead where a weight or a moment is not.
+        """
+        if self.step == self.saved_step:
+            return
+        with deferred_interrupts():
+            if self.directory:
+                self.directory.sync()
+                changes = [change for change in self.changes if change.step < self.step]
+                save_checkpoint(
+                    self.directory.path, self.step, self.student, self.optimizer, self.config, self.source.identity,
+                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite,
+                )  # fmt: skip
+            self.saved_step = self.step
+
+    def _use_settings(self) -> None:
+        """Take the settings of the next step: the configuration is a function of the step."""
+        self.settings = config_at(self.config, self.changes, self.step)
+        set_hyperparameters(self.optimizer, self.student, self.settings.optim)
+        self.student.weights = {objective.name: objective.weight for objective in self.settings.objectives}
+        if self.average:
+            self.average.decay = self.settings.optim.ema
+        self._boundaries = {change.step for change in self.changes}
+
+    def _resume(self, out_dir: Path, changes: Mapping[str, str], data_from: str) -> None:
+        """Go to where the run in `out_dir` is: weights, step and changes of its newest checkpoint, if it has one."""
+        barrier()  # the directory is this run's before any other process looks into it
+        self.step = self.saved_step = 0
+        recorded, led_here = recorded_changes(out_dir), ()
+        if checkpoint := latest_checkpoint(out_dir):
+            there = load_checkpoint(checkpoint, self.student, self.optimizer, self.config, self.source.identity, self.average)
+            self.step = self.saved_step = there.step
+            led_here = there.known_changes(checkpoint)
+            recorded = led_here if recorded is None else recorded
+            _require_same_history(checkpoint, led_here, [change for change in recorded if change.step < self.step])
+        self._require_equal_steps(out_dir)
+        if changes and recorded is None:
+            raise ConfigError(f"{out_dir} holds no run that could be changed. Begin one with these values: --set, --views.")
+        views = self.source.identity.get("views", ())
+        views_of = getattr(self.source, "views_of", None)
+        self.changes = extended(self.config, recorded or (), changes, self.step, views, views_of)
+        if any(change.key == VIEWS for change in self.changes):
+            self.source.change_views([(change.step, change.new) for change in self.changes if change.key == VIEWS])
+        self._use_settings()
+        self.is_new = False
+        if self.directory:
+            self.is_new = self.directory.describe(data_from, self.changes, getattr(self.source, "pixels", None))
+
+    def _require_equal_steps(self, out_dir: Path) -> None:
+        steps = gathered(torch.tensor([self.step])).tolist()
+        if len(set(steps)) > 1:
+            raise RunError(
+                f"The processes of this run see checkpoints of different steps in {out_dir}: {steps}. Put the directory on a "
+                "disk that all of them share."
+            )
+
+    def _close_directory(self) -> None:
+        if self.directory:
+            self.directory.close()
 
 
 def _autocasts(precision: str, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ class Finding:
 
     kind: str
     """`damaged`; `unfinished`: not all there yet; `unknown`: nothing that this program wrote; `foreign`: sound, but this machine
-    decodes it to other pixels than the teacher saw; `unchecked`: a comparison that was asked for and cannot be made (again.py),
+    decodes it to other pixels than the teacher saw; `unchecked`: a comparison that was asked for and cannot be made (remake.py),
     or a file that this user may not read;
     `sound` while a check is at work."""
     path: str
@@ -33,7 +33,9 @@ class Checked:
     rows: dict[str, int] = field(default_factory=dict)
     """`view-000/crops.beton`, `view-000/clip-b16.zarr` -> rows whose bytes were compared with their checksums."""
     again: dict[str, int] = field(default_factory=dict)
-    """The same -> rows that were made again from the originals, or by the teacher (again.py)."""
+    """The same -> rows that were made again from the originals, or by the teacher (remake.py)."""
+    not_made: dict[str, str] = field(default_factory=dict)
+    """The same -> a check that was left out here, and what installs what it needs."""
 
     def in_words(self) -> list[str]:
         """The files, a line; then the rows, a line for each view's crops and for each of its stores."""
@@ -44,7 +46,7 @@ class Checked:
             made = "cut" if what.endswith(".beton") else "taught"
             again = f", {self.again[what]:,} {made} again" if what in self.again else ""
             lines.append(f"{what:<{width}}  {self.rows.get(what, 0):,} rows{again}")
-        return lines
+        return [*lines, *(f"{what:<{width}}  not made: {why}" for what, why in self.not_made.items())]
 
 
 def judge(path: Path, wrong: str | None) -> Finding:

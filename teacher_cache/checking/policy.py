@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ..store.spare import SPARE
+from ..format.layout import SPARE
 from .advice import when_lost
 from .findings import Finding, judge
 from .small_files import SmallFiles

@@ -21,11 +21,10 @@ from ..crops.beton import CropReader
 from ..crops.images import scan
 from ..errors import BadInputError, TeacherCacheError, UnknownNameError, UsageError
 from ..extraction.cropping import cut_image, new_images
+from ..format.layout import store_file_name
 from ..format.quantize import ChannelStatistics, token_errors
-from ..format.race import race, take_visible
-from ..format.spec import LayerFidelity
-from ..store.commits import read_fp32_rows
-from ..store.manifest import come_by_themselves, read_manifest, store_file_name
+from ..format.spec import ARRAY_NAME, LayerFidelity
+from ..store.manifest import come_by_themselves
 from ..store.reader import StoreReader
 from ..terminal.progress import progress
 from .findings import Checked, Finding
@@ -50,7 +49,7 @@ def cut_views_again(
 
 
 def new_in_folder(cache: Cache, images_dir: Path) -> list[str]:
-    """Images of the folder that the cache was made without; none of a cache or folder that cannot be read, which others tell."""
+    """Images of the folder that the cache was made without; none where one cannot be read: others say it."""
     try:
         return new_images(cache, scan(images_dir).images)
     except (TeacherCacheError, OSError):
@@ -63,8 +62,8 @@ def teach_views_again(cache: Cache, teacher, store_name: str, n_rows: int, check
     for view in _finished_views(cache):
         if store_name in view.store_names():
             rows = draw_rows(cache.n_images, n_rows, np.random.default_rng(seed))
-            store = view.store_path(store_name)
-            yield from _or_unchecked(store, reteach(view, store, teacher, rows, checked))
+            path = view.store_path(store_name)
+            yield from _or_unchecked(path, reteach(view, path, teacher, rows, checked))
 
 
 def _finished_views(cache: Cache) -> list[View]:
@@ -120,7 +119,7 @@ def cut_again(view: View, images_dir: Path, name: str, record: np.void) -> Recut
 def recrop(view: View, images_dir: Path, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:
     """Cut the crops of `rows` of a view again: records and encoded bytes must be identical. The view itself has to be sound.
 
-    Yields a Finding for each reason why some are not. checked: is told how many could be compared.
+    Yields a Finding for each reason why some are not. checked: gets how many could be compared.
     """
     reader, names = CropReader(view.path), view.cache.images().names
 
@@ -180,12 +179,12 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     chosen = known[0] if name is None else store_file_name(name)
     if chosen not in known:
         raise UnknownNameError(f"{cache.path} has no store {name}; it has {', '.join(known) or 'none'}.")
-    store = next(view.store_path(chosen) for view in views if chosen in view.store_names())
-    manifest = read_manifest(store)
+    store = next(view.store(chosen) for view in views if chosen in view.store_names())
+    manifest = store.manifest
     device, precision = pick_device("auto", "auto")
     precision = manifest.precision if device != "cpu" else precision
     if weights == "built-in" and not come_by_themselves(manifest.teacher.weights):
-        raise UsageError(f"--weights built-in: {store} was made with the weights {manifest.teacher.weights}. Give these.")
+        raise UsageError(f"--weights built-in: {store.path} was made with the weights {manifest.teacher.weights}. Give these.")
     try:
         own = None if weights == "built-in" else weights
         teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision,
@@ -196,8 +195,8 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     if teacher.spec.weights_sha256 != manifest.teacher.weights_sha256:
         made_with, given = manifest.teacher, teacher.spec
         raise UsageError(
-            f"--weights {weights}: {store} was made with the weights {made_with.weights}, sha256 {made_with.weights_sha256}; "
-            f"those given have {given.weights_sha256}. Give the same ones."
+            f"--weights {weights}: {store.path} was made with the weights {made_with.weights}, sha256 "
+            f"{made_with.weights_sha256}; those given have {given.weights_sha256}. Give the same ones."
         )
     return chosen, teacher
 
@@ -207,8 +206,9 @@ def limits(fidelity: LayerFidelity, tolerance: float) -> tuple[float, float]:
     return fidelity.p99 + tolerance, 2 * fidelity.worst + 4 * tolerance
 
 
-def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:
-    """Run the teacher over `rows` of a store again and compare with what is stored, within what storing and machines do to it.
+def reteach(view: View, path: Path, teacher, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:
+    """Run the teacher over `rows` of the store in `path` again and compare with what is stored, within what storing and machines
+    do to it.
 
     teacher: a teachers.base.Teacher with the weights of the store. Rows that are not extracted yet are left out.
     With p99 and worst of a layer's recorded fidelity, and t = extract.PROBE_TOLERANCE of the precision, a row agrees if the error
@@ -218,30 +218,31 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
     Raises MismatchError if the teacher does not answer to the probe as it did when the store was begun, or this machine decodes
     crops to other pixels.
     """
-    from ..extraction.extract import PROBE_TOLERANCE, require_same_probe, run_teacher  # needs torch
+    from ..extraction.encode import race  # needs torch
+    from ..extraction.extract import PROBE_TOLERANCE, require_same_probe, run_teacher
 
-    reader, crops = StoreReader(store, check="always"), CropReader(view.path)
+    reader, crops = StoreReader(path, check="always"), CropReader(view.path)
     spec, precision = reader.spec, reader.manifest.precision
-    require_same_probe(store, teacher)
+    require_same_probe(reader.store, teacher)
     crops.require_same_decoder()
     tolerance = max(PROBE_TOLERANCE[precision], PROBE_TOLERANCE[teacher.precision])
     plain = ChannelStatistics(np.zeros(reader.teacher.dim, "float32"), np.ones(reader.teacher.dim, "float32"))
 
-    rows, names, in_fp32 = rows[reader.finished[rows // spec.shard_rows]], view.cache.images().names, read_fp32_rows(store, spec)
+    rows = rows[reader.finished[rows // spec.shard_rows]]
+    names, in_fp32 = view.cache.images().names, reader.store.read_fp32_rows()
     medians, worst = np.zeros((2, len(spec.layers), len(rows)))
     apart = np.zeros(len(rows))  # of the attention
     misdrawn = np.zeros(len(rows), bool)
-    with progress(f"view {view.number}: {store.name} again", len(rows), "crops") as advance:
+    with progress(f"view {view.number}: {path.name} again", len(rows), "crops") as advance:
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
+            index = reader.read("index", rows[batch]) if spec.visible else None
             tokens, attention = run_teacher(
-                teacher, crops.read(rows[batch]), rows[batch], spec.layers, names.__getitem__, in_fp32
+                teacher, crops.read(rows[batch]), rows[batch], spec.layers, names.__getitem__, in_fp32, index
             )
             kept = reader.read("attention", rows[batch]) if spec.attention else None
-            if spec.visible:
-                index = reader.read("index", rows[batch])
-                tokens = take_visible(tokens, index, int(reader.teacher.has_cls))
-                misdrawn[batch] = (index != race(kept, rows[batch], view.number, spec.visible)).any(1)
+            if index is not None:
+                misdrawn[batch] = (index != race(kept, rows[batch], view.number, spec.visible).numpy()).any(1)
             for i, layer in enumerate(spec.layers):
                 stored = reader.tokens(rows[batch], layer)  # [B, T, D]
                 errors = token_errors(tokens[:, i], stored, reader.statistics.get(layer, plain))
@@ -252,16 +253,16 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
             advance(len(rows[batch]))
 
     if checked is not None:
-        checked.again[f"{view.path.name}/{store.name}"] = len(rows)
+        checked.again[f"{view.path.name}/{path.name}"] = len(rows)
     if misdrawn.any():
         message = (
             f"the visible patches of row {rows[misdrawn.argmax()]} are not those that its attention chooses on this machine."
         )
-        yield Finding("damaged", str(store / "index"), message)
+        yield Finding("damaged", str(path / "index"), message)
     verdicts = [("attention", "the attention", apart, 4 * tolerance)]
     for i, fidelity in enumerate(reader.manifest.fidelity):
         typical, single = limits(fidelity, tolerance)
-        array = f"tokens/{fidelity.layer:02d}"
+        array = ARRAY_NAME.format(fidelity.layer)
         verdicts += [(array, "the median token", medians[i], typical), (array, "a token", worst[i], single)]
     for array, what, errors, limit in verdicts:
         if n_bad := int((~(errors <= limit)).sum()):
@@ -269,4 +270,4 @@ def reteach(view: View, store: Path, teacher, rows: np.ndarray, checked: Checked
                 f"{n_bad} of {len(rows)} rows are not what {teacher.spec.name} gives again: {what} of row "
                 f"{rows[errors.argmax()]} is off by {errors.max():.2g}, up to {limit:.2g} is rounding."
             )
-            yield Finding("damaged", str(store / array), message)
+            yield Finding("damaged", str(path / array), message)

@@ -13,34 +13,50 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import View, require_no_part
-from ..crops.beton import layout, read_checksums, write_beton
+from ..cache import Cache, View, require_no_part
+from ..crops.beton import place_crops, read_checksums, write_beton
 from ..errors import BadInputError, CacheCorruptError, UsageError
-from ..extraction.cropping import CLAIM
-from ..files.claims import claimed, claimed_range, store_claim, store_claims
+from ..files.claims import claimed, claimed_range
 from ..files.durable import aside_path, inside, make_folder, open_plain, read_npy, write_whole
 from ..files.space import full_disk_explained
+from ..format import layout
 from ..format.crop_plan import CROP_DTYPE
-from ..store.commits import is_complete, unfold
-from ..store.manifest import read_manifest
-from ..store.spare import SPARE, is_current, write_spare
+from ..format.layout import CROPS_CLAIM, SPARE, store_claim, store_claims
+from ..store.folding import unfold
+from ..store.spare import is_current, write_spare
+from ..store.store import Store, is_complete
 from .advice import when_lost
 from .policy import in_threads
 from .remake import cut_again
 from .small_files import SmallFiles
 from .store_check import judge_shards
+from .verify import views_on_disk
 from .view_check import damaged_crops, has_tables
 
 BLOCK_ROWS = 512
 """Crops that are held in memory while a crops.beton is written again."""
 
 
+def repair_cache(cache_dir: Path, images_dir: Path | None = None, store: str | None = None) -> Iterator[str]:
+    """Mend the lists and views of a cache and, in every view that has it, the store of this name as far as that needs no teacher.
+
+    images_dir: as for `repair_view`.
+    """
+    yield from repair_lists(cache_dir)
+    views = views_on_disk(Cache(cache_dir))
+    for view in views:
+        yield from repair_view(view, images_dir)
+    for view in views:
+        if store is not None and view.store_path(store).exists():
+            yield from repair_store(view, store)
+
+
 def repair_lists(cache_dir: Path) -> Iterator[str]:
     """Mend cache.json, the lists beside it and their spare; none of them has to be readable."""
     require_no_part(cache_dir)
-    if not any(any(cache_dir.glob(name)) for name in ("cache.json", SPARE, "view-*")):
+    if not any(any(cache_dir.glob(name)) for name in (layout.CACHE_JSON, SPARE, layout.VIEWS)):
         raise UsageError(f"{cache_dir} is no cache: it has neither cache.json, nor {SPARE}, nor a view.")
-    with claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}"):
+    with claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}"):
         yield from _restore(cache_dir, "cache")
 
 
@@ -51,7 +67,8 @@ def repair_view(view: View, images_dir: Path | None) -> Iterator[str]:
     """
     cache = view.cache
     nothing_lost = "The damaged file is still there; make room and run the same command again."
-    with claimed(cache.path / CLAIM, f"The crop stage of {cache.path}"), full_disk_explained(view.path, lambda: nothing_lost):
+    crop_stage = claimed(cache.path / CROPS_CLAIM, f"The crop stage of {cache.path}")
+    with crop_stage, full_disk_explained(view.path, lambda: nothing_lost):
         yield from _restore(view.path, "view")
         yield from _rebuild_crops(view, images_dir)
 
@@ -61,17 +78,18 @@ def repair_store(view: View, name: str) -> Iterator[str]:
 
     extract_view then makes these again.
     """
-    store = view.store_path(name)
-    what = f"The store {store}"
+    path = view.store_path(name)
+    what = f"The store {path}"
     n_shards_at_most = view.cache.n_images  # how many there are, a damaged manifest cannot say
-    with claimed(store_claim(store), what), claimed_range(store_claims(store), 0, n_shards_at_most, what):
-        yield from _restore(store, "store")
-        if not is_complete(store) and not (store / "commits").exists():
-            lost = f"{store}: the list of its finished shards (complete.json or commits/), and its copy in {SPARE}, are lost. "
-            raise CacheCorruptError(lost + when_lost(store, "store"))
+    with claimed(store_claim(path), what), claimed_range(store_claims(path), 0, n_shards_at_most, what):
+        yield from _restore(path, "store")
+        if not is_complete(path) and not (path / layout.COMMITS).exists():
+            lost = f"{path}: the list of its finished shards (complete.json or commits/), and its copy in {SPARE}, are lost. "
+            raise CacheCorruptError(lost + when_lost(path, "store"))
+        store = Store.open(path)
         sound, findings = judge_shards(view, store)
         if findings:
-            unfold(store, read_manifest(store).store, sound)
+            unfold(store, sound)
         for finding in findings:
             yield f"{finding.path}: {finding.message} Its shard will be extracted again."
 
@@ -96,20 +114,20 @@ def _restore(folder: Path, kind: str) -> Iterator[str]:
 
 def _rebuild_crops(view: View, images_dir: Path | None) -> Iterator[str]:
     """Write a damaged crops.beton again. Where each crop lies follows from crops.npy: its own tables are not needed."""
-    beton, sums = view.path / "crops.beton", read_checksums(view.path)
+    beton, sums = view.path / layout.CROPS_BETON, read_checksums(view.path)
     if sums["crops_id"] != view.cache.crops_id:
         raise CacheCorruptError(
             f"{view.path} holds crops {sums['crops_id'][:12]}, the cache {view.cache.crops_id[:12]}: it is of another cache. "
             "Put the right folder there."
         )
-    crops = read_npy(view.path / "crops.npy", CROP_DTYPE, (view.cache.n_images,))
+    crops = read_npy(view.path / layout.CROPS_NPY, CROP_DTYPE, (view.cache.n_images,))
     sizes = crops["bytes"].astype("uint64")
-    _, pointers, _ = layout(sizes)
+    _, pointers, _ = place_crops(sizes)
     rows, lost = np.arange(len(crops)), np.ones(len(crops), bool)
     if beton.exists():
         lost[:] = False
         lost[damaged_crops(beton, pointers, sizes, crops["crc32c"], rows)] = True
-        if not lost.any() and _is_whole(beton, sums["crops.beton"]):
+        if not lost.any() and _is_whole(beton, sums[layout.CROPS_BETON]):
             return
     if lost.any() and images_dir is None:
         raise UsageError(
@@ -123,7 +141,7 @@ def _rebuild_crops(view: View, images_dir: Path | None) -> Iterator[str]:
     except BaseException:
         aside_path(beton).unlink(missing_ok=True)
         raise
-    if not _is_whole(beton, sums["crops.beton"]):
+    if not _is_whole(beton, sums[layout.CROPS_BETON]):
         raise CacheCorruptError(f"{beton}: written again from sound crops, it is not the file that checksums.json describes.")
     from_originals = f", {lost.sum()} cut again from {images_dir}" if lost.any() else ""
     yield f"{beton}: was damaged. Written again: {(~lost).sum()} crops as they were in it{from_originals}."
@@ -137,7 +155,7 @@ def _is_whole(beton: Path, sums: dict) -> bool:
 def _salvaged(view: View, images_dir: Path | None, names: tuple[str, ...], crops: np.ndarray, pointers: np.ndarray,
               lost: np.ndarray) -> Iterator[bytes]:  # fmt: skip
     """The encoded crops in row order: out of the damaged file, or cut again where they are `lost`."""
-    beton = view.path / "crops.beton"
+    beton = view.path / layout.CROPS_BETON
 
     def crop(row: int) -> bytes:
         if not lost[row]:

@@ -16,9 +16,11 @@ import numpy as np
 
 from ..errors import CacheCorruptError, NotAllowedError
 from ..files.durable import crc32c, link_fault, not_allowed
-from ..format.shards import EMPTY_SLOT, HEADER_BYTES, header, header_fault, index_bytes, open_shard, shard_file
+from ..format.layout import shard_file
+from ..format.shards import EMPTY_SLOT, HEADER_BYTES, header, header_fault, index_bytes, open_shard
 from ..kernels.decompress import decompress
 from ..store.manifest import Manifest
+from ..store.store import Store
 
 CRC32C_RESIDUE = 0x48674BC7
 """CRC-32C of any data followed by their own CRC-32C, little-endian."""
@@ -29,21 +31,19 @@ SUM_SLACK = 1e-3
 class ArrayCheck:
     """Checks the shard files of one array of a store.
 
-    store_sha256: of the store's zarr.json, which every header names. sample: rows to check; None is all of them, and with them
-    the CRC-32 of whole files.
+    sample: rows to check; None is all of them, and with them the CRC-32 of whole files.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, array: str, store_sha256: str, sample: np.ndarray | None = None):
-        self.store, self.array, self.spec, self.sample = store, array, manifest.store, sample
-        self.n_dims = 1 + len(self.spec.row_shape(array, manifest.teacher))
+    def __init__(self, store: Store, array: str, sample: np.ndarray | None = None):
+        self.store, self.array, self.spec, self.sample = store, array, store.spec, sample
+        self.n_dims = 1 + len(self.spec.row_shape(array, store.teacher))
         self.column = self.spec.array_names.index(array)
         self.codec = dict(self.spec.codecs)[array]
-        self.row_bytes = self.spec.row_bytes(array, manifest.teacher)
-        self._value_fault = _value_check(array, manifest)
-        self._store_sha256 = store_sha256
+        self.row_bytes = self.spec.row_bytes(array, store.teacher)
+        self._value_fault = _value_check(array, store.manifest)
 
     def path(self, shard: int) -> Path:
-        return shard_file(self.store, self.array, shard, self.n_dims)
+        return shard_file(self.store.path, self.array, shard, self.n_dims)
 
     def fault(self, shard: int, committed: np.void) -> str | None:
         """What is wrong with the file of a finished shard, a sentence without its path; None if nothing is.
@@ -69,7 +69,7 @@ class ArrayCheck:
         if size < HEADER_BYTES + tail:
             return f"has {size} bytes, too few for its header and index."
         head = file.read(HEADER_BYTES)
-        if wrong := header_fault(head, header(self._store_sha256, self.column, shard)):
+        if wrong := header_fault(head, header(self.store.sha256, self.column, shard)):
             return wrong
         index = os.pread(file.fileno(), tail, size - tail)
         if crc32c(index) != CRC32C_RESIDUE:
@@ -111,8 +111,8 @@ class ArrayCheck:
         for row, chunk in chunks:
             if wrong := self._row_fault(chunk):
                 rows_of.setdefault(wrong, []).append(row)
-        told = [f"{_rows(rows)}: {reason}" for reason, rows in rows_of.items()]
-        return "; ".join(told) + "." if told else None
+        reasons = [f"{_rows(rows)}: {reason}" for reason, rows in rows_of.items()]
+        return "; ".join(reasons) + "." if reasons else None
 
     def _row_fault(self, chunk: bytes) -> str | None:
         if crc32c(chunk) != CRC32C_RESIDUE:

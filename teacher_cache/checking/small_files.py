@@ -14,9 +14,15 @@ from pathlib import Path
 
 from ..errors import CacheCorruptError
 from ..files.durable import inside, is_sha256, link_fault, listed_files, read_sealed, sha256_file, unseal
-from ..store.spare import SPARE, is_current, pack_members, read_spare
+from ..format import layout
+from ..format.layout import SPARE
+from ..store.spare import is_current, pack_members, read_spare
 
-SEALED = {"cache": ("cache.json",), "view": ("checksums.json",), "store": ("store.json", "complete.json")}
+SEALED = {
+    "cache": (layout.CACHE_JSON,),
+    "view": (layout.CHECKSUMS_JSON,),
+    "store": (layout.STORE_JSON, layout.COMPLETE_JSON),
+}
 """Kind of folder -> its sealed files. complete.json is there once all shards are."""
 
 
@@ -31,12 +37,12 @@ class SmallFiles:
         """Of files that are damaged or missing: what is wrong, without the name."""
         self._is_sound: dict[str, Callable[[bytes], bool]] = {}
         for name in SEALED[kind]:
-            if name != "complete.json" or self._is_complete():
+            if name != layout.COMPLETE_JSON or self._is_complete():
                 self._judge_sealed(name)
 
     def _is_complete(self) -> bool:
         """Whether a store was declared complete. A spare that has complete.json means that the store has lost its own."""
-        return (self.folder / "complete.json").exists() or "complete.json" in self._spare
+        return (self.folder / layout.COMPLETE_JSON).exists() or layout.COMPLETE_JSON in self._spare
 
     def _judge_sealed(self, name: str) -> None:
         self.names.append(name)
@@ -114,8 +120,8 @@ def _is_sealed(data: bytes, path: Path) -> bool:
 
 def _listed(value: dict, path: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files that a sealed file vouches for; CacheCorruptError if it is none that does."""
-    if path.name != "complete.json":
+    if path.name != layout.COMPLETE_JSON:
         return listed_files(value, path)
     if not is_sha256(value.get("shards_sha256")):
         raise CacheCorruptError(f"{path}: does not give the SHA-256 of shards.npy.")
-    return {"shards.npy": value["shards_sha256"]}
+    return {layout.SHARDS_NPY: value["shards_sha256"]}

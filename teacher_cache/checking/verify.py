@@ -3,22 +3,23 @@
 What one file cannot say of itself another says of it: cache.json, checksums.json and store.json name the SHA-256 of small files,
 crops.npy the CRC-32C of every crop, commit records size and CRC-32 of every shard file; each of these carries its own checksum,
 and spare.tar repeats the small ones. Everything is read once, shards and crops by several threads. view_check.py and
-store_check.py look into one view and one store, watch.py says where somebody was writing meanwhile.
+store_check.py look into one view and one store, writers.py says where somebody was writing meanwhile.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ..cache import Cache, View, view_path
+from ..cache import Cache, View
 from ..errors import CacheCorruptError, NotAllowedError, TeacherCacheError, UsageError
-from ..extraction.cropping import CLAIM, WORK
 from ..files.claims import holder_of
 from ..files.durable import ASIDE, allowed_by, link_fault
-from ..store.spare import SPARE
+from ..format import layout
+from ..format.layout import CROPS_CLAIM, SPARE, WORK, store_name, view_number, view_path
 from ..terminal.progress import progress
 from .advice import when_lost
 from .findings import Checked, Finding, without
@@ -26,9 +27,9 @@ from .policy import check_small_files, check_spare
 from .small_files import SmallFiles
 from .store_check import check_store
 from .view_check import check_view
-from .writers import Watch, left_claims
+from .writers import Snapshot, left_claims
 
-AGAIN = "Run the same command again."
+RUN_AGAIN = "Run the same command again."
 STRAY = "belongs to nothing in this cache. Remove it."
 
 
@@ -37,7 +38,7 @@ def open_cache(path: Path) -> tuple[Cache | None, list[Finding]]:
 
     Raises UsageError where there is no cache, BadInputError for one of another format version.
     """
-    holder = holder_of(path / CLAIM)
+    holder = holder_of(path / CROPS_CLAIM)
     try:
         return Cache(path), []
     except (CacheCorruptError, UsageError) as error:
@@ -45,10 +46,10 @@ def open_cache(path: Path) -> tuple[Cache | None, list[Finding]]:
             return None, [Finding("unfinished", str(path), f"{holder} is at work on it: its crops are not finished.", holder)]
         if isinstance(error, UsageError):
             raise
-        wrong = "its own checksum or its content does not fit." if (path / "cache.json").exists() else "is missing."
+        wrong = "its own checksum or its content does not fit." if (path / layout.CACHE_JSON).exists() else "is missing."
         if SmallFiles(path, "cache").lost:
             wrong += f" Its copy in {SPARE} is lost too. {when_lost(path, 'cache')}"
-        return None, [Finding("damaged", str(path / "cache.json"), f"{wrong} Nothing else was checked.")]
+        return None, [Finding("damaged", str(path / layout.CACHE_JSON), f"{wrong} Nothing else was checked.")]
 
 
 def verify_folder(path: Path, sample: int | None = None, seed: int | None = None) -> tuple[list[Finding], Checked]:
@@ -63,8 +64,8 @@ def verify(cache: Cache, sample: int | None = None, seed: int | None = None) -> 
     Every file below the cache is either checked against a record or reported. sample: of each store and of the crops of each view
     only so many rows, drawn at random (from `seed`, if given), besides all small files, sizes, headers and indices.
     """
-    draws, watch = np.random.default_rng(seed), Watch(cache.path)
-    sizes, findings, seen, checked = watch.sizes, [], set(), Checked()
+    draws, before = np.random.default_rng(seed), Snapshot(cache.path)
+    sizes, findings, seen, checked = before.sizes, [], set(), Checked()
     unit = "B" if sample is None else "files"
     with progress("verify", sum(sizes.values()) if sample is None else len(sizes), unit) as advance:
         for folder, check in _checks(cache, sample, draws, checked):
@@ -82,7 +83,7 @@ def verify(cache: Cache, sample: int | None = None, seed: int | None = None) -> 
     findings += _rest(sizes, seen, findings)
     checked.n_files = len(seen & sizes.keys())
     checked.n_bytes = sum(sizes[path] for path in seen & sizes.keys()) if sample is None else None
-    return list(watch.busy(findings)), checked
+    return list(before.without_busy(findings)), checked
 
 
 def _rest(sizes: dict[str, int], seen: set[str], findings: list[Finding]) -> Iterator[Finding]:
@@ -103,19 +104,19 @@ def _checks(cache: Cache, sample: int | None, draws: np.random.Generator, checke
     yield cache.path, _lists(cache)
     try:
         labels = cache.images().labels
-    except (CacheCorruptError, FileNotFoundError):  # said by _lists
+    except (CacheCorruptError, FileNotFoundError):  # a finding of _lists
         labels = None
     for view in views_on_disk(cache):
         yield view.path, check_view(view, labels, sample, draws, checked)
-        for store in sorted(path for path in view.path.glob("*.zarr") if not path.is_symlink()):
+        for store in sorted(path for path in view.path.glob(layout.STORES) if not path.is_symlink()):
             yield store, check_store(view, store, sample, draws, checked)
 
 
 def views_on_disk(cache: Cache) -> list[View]:
     """Every view folder, also one that has lost its checksums.json; none that is a link."""
-    folders = sorted(path for path in cache.path.glob("view-*") if path.is_dir() and not path.is_symlink())
-    numbers = [path.name.removeprefix("view-") for path in folders]
-    views = [cache.view(int(number)) for number in numbers if number.isascii() and number.isdecimal()]
+    folders = sorted(path for path in cache.path.glob(layout.VIEWS) if path.is_dir() and not path.is_symlink())
+    numbers = (view_number(path.name) for path in folders)
+    views = [cache.view(number) for number in numbers if number is not None]
     return [view for view in views if view.path in folders]
 
 
@@ -123,8 +124,9 @@ def _unfinished(cache: Cache) -> Iterator[Finding]:
     """What is not there yet, or was left by an interrupted writer; begun stores and claims tell of themselves."""
     yield from _missing(cache)
     if (cache.path / WORK).exists():
-        yield Finding("unfinished", str(cache.path / WORK), f"a crop stage was begun and not finished. {AGAIN}")
-    for aside in sorted([*cache.path.glob(f"*{ASIDE}"), *cache.path.glob(f"view-*/*{ASIDE}")]):  # in a store, the store says it
+        yield Finding("unfinished", str(cache.path / WORK), f"a crop stage was begun and not finished. {RUN_AGAIN}")
+    left = (cache.path.glob(pattern) for pattern in (f"*{ASIDE}", f"{layout.VIEWS}/*{ASIDE}"))  # in a store, the store says it
+    for aside in sorted(itertools.chain(*left)):
         if aside.name != WORK:
             yield _left_over(str(aside))
 
@@ -133,23 +135,23 @@ def _missing(cache: Cache) -> Iterator[Finding]:
     """The first view that is not there although a later one is, and stores that only some views have."""
     views = {view.number: view.path for view in views_on_disk(cache)}
     if not any(view.is_cropped for view in views_on_disk(cache)):
-        yield Finding("unfinished", str(cache.path / "view-000"), "the cache has no finished view.")
+        yield Finding("unfinished", str(view_path(cache.path, 0)), "the cache has no finished view.")
         return
     gap = next(number for number in range(len(views) + 1) if number not in views)
     if gap < max(views) and not view_path(cache.path, gap).is_symlink():
         views[gap] = view_path(cache.path, gap)
         yield Finding("unfinished", str(views[gap]), f"there is no view {gap}, but there is a view {max(views)}.")
-    names = {view: {path.name for path in views[view].glob("*.zarr")} for view in sorted(views)}
+    names = {view: {path.name for path in views[view].glob(layout.STORES)} for view in sorted(views)}
     for name in sorted(set().union(*names.values())):
         having = next(view for view in names if name in names[view])
         for view in names:
             if name not in names[view]:
-                message = f"view {view} has no store of {name.removesuffix('.zarr')}, but view {having} has one."
+                message = f"view {view} has no store of {store_name(name)}, but view {having} has one."
                 yield Finding("unfinished", str(views[view] / name), message)
 
 
 def _left_over(path: str) -> Finding:
-    return Finding("unfinished", path, f"left by an interrupted writer. {AGAIN[:-1]}, or remove it.")
+    return Finding("unfinished", path, f"left by an interrupted writer, or by remove. {RUN_AGAIN[:-1]}, or remove it.")
 
 
 def _lists(cache: Cache) -> Iterator[Finding]:

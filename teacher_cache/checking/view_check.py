@@ -12,6 +12,8 @@ from ..cache import View
 from ..crops.beton import CropReader, read_checksums, tables_sha256
 from ..errors import CacheCorruptError, MismatchError
 from ..files.durable import crc32c
+from ..format import layout
+from ..terminal.extras import extras_for, install_command
 from .findings import Checked, Finding, judge, without
 from .policy import check_small_files, check_spare, draw_rows, in_threads
 from .small_files import SmallFiles
@@ -22,7 +24,7 @@ BLOCK = 4 << 20  # bytes of crops that a thread reads at a time
 def check_view(view: View, labels: np.ndarray | None, sample: int | None, draws: np.random.Generator, checked: Checked
                ) -> Iterator[Finding]:  # fmt: skip
     """The small files of a view, and crops.beton: its length, tables, labels, every crop, and how this machine decodes it."""
-    files, beton = SmallFiles(view.path, "view"), view.path / "crops.beton"
+    files, beton = SmallFiles(view.path, "view"), view.path / layout.CROPS_BETON
     yield from check_small_files(files)
     yield check_spare(files)
     if files.wrong:
@@ -31,12 +33,12 @@ def check_view(view: View, labels: np.ndarray | None, sample: int | None, draws:
     sums = read_checksums(view.path)
     if sums["crops_id"] != view.cache.crops_id:
         names = f"names crops {sums['crops_id'][:12]}, the cache is {view.cache.crops_id[:12]}."
-        yield judge(view.path / "checksums.json", names)
+        yield judge(view.path / layout.CHECKSUMS_JSON, names)
     if not beton.is_file():
         yield judge(beton, "is missing.")
-    elif beton.stat().st_size != sums["crops.beton"]["bytes"]:
-        yield judge(beton, f"has {beton.stat().st_size} bytes, {sums['crops.beton']['bytes']} were written.")
-    elif not has_tables(beton, sums["crops.beton"]["tables_sha256"]):
+    elif beton.stat().st_size != sums[layout.CROPS_BETON]["bytes"]:
+        yield judge(beton, f"has {beton.stat().st_size} bytes, {sums[layout.CROPS_BETON]['bytes']} were written.")
+    elif not has_tables(beton, sums[layout.CROPS_BETON]["tables_sha256"]):
         yield judge(beton, "its tables or padding are not those that were written.")
     else:
         yield _crops(view, labels, sample, draws, checked)
@@ -56,6 +58,12 @@ def _crops(view: View, labels: np.ndarray | None, sample: int | None, draws: np.
         return judge(reader.path, f"{len(bad)} damaged crops, rows {bad[:5]}{' ...' if len(bad) > 5 else ''}.")
     try:
         reader.require_same_decoder()
+    except ModuleNotFoundError as error:
+        if not (extras := extras_for(error.name or "")):
+            raise
+        checked.not_made[f"{view.path.name}/{reader.path.name}"] = (
+            "whether this machine decodes crops to the pixels on record, which needs FFCV: " + install_command(extras)
+        )
     except MismatchError as error:
         return Finding("foreign", str(reader.path), without(reader.path, error))
     except CacheCorruptError as error:  # one that is not in the sample

@@ -10,18 +10,20 @@ A cache has one *part* for its lists and crops (crops.claim), and one for each s
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..extraction.cropping import CLAIM
 from ..files.claims import Observer, holder_of
+from ..format import layout
+from ..format.layout import CROPS_CLAIM, is_shard_file, owning_store
 from .findings import Finding
 
 ROW_ARRAYS = ("tokens", "scale", "attention", "index")
 WHOLE = "."
 """The part of a cache that is no store."""
+ONE_CLAIM, RANGES = f"{layout.VIEWS}/{layout.CLAIMS}", f"{layout.VIEWS}/{layout.RANGE_CLAIMS}"
+"""Patterns of the claims of stores."""
 
 
 def entries(root: Path) -> list[tuple[Path, os.stat_result]]:
@@ -44,12 +46,12 @@ def _unless_gone(error: OSError) -> None:
 def part_of(root: Path, path: str | Path) -> str:
     """`view-000/fake.zarr` for all that belongs to that store, its claims and what is aside; WHOLE for lists and crops."""
     parts = Path(path).relative_to(root).parts
-    store = re.fullmatch(r"(.+?\.zarr)(\.claims?)?((\.[0-9a-f]{16})?\.partial)?", parts[1]) if len(parts) > 1 else None
-    return f"{parts[0]}/{store[1]}" if store else WHOLE
+    store = owning_store(parts[1]) if len(parts) > 1 else None
+    return f"{parts[0]}/{store}" if store else WHOLE
 
 
-class Watch:
-    """The cache `root` as it is when this is made, to be compared by `busy` with what it is later."""
+class Snapshot:
+    """The cache `root` as it is when this is made, to be compared by `without_busy` with what it is later."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -66,13 +68,13 @@ class Watch:
     def _held(self) -> dict[str, dict[str, bool]]:
         """Part -> who works on it -> whether on more than the shards that are missing."""
         held: dict[str, dict[str, bool]] = {}
-        for claim in [self.root / CLAIM, *_found(self.root, "view-*/*.claim", "view-*/*.claims/*.claim")]:
+        for claim in [self.root / CROPS_CLAIM, *_found(self.root, ONE_CLAIM, f"{RANGES}/{layout.CLAIMS}")]:
             if holder := self._observer.holder_of(claim):
                 of_part = held.setdefault(part_of(self.root, claim), {})
-                of_part[holder] = of_part.get(holder, False) or not claim.parent.name.endswith(".claims")
+                of_part[holder] = of_part.get(holder, False) or not claim.parent.name.endswith(layout.CLAIMS_SUFFIX)
         return held
 
-    def busy(self, findings: list[Finding]) -> Iterator[Finding]:
+    def without_busy(self, findings: list[Finding]) -> Iterator[Finding]:
         """`findings`, with one in the place of all that cannot be judged because somebody wrote there."""
         held = self._held()
         _, after = self._look()
@@ -89,7 +91,7 @@ class Watch:
     def _is_shard(self, finding: Finding) -> bool:
         """Whether this is about the file of a finished shard: it is so whoever works beside it (store_check.py)."""
         inner = Path(finding.path).relative_to(self.root).parts[2:]
-        return finding.kind == "damaged" and len(inner) > 1 and inner[0] in ROW_ARRAYS and inner[-1].startswith("c.")
+        return finding.kind == "damaged" and len(inner) > 1 and inner[0] in ROW_ARRAYS and is_shard_file(inner[-1])
 
     def _explained(self, part: str, now: dict[str, bool]) -> Finding:
         where, what = self.root / part, "its lists and crops" if part == WHOLE else "it"
@@ -116,7 +118,7 @@ def _found(folder: Path, *patterns: str) -> list[Path]:
 
 def left_claims(root: Path) -> Iterator[Finding]:
     """Claims that nobody holds: their processes were killed."""
-    for claim in [root / CLAIM, *_found(root, "view-*/*.claim", "view-*/*.claims")]:
-        held = map(holder_of, _found(claim, "*.claim") if claim.suffix == ".claims" else [claim])
+    for claim in [root / CROPS_CLAIM, *_found(root, ONE_CLAIM, RANGES)]:
+        held = map(holder_of, _found(claim, layout.CLAIMS) if claim.suffix == layout.CLAIMS_SUFFIX else [claim])
         if claim.exists() and not any(held):
             yield Finding("unfinished", str(claim), "a writer was killed. Run the same command again.")

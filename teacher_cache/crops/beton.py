@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import CacheCorruptError, MismatchError, NotAllowedError, NotInCacheError
 from ..files.durable import crc32c, create_aside, is_sha256, listed_files, open_plain, publish, read_npy, read_sealed, sha256_file
+from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, LARGEST_SIZE
 from ..kernels import sigbus
 from ..words import quoted
@@ -48,7 +49,7 @@ def _page_bytes(largest: int) -> int:
     return max(MIN_PAGE, min(MAX_PAGE, wanted), 1 << (largest - 1).bit_length())
 
 
-def layout(sizes: np.ndarray) -> tuple[int, np.ndarray, int]:
+def place_crops(sizes: np.ndarray) -> tuple[int, np.ndarray, int]:
     """Where everything lies: page size, pointers (uint64 [n_rows]), offset of the allocation table.
 
     sizes: uint64 [n_rows], bytes of the encoded crops.
@@ -72,7 +73,7 @@ def write_beton(path: Path, crops: np.ndarray, labels: np.ndarray, size: int, cr
     The same input gives the same bytes.
     """
     n_rows, sizes = len(crops), crops["bytes"].astype("uint64")
-    page, pointers, table_start = layout(sizes)
+    page, pointers, table_start = place_crops(sizes)
 
     header = np.zeros(1, _HEADER)
     header["version"], header["num_fields"], header["page_size"] = 2, 2, page
@@ -115,11 +116,11 @@ def read_checksums(view_dir: Path) -> dict:
 
     Raises FileNotFoundError if there is none, CacheCorruptError if it is not what the format asks for.
     """
-    path = Path(view_dir) / "checksums.json"
+    path = Path(view_dir) / layout.CHECKSUMS_JSON
     value = read_sealed(path)
-    beton, decoded = value.get("crops.beton"), value.get("decoded", {"rows": [], "crc32c": []})
+    beton, decoded = value.get(layout.CROPS_BETON), value.get("decoded", {"rows": [], "crc32c": []})
     if (
-        list(listed_files(value, path)) != ["crops.npy"]
+        list(listed_files(value, path)) != [layout.CROPS_NPY]
         or not is_sha256(value.get("crops_id"))
         or not isinstance(beton, dict)
         or type(beton.get("bytes")) is not int
@@ -138,11 +139,11 @@ class CropReader:
     """
 
     def __init__(self, view_dir: Path):
-        self.path = Path(view_dir) / "crops.beton"
-        crops_npy = Path(view_dir) / "crops.npy"
+        self.path = Path(view_dir) / layout.CROPS_BETON
+        crops_npy = Path(view_dir) / layout.CROPS_NPY
         try:
             self._checksums = read_checksums(view_dir)
-            is_own = sha256_file(crops_npy) == self._checksums["files"]["crops.npy"]
+            is_own = sha256_file(crops_npy) == self._checksums["files"][layout.CROPS_NPY]
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{error.filename}: is missing.") from None
         if not is_own:
@@ -220,7 +221,7 @@ class CropReader:
         """
         before, now = self._checksums.get("decoded"), self.decoded()
         if before is None:
-            raise CacheCorruptError(f"{self.path.with_name('checksums.json')}: it does not say how the crops were decoded.")
+            raise CacheCorruptError(f"{self.path.with_name(layout.CHECKSUMS_JSON)}: it does not say how the crops were decoded.")
         if before != now:
             differing = sum(a != b for a, b in zip(before["crc32c"], now["crc32c"], strict=False))
             raise MismatchError(

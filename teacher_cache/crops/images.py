@@ -173,7 +173,7 @@ def _walk(folder: Path, inner: str, above: frozenset[tuple[int, int]], left_out:
 
 
 def _listed(top: Path, left_out: list[str] | None, inner: str = "") -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in the folder `inner` of `top`, each sorted. BadInputError if that cannot be told.
+    """Names of the folders and of the files in the folder `inner` of `top`, each sorted. BadInputError if that cannot be known.
 
     left_out: takes the names, relative to `top`, of what is_left_out; None: nothing is.
     """

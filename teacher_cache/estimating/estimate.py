@@ -16,10 +16,10 @@ from ..extraction.fit import fit_bytes
 from ..extraction.planning import ExtractPlan
 from ..files.durable import ASIDE
 from ..files.space import existing_folder, free_bytes
+from ..format import layout
 from ..format.crop_plan import CropPlan
+from ..format.layout import store_file_name
 from ..format.spec import StoreSpec, TeacherSpec
-from ..store.commits import read_commits
-from ..store.manifest import read_manifest, store_file_name
 from ..terminal.progress import waiting
 from ..words import human
 from .disk import DiskRates, measure_files, measure_folder
@@ -31,7 +31,7 @@ MOST_FILES = 64
 
 
 @dataclass(frozen=True)
-class Student:
+class PresetFacts:
     """What a preset says; handed in, because this room knows no students."""
 
     preset: str
@@ -72,7 +72,7 @@ class Question:
     precision: str
 
 
-def answer(asked: Question, student: Student | None) -> dict:
+def answer(asked: Question, student: PresetFacts | None) -> dict:
     """Everything that is known, as plain JSON values. Writes nothing unless asked to measure, and then nothing that stays."""
     from ..teachers import crop_size
 
@@ -82,7 +82,7 @@ def answer(asked: Question, student: Student | None) -> dict:
     loaded, device = _load(asked, name) if asked.measure or not _is_listed(asked, name) else (None, None)
     teacher = loaded.spec if loaded else _listed(name)
     crops, crop_plan, crop_format, images = _crops(asked, student, crop_size(name, teacher))
-    cache = Cache(asked.folder) if (asked.folder / "cache.json").exists() else None
+    cache = Cache(asked.folder) if (asked.folder / layout.CACHE_JSON).exists() else None
     asked = dataclasses.replace(asked, views=asked.views or (len(cache.views()) if cache else 1))
     given = {key: getattr(asked, key) for key in ("layers", "dtype", "visible", "shard_rows", "batch_size")}
     plan = ExtractPlan(**{key: value for key, value in given.items() if value is not None})
@@ -126,14 +126,13 @@ def _bytes_there(cache: Cache, n_views: int, store_name: str) -> int:
     """Bytes of crops and targets that need not be made any more."""
     n_bytes = 0
     for view in cache.views()[:n_views]:
-        n_bytes += (view.path / "crops.beton").stat().st_size
+        n_bytes += (view.path / layout.CROPS_BETON).stat().st_size
         if store_name in view.store_names():
-            store = view.store_path(store_name)
-            n_bytes += int(read_commits(store, read_manifest(store).store)[0]["bytes"].sum())
+            n_bytes += int(view.store(store_name).commits.files["bytes"].sum())
     return n_bytes
 
 
-def _left_out(name: str, student: Student | None, cache: Cache | None, rates: Rates) -> Iterator[str]:
+def _left_out(name: str, student: PresetFacts | None, cache: Cache | None, rates: Rates) -> Iterator[str]:
     """What the figures do not count."""
     if student and student.n_teachers > 1:
         yield f"what more teachers of {student.preset} cost: this counts {name} alone, ask for the others with --teacher"
@@ -163,11 +162,11 @@ def _load(asked: Question, name: str):
     return load_teacher(name, asked.weights or "random:0", asked.image_size, device, precision), device
 
 
-def _crops(asked: Question, student: Student | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
+def _crops(asked: Question, student: PresetFacts | None, default_size: int) -> tuple[CropSizes, CropPlan, str, ImageList | None]:
     """What the crops will be: those of a cache that is there, cut from images, or typical ones."""
     if asked.folder.exists() and not asked.folder.is_dir():
         raise UsageError(f"{asked.folder} is a file. Give the folder where the cache shall lie, or one that holds a cache.")
-    if (asked.folder / "cache.json").exists():
+    if (asked.folder / layout.CACHE_JSON).exists():
         if asked.images or asked.n_images or asked.crop_size or asked.crop_format:
             raise UsageError(
                 f"{asked.folder} is a cache, and its crops are what they are: leave out --images, --n-images, --crop-size and "
@@ -188,7 +187,7 @@ def _crops(asked: Question, student: Student | None, default_size: int) -> tuple
     return CropSizes.typical(asked.n_images, plan, crop_format), plan, crop_format, None
 
 
-def _require_stored(spec: StoreSpec, layers: list[int], student: Student | None) -> None:
+def _require_stored(spec: StoreSpec, layers: list[int], student: PresetFacts | None) -> None:
     missing = sorted(set(layers) - set(spec.layers))
     if missing:
         raise UsageError(
@@ -202,7 +201,7 @@ def _bytes_read(spec: StoreSpec, teacher: TeacherSpec, layers: list[int], attent
     return sum(spec.row_bytes(array, teacher) for array in spec.arrays_read(layers, attention))
 
 
-def _measure(measured: dict, asked: Question, student: Student | None, teacher, plan: ExtractPlan, spec: StoreSpec,
+def _measure(measured: dict, asked: Question, student: PresetFacts | None, teacher, plan: ExtractPlan, spec: StoreSpec,
              crop_plan: CropPlan, crop_format: str, images: ImageList | None, device: str) -> None:  # fmt: skip
     """Fill in the rates that were not given, and `how` each was measured."""
     from .trial import extraction_rate, teacher_rate
@@ -210,7 +209,7 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
     how = measured["how"] = []
     say = waiting("estimate")
     folder = existing_folder(asked.folder)
-    if (folder / "cache.json").exists():
+    if (folder / layout.CACHE_JSON).exists():
         folder = folder.parent  # nothing foreign is ever put into a cache
     row_bytes = max(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     say("the disk")
@@ -235,44 +234,46 @@ def _measure(measured: dict, asked: Question, student: Student | None, teacher, 
 def _largest_shards(cache: Path) -> list[Path]:
     """Up to MOST_FILES shard files; a writer may be at work beside us."""
     sizes: dict[Path, int] = {}
-    for path in cache.glob("view-*/*.zarr/**/c.*"):
+    for path in cache.glob(f"{layout.VIEWS}/{layout.STORES}/**/c.*"):
         with contextlib.suppress(FileNotFoundError):
             if path.suffix != ASIDE:
                 sizes[path] = path.stat().st_size
     return sorted(sizes, key=lambda path: -sizes[path])[:MOST_FILES]
 
 
-def in_words(told: dict) -> str:
+def in_words(answered: dict) -> str:
     """What `answer` found, for people."""
-    layers = ", ".join(map(str, told["layers"]))
-    free, total = told["free_bytes"], told["bytes"]["total"]
+    layers = ", ".join(map(str, answered["layers"]))
+    free, total = answered["free_bytes"], answered["bytes"]["total"]
     lines = [
-        f"{told['n_images']:,} images, {told['views']} view{'s' * (told['views'] > 1)} of {told['crop_size']} px "
-        f"({told['crop_format']}); {told['teacher']}, layers {layers}, {told['dtype']}"
-        + ", attention" * told["attention"]
-        + (f", tokens of {told['visible']} visible patches" if told["visible"] else ""),
+        f"{answered['n_images']:,} images, {answered['views']} view{'s' * (answered['views'] > 1)} of {answered['crop_size']} px "
+        f"({answered['crop_format']}); {answered['teacher']}, layers {layers}, {answered['dtype']}"
+        + ", attention" * answered["attention"]
+        + (f", tokens of {answered['visible']} visible patches" if answered["visible"] else ""),
         "",
-        *told["byte_lines"],
-        f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {told['folder']}"
-        + (f"; {human(told['present_bytes'])} of it are there" if told["present_bytes"] else "")
-        + (f": {human(total - free - told['present_bytes'])} SHORT" if total > free + told["present_bytes"] else ""),
-        f"{'fitting':<11}{human(told['fit_bytes']):>8}   of disk for a time, before any target: the quantiser's sample",
+        *answered["byte_lines"],
+        f"{'total':<11}{human(total):>8}   {human(free)} are free on the disk of {answered['folder']}"
+        + (f"; {human(answered['present_bytes'])} of it are there" if answered["present_bytes"] else "")
+        + (f": {human(total - free - answered['present_bytes'])} SHORT" if total > free + answered["present_bytes"] else ""),
+        f"{'fitting':<11}{human(answered['fit_bytes']):>8}   of disk for a time, before any target: the quantiser's sample",
         "",
     ]
-    if told["extraction_s"] is not None:
-        lines.append(f"extraction {hours(told['extraction_s'])} on one device")
-    read = f"{human(told['bytes_read_per_crop'])} a crop"
-    if told["needed_bytes_per_s"] is not None:
-        read += f", {human(told['needed_bytes_per_s'])}/s for one device that trains {told['rates']['student']:,.4g} crops/s"
+    if answered["extraction_s"] is not None:
+        lines.append(f"extraction {hours(answered['extraction_s'])} on one device")
+    read = f"{human(answered['bytes_read_per_crop'])} a crop"
+    if answered["needed_bytes_per_s"] is not None:
+        read += (
+            f", {human(answered['needed_bytes_per_s'])}/s for one device that trains {answered['rates']['student']:,.4g} crops/s"
+        )
     lines.append(f"training   reads {read}")
-    if disk := told["disk"]:
+    if disk := answered["disk"]:
         written = f", writes {human(disk['write'])}/s" if disk["write"] else ""
         lines.append(
             f"disk       reads {human(disk['random'])}/s at random ({human(disk['chunk_bytes'])} each, {disk['threads']} at a "
-            f"time), {human(disk['sequential'])}/s in order{written}: {disk['of']}, {disk['how']}"
+            f"time){written}: {disk['of']}, {disk['how']}"
         )
-    lines += [f"measured   {line}" for line in told["rates"]["how"]]
-    lines += ["", *told["sentences"]]
-    if told["unknown"]:
-        lines += ["", "Not known:", *(f"  {line}" for line in told["unknown"])]
+    lines += [f"measured   {line}" for line in answered["rates"]["how"]]
+    lines += ["", *answered["sentences"]]
+    if answered["unknown"]:
+        lines += ["", "Not known:", *(f"  {line}" for line in answered["unknown"])]
     return "\n".join(lines)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from ..cache import Cache
-from ..crops.beton import layout
+from ..crops.beton import place_crops
 from ..crops.images import ImageList
 from ..errors import BadInputError
 from ..extraction.cropping import sample_crop_bytes
+from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
-from ..format.quantize import ChannelStatistics
 from ..format.spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec
 from ..store.manifest import Manifest, small_array_shapes, small_files
 from ..store.sizes import store_bytes
@@ -50,7 +50,8 @@ class CropSizes:
     @classmethod
     def of_cache(cls, cache: Cache) -> CropSizes:
         sizes = cache.finished_view(0).crops()["bytes"]
-        return cls(cache.n_images, sizes, "as they are in the cache", (cache.path / "images.txt").stat().st_size / cache.n_images)
+        name_bytes = (cache.path / layout.IMAGES_TXT).stat().st_size / cache.n_images
+        return cls(cache.n_images, sizes, "as they are in the cache", name_bytes)
 
     @classmethod
     def of_images(cls, folder: Path, images: ImageList, plan: CropPlan, crop_format: str) -> CropSizes:
@@ -74,7 +75,7 @@ class CropSizes:
 def crop_bytes(crops: CropSizes) -> int:
     """Bytes of crops.beton of one view."""
     n_rows = min(crops.n_images, TABLE_ROWS)
-    _, _, table_start = layout(np.resize(crops.sizes, n_rows).astype("uint64"))
+    _, _, table_start = place_crops(np.resize(crops.sizes, n_rows).astype("uint64"))
     return round((table_start / n_rows + 24) * crops.n_images)  # the allocation table, 24 bytes a row, lies behind the crops
 
 
@@ -90,12 +91,9 @@ def _small_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     fidelity = tuple(LayerFidelity(layer, 1 / 3, 1 / 3, 1 / 3, 65536) for layer in spec.layers)
     manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {}, MadeWith(1 << 20, False, "x" * 40))
     arrays = {name: np.zeros(shape, "float32") for name, shape in small_array_shapes(manifest).items()}
-    head = {name.removeprefix("head/"): values for name, values in arrays.items() if name.startswith("head/")}
-    quantised = [layer for layer in spec.layers if f"quant/{layer:02d}/centre" in arrays]
-    statistics = {n: ChannelStatistics(*(arrays[f"quant/{n:02d}/{name}"] for name in ("centre", "spread"))) for n in quantised}
-    files = small_files(manifest, statistics, head, arrays["probe"])
-    files["store.json"] = bytes(100 * len(files))
-    files["shards.npy"] = bytes(128 + 12 * spec.n_shards * len(spec.array_names))
+    files = small_files(manifest, arrays)
+    files[layout.STORE_JSON] = bytes(100 * len(files))
+    files[layout.SHARDS_NPY] = bytes(128 + 12 * spec.n_shards * len(spec.array_names))
     return sum(map(len, files.values())) + len(pack_members(files))
 
 

@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from ..store.manifest import Manifest
+from ..store.store import Store
 from ..store.writer import ShardWriter
 
 THREAD = "shard-writer"
@@ -30,8 +29,8 @@ class BackgroundWriter:
     waited_s: seconds that were spent waiting for the disk, after leaving also those for the rest.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, advance: Callable[[int], None], ahead: int = AHEAD):
-        self.store, self.manifest, self.advance = store, manifest, advance
+    def __init__(self, store: Store, advance: Callable[[int], None], ahead: int = AHEAD):
+        self.store, self.advance = store, advance
         self.waited_s = 0.0
         self._batches: queue.Queue = queue.Queue(ahead)
         self._error: BaseException | None = None
@@ -67,7 +66,7 @@ class BackgroundWriter:
     def _work(self) -> None:
         """Write what comes, up to None; behind an error only take it, so that `put` never waits for ever."""
         try:
-            n_threads = min(len(self.manifest.store.array_names), os.cpu_count() or 1)
+            n_threads = min(len(self.store.spec.array_names), os.cpu_count() or 1)
             with ThreadPoolExecutor(n_threads, thread_name_prefix="checksum") as pool:
                 while batch := self._batches.get():
                     self._write_shard(batch, pool)
@@ -81,7 +80,7 @@ class BackgroundWriter:
     def _write_shard(self, batch: tuple, pool: ThreadPoolExecutor) -> None:
         """Write the shard that begins with `batch`; raises _EndedEarly if the rest of it never comes."""
         shard, arrays, is_last, fp32_rows = batch
-        with ShardWriter(self.store, self.manifest.store, self.manifest.teacher, shard, pool) as out:
+        with ShardWriter(self.store, shard, pool) as out:
             while True:
                 out.append(arrays, fp32_rows)
                 self.advance(len(next(iter(arrays.values()))))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import Cache, CropsIdentity, View, view_path, write_cache
+from ..cache import Cache, CropsIdentity, View, write_cache
 from ..crops.beton import CropReader, tables_sha256, write_beton
 from ..crops.cutting import cut, draw, encode, load_image
 from ..crops.images import ImageList, Scanned, lies_in_left_out, read_image, scan
@@ -37,13 +37,14 @@ from ..files.durable import (
     write_whole,
 )
 from ..files.space import full_disk_explained
+from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
-from ..store.spare import SPARE, write_spare
+from ..format.layout import CROPS_CLAIM, SPARE, WORK, view_path
+from ..store.spare import write_spare
 from ..terminal.progress import progress
 from ..words import human
-from .parts import WORK, WorkFolder, is_left_over
+from .parts import WorkFolder, is_left_over
 
-CLAIM = "crops.claim"
 CHANGED = "is not the file that this cache was cut from"
 SHOWN = 50
 """Bad images that an error names; the rest stand in bad.txt."""
@@ -87,8 +88,8 @@ class CropJob:
         """CROP_DTYPE [n_images] of the view that is there: length and CRC-32C of every original."""
         if self.finished is None:
             return None
-        if sha256_file(self.finished.path / "crops.npy") != self.finished.crops_sha256:
-            raise CacheCorruptError(f"{self.finished.path / 'crops.npy'} is damaged. Run the same command with --repair.")
+        if sha256_file(self.finished.path / layout.CROPS_NPY) != self.finished.crops_sha256:
+            raise CacheCorruptError(f"{self.finished.path / layout.CROPS_NPY} is damaged. Run the same command with --repair.")
         return self.finished.crops()
 
 
@@ -98,7 +99,7 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
     Raises MismatchError if the cache, or an unfinished crop stage in it, was begun with other images or another plan;
     UsageError without an image folder when there is work to do, and for a folder that is no place for a cache.
     """
-    cache = Cache(cache_dir) if (cache_dir / "cache.json").exists() else None
+    cache = Cache(cache_dir) if (cache_dir / layout.CACHE_JSON).exists() else None
     if cache is not None:
         cache.require_same(
             CropsIdentity(plan, crop_format, cache.identity.names_sha256, cache.identity.labels_sha256,
@@ -119,7 +120,7 @@ def plan_job(cache_dir: Path, images_dir: Path | None, plan: CropPlan, crop_form
         entries = {entry.name for entry in cache_dir.iterdir()} if cache_dir.exists() else set()
         if SPARE in entries and WORK not in entries:
             Cache(cache_dir)  # raises, because it has lost its cache.json
-        if any(not is_name_of(entry, CLAIM) for entry in entries) and WORK not in entries:
+        if any(not is_name_of(entry, CROPS_CLAIM) for entry in entries) and WORK not in entries:
             raise UsageError(f"{cache_dir} is neither empty nor a cache. Give another folder.")
         views = tuple(range(n_views))
     if images_dir is None:
@@ -163,7 +164,7 @@ def _same_images(cache: Cache, found: ImageList, images_dir: Path) -> ImageList:
 
 def new_images(cache: Cache, found: ImageList) -> list[str]:
     """Images of a folder that a cache was made without, but for those that it names in skipped.txt."""
-    skipped = (cache.path / "skipped.txt").read_text(errors="replace").splitlines()
+    skipped = (cache.path / layout.SKIPPED_TXT).read_text(errors="replace").splitlines()
     new = sorted(set(found.names) - set(cache.images().names))
     return [name for name in new if not any(line.startswith(f"{name}: ") for line in skipped)]
 
@@ -201,6 +202,8 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
     `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
     """
+    from ..kernels import loops  # noqa: F401 - they decode every finished view once: where they are missing nothing is begun
+
     make_folder(job.cache_dir)
     with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
         job.work.begin(job.identity)
@@ -216,14 +219,14 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
 
 def remove_left_over(cache_dir: Path) -> None:
     """Remove the claim and the work folder of a crop stage that was killed after its last view was published."""
-    if is_left_over(cache_dir) or is_claimed_or_left(cache_dir / CLAIM):
+    if is_left_over(cache_dir) or is_claimed_or_left(cache_dir / CROPS_CLAIM):
         with suppress(ClaimHeldError), _claimed(cache_dir):  # a stage that is at work clears up itself
             if is_left_over(cache_dir):
                 remove_folder(cache_dir / WORK)
 
 
 def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
-    return claimed(cache_dir / CLAIM, f"The crop stage of {cache_dir}")
+    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}")
 
 
 def _kept(job: CropJob) -> str:
@@ -345,7 +348,7 @@ def _publish(job: CropJob, bad: dict[str, str]) -> None:
     crops_id = CropsIdentity.of(kept, job.plan, job.crop_format).crops_id
     for view in job.views:
         _publish_view(job, view, ok, kept.labels, crops_id)
-    if not (job.cache_dir / "cache.json").exists():
+    if not (job.cache_dir / layout.CACHE_JSON).exists():
         write_cache(job.cache_dir, kept, job.plan, job.crop_format, list(bad.values()))
 
 
@@ -354,18 +357,18 @@ def _publish_view(job: CropJob, view: int, ok: np.ndarray, labels: np.ndarray, c
     path = view_path(job.cache_dir, view)
     aside = clear_aside(path)
     if path.exists():  # an interrupted run came this far; with other bad images than now, its crops are others
-        if read_sealed(path / "checksums.json")["crops_id"] == crops_id:
+        if read_sealed(path / layout.CHECKSUMS_JSON)["crops_id"] == crops_id:
             return
         publish(path, aside)  # half removed it must not be taken for a view
         shutil.rmtree(aside)
     aside.mkdir()
     crops = job.work.records(view)[ok]
-    write_whole(aside / "crops.npy", npy_bytes(crops))
-    write_beton(aside / "crops.beton", crops, labels, job.plan.size, job.crop_format, job.work.encoded(view, ok))
-    files = {"crops.npy": sha256_file(aside / "crops.npy")}
-    beton = {"bytes": (aside / "crops.beton").stat().st_size, "tables_sha256": tables_sha256(aside / "crops.beton")}
-    checksums = {"crops_id": crops_id, "files": files, "crops.beton": beton}
-    write_whole(aside / "checksums.json", seal(checksums))
-    write_whole(aside / "checksums.json", seal({**checksums, "decoded": CropReader(aside).decoded()}))
+    write_whole(aside / layout.CROPS_NPY, npy_bytes(crops))
+    write_beton(aside / layout.CROPS_BETON, crops, labels, job.plan.size, job.crop_format, job.work.encoded(view, ok))
+    files = {layout.CROPS_NPY: sha256_file(aside / layout.CROPS_NPY)}
+    beton = {"bytes": (aside / layout.CROPS_BETON).stat().st_size, "tables_sha256": tables_sha256(aside / layout.CROPS_BETON)}
+    checksums = {"crops_id": crops_id, "files": files, layout.CROPS_BETON: beton}
+    write_whole(aside / layout.CHECKSUMS_JSON, seal(checksums))
+    write_whole(aside / layout.CHECKSUMS_JSON, seal({**checksums, "decoded": CropReader(aside).decoded()}))
     write_spare(aside)
     publish(aside, path)

@@ -1,6 +1,6 @@
 """What a store keeps of a teacher's output, worked out where the output is: on the GPU, if the teacher runs there.
 
-The numbers are those of quantize.py and race.py to the bit, which are their definition and what readers use; a test holds it.
+The numbers are those that docs/format.md defines, to the bit, on whatever device: tests/oracles.py works them out in numpy.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Encoder:
         tokens, attention, spec = output.tokens, output.attention, self.spec
         arrays = {"finite": finite_rows(output)}
         if spec.visible:
-            arrays["index"] = self._index(attention, rows)  # int32 [B, K]
-            tokens = _of_visible(tokens, arrays["index"].long(), tokens.shape[2] - attention.shape[1])  # [B, L, T, D]
+            arrays["index"] = race(attention, rows, self.view, spec.visible)  # int32 [B, K]
+            places = token_places(arrays["index"], tokens.shape[2] - attention.shape[1])
+            tokens = take_tokens(tokens, places)  # [B, L, T, D]
         scales = []
         for i, layer in enumerate(spec.layers):
             if spec.is_quantised:
@@ -57,13 +58,30 @@ class Encoder:
             arrays["attention"] = attention
         return to_host(arrays)
 
-    def _index(self, attention: Tensor, rows: np.ndarray) -> Tensor:
-        """race.race on the device. The logarithms come from the host: those of two devices differ in the last bit."""
-        arriving = torch.from_numpy(arrivals(attention.shape[1], rows, self.view))  # float64 [B, N]
-        if self.device.type == "cuda":
-            arriving = arriving.pin_memory().to(self.device, non_blocking=True)
-        speed = attention.double() / arriving
-        return torch.argsort(speed, dim=1, descending=True, stable=True)[:, : self.spec.visible].int()
+
+def race(attention: Tensor | np.ndarray, rows: np.ndarray, view: int, n_first: int) -> Tensor:
+    """The first patches of each row's race (race.py), in their order: int32 [B, n_first]. Patches without attention come last.
+
+    attention: float32 [B, N]. rows: [B], their numbers. The logarithms come from the host: those of two devices differ in the
+    last bit.
+    """
+    attention = torch.as_tensor(attention)
+    arriving = torch.from_numpy(arrivals(attention.shape[1], rows, view))  # float64 [B, N]
+    if attention.is_cuda:
+        arriving = arriving.pin_memory().to(attention.device, non_blocking=True)
+    speed = attention.double() / arriving
+    return torch.argsort(speed, dim=1, descending=True, stable=True)[:, :n_first].int()
+
+
+def token_places(patches: Tensor, n_cls: int) -> Tensor:
+    """race.places_of on the device: where CLS, if there is one, and `patches` [B, K] stand among all tokens, int64 [B, C+K]."""
+    cls = torch.arange(n_cls, device=patches.device).expand(len(patches), -1)
+    return torch.cat([cls, patches.long() + n_cls], 1)
+
+
+def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
+    """The tokens at `places` [B, n] of [B, L, C+N, D]: [B, L, n, D]."""
+    return tokens.take_along_dim(places[:, None, :, None], dim=2)
 
 
 def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
@@ -84,7 +102,11 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
 
 
 def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: int) -> tuple[Tensor, Tensor]:
-    """quantize.quantise on the device: float32 [..., D] -> int8 [..., D] or uint8 [..., ceil(D / 2)], and float16 [..., G]."""
+    """float [..., D] -> what is stored of it, and float16 scale [..., G]; on any device, to the same bits.
+
+    Stored is int8 [..., D], in which -128 never occurs, or for int4 uint8 [..., ceil(D / 2)], in which 0 never fills the bytes of
+    a group: these are the stores' fill values. centre, spread: float32 [D].
+    """
     standard = (tokens.float() - centre).div_(spread)  # in place from here on: each pass over memory counts
     dim = standard.shape[-1]
     n_short = -dim % group  # the last group is filled up with one of its own values, which changes neither end
@@ -98,14 +120,21 @@ def quantise(tokens: Tensor, centre: Tensor, spread: Tensor, dtype: str, group: 
         return _levels(groups, scale, -127, 127)[..., :dim].to(torch.int8), scale
     scale = (torch.where(highest >= -lowest, -largest, largest) / 8).half()
     levels = _levels(groups, scale, -8, 7)
-    alone = levels.unflatten(-1, groups.shape[-2:]).amax(-1) == -8
+    alone = levels.unflatten(-1, groups.shape[-2:]).amax(-1) == -8  # nothing but -8: +7 of a larger scale says the same
     scale = torch.where(alone, _times(scale, -8 / 7), scale)
     levels = torch.where(alone.repeat_interleave(group, -1), 7, levels)
     return _pack(levels[..., :dim]), scale
 
 
+def quantise_on_host(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise` of an array: float32 [..., D]."""
+    tensors = (torch.from_numpy(values) for values in (tokens, statistics.centre, statistics.spread))
+    stored, scale = quantise(*tensors, dtype, group)
+    return stored.numpy(), scale.numpy()
+
+
 def _levels(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
-    """float32 [..., G * group], whole numbers. `groups` is overwritten."""
+    """float32 [..., G * group]: whole multiples of the scale of each value's group. `groups` is overwritten."""
     step = scale.float()
     step = torch.where(step == 0, torch.inf, step).unsqueeze(-1)  # by which all becomes 0
     return groups.div_(step).round_().clamp_(least, most).flatten(-2)
@@ -121,10 +150,3 @@ def _pack(levels: Tensor) -> Tensor:
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=15)
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-
-
-def _of_visible(tokens: Tensor, index: Tensor, n_cls: int) -> Tensor:
-    """CLS, if there is one, and the patches `index` [B, K] of tokens [B, L, C+N, D]: [B, L, C+K, D]."""
-    cls = torch.arange(n_cls, device=index.device).expand(len(index), -1)
-    places = torch.cat([cls, index + n_cls], 1)[:, None, :, None]
-    return tokens.take_along_dim(places, dim=2)

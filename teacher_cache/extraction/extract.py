@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,20 +24,21 @@ import torch
 from ..cache import View
 from ..crops.beton import CropReader
 from ..errors import BadInputError, ClaimLostError, MismatchError, NotInCacheError
-from ..files.claims import claimed, claimed_range, is_claimed_or_left, store_claim, store_claims
+from ..files.claims import claimed, claimed_range, is_claimed_or_left
 from ..files.space import full_disk_explained
-from ..format.race import race
-from ..format.spec import STORE_VERSIONS, StoreSpec, TeacherSpec, comparable
+from ..format.layout import PROBE, store_claim, store_claims
+from ..format.spec import STORE_VERSIONS, StoreSpec, comparable
 from ..store import writer
-from ..store.commits import count_commits, fold, is_complete, is_folded, read_fp32_rows_to_make
-from ..store.manifest import Manifest, create_store, is_begun, read_head, read_manifest, read_small_array, read_statistics
-from ..store.nonfinite import NO_ROWS, again, finite_output, require_few
+from ..store.folding import fold, is_folded
+from ..store.manifest import Manifest, create_store
+from ..store.nonfinite import NO_ROWS, finite_output, require_few, rerun
+from ..store.store import Store, is_begun
 from ..terminal.progress import note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
-from .encode import Encoder
-from .fit import TRIAL_ROWS, Sample, fit, n_fit_rows
-from .planning import ExtractPlan, differences, own_shards, require_like, target_differences
+from .encode import Encoder, race, take_tokens, token_places
+from .fit import Sample, fit, n_fit_rows
+from .planning import ExtractPlan, own_shards, require_like, spec_differences, target_differences
 from .record import changes, made_with, software
 
 DECODE_AHEAD = 2
@@ -46,6 +47,34 @@ SLOW_SHARE, SLOW_S = 0.1, 60.0
 """A share of the time, and a time, from which one says what the teacher had to wait for."""
 PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 """Relative L2 difference of the probe's output that another machine may show."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for: the store `name` of a view, filled by a teacher as a plan says."""
+
+    view: View
+    name: str
+    teacher: object
+    plan: ExtractPlan
+    path: Path
+    spec: StoreSpec
+    """What the plan makes of this teacher and view; of a new store the codecs are chosen when it is begun."""
+
+    @classmethod
+    def of(cls, view: View, name: str, teacher, plan: ExtractPlan) -> _Job:
+        return cls(view, name, teacher, plan, view.store_path(name), plan.store_spec(teacher.spec, view.cache.n_images))
+
+    def require_same(self, store: Store, view: View) -> None:
+        """Raise MismatchError naming every way in which a store of `view` is not the one asked for."""
+        spec, found = self.teacher.spec, store.manifest
+        mine, theirs = comparable(replace(spec, weights=found.teacher.weights).to_json(), found.teacher.to_json())
+        mine |= {"precision": self.teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
+        theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
+        if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
+            for values, of in ((mine, spec), (theirs, found.teacher)):
+                values["weights"] = f"{of.weights} (sha256 {values.pop('weights_sha256')[:12]})"
+        require_like(store.path, spec_differences(theirs, mine) + target_differences(found, self.plan, self.spec))
 
 
 def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: range | None = None) -> bool:
@@ -57,60 +86,60 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
     Raises MismatchError if a store of that name was made with anything else than what is given now, or if another process works
     on the same shards; UsageError if `shards` begins behind the last shard.
     """
-    store = view.store_path(name)
-    own = own_shards(shards, plan.store_spec(teacher.spec, view.cache.n_images))
-    if is_begun(store):
-        _require_same(store, view, teacher, plan)
-        if is_folded(store) and not any(map(is_claimed_or_left, (store_claim(store), store_claims(store)))):
+    job = _Job.of(view, name, teacher, plan)
+    path, own = job.path, own_shards(shards, job.spec)
+    if is_begun(path):
+        job.require_same(Store.open(path), view)
+        if is_folded(path) and not any(map(is_claimed_or_left, (store_claim(path), store_claims(path)))):
             return False  # else what follows clears away the claims of the dead
     wait = None if shards is None else waiting(f"view {view.number}: {name}")
-    with full_disk_explained(store, lambda: _kept(store, teacher, plan, view, own)):
+    with full_disk_explained(path, lambda: _kept(job, own)):
         crops = CropReader(view.path)
         crops.require_same_decoder()
-        is_new = _begin_once(view, name, teacher, plan, crops, wait)
-        with _loss_explained(store), claimed_range(store_claims(store), own.start, own.stop, f"The store {store}"):
-            manifest = read_manifest(store)
-            missing = [shard for shard in writer.missing_shards(store, manifest.store) if shard in own]
+        is_new = _begin_once(job, crops, wait)
+        with _loss_explained(path), claimed_range(store_claims(path), own.start, own.stop, f"The store {path}"):
+            store = Store.open(path)
+            missing = [shard for shard in store.missing_shards() if shard in own]
             if missing and not is_new:
                 require_same_probe(store, teacher)
-                _tell_changes(store, manifest, teacher, plan)
-            n_rows, n_missing = (sum(len(manifest.store.rows_of(shard)) for shard in which) for which in (own, missing))
+                _note_changes(store, teacher, plan)
+            n_rows, n_missing = (sum(len(store.spec.rows_of(shard)) for shard in which) for which in (own, missing))
             with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
                 if missing:
                     _extract_shards(view, store, missing, crops, teacher, plan.batch_size, advance)
-            return _complete(store, manifest.store, wait) or bool(missing)
+            return _complete(store, wait) or bool(missing)
 
 
-def _begin_once(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader, wait: Callable | None) -> bool:
+def _begin_once(job: _Job, crops: CropReader, wait: Callable | None) -> bool:
     """Begin the store unless it was begun, perhaps by another process that is at it; returns whether this one did."""
-    store = view.store_path(name)
-    if is_begun(store):
+    if is_begun(job.path):
         return False
-    with claimed(store_claim(store), f"The store {store}", wait):
-        if is_begun(store):
-            _require_same(store, view, teacher, plan)
+    with claimed(store_claim(job.path), f"The store {job.path}", wait):
+        if is_begun(job.path):
+            job.require_same(Store.open(job.path), job.view)
             return False
-        _begin(view, name, teacher, plan, crops)
+        _begin(job, crops)
         return True
 
 
-def _complete(store: Path, spec: StoreSpec, wait: Callable | None) -> bool:
+def _complete(store: Store, wait: Callable | None) -> bool:
     """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
-    with claimed(store_claim(store), f"The store {store}", wait):
-        if writer.missing_shards(store, spec):
+    with claimed(store_claim(store.path), f"The store {store.path}", wait):
+        store.require_unchanged()
+        if store.missing_shards():
             return False
-        is_news = not is_complete(store)
-        fold(store, spec)
-        return is_news
+        was_complete = store.is_complete
+        fold(store)
+        return not was_complete
 
 
 @contextmanager
-def _loss_explained(store: Path) -> Iterator[None]:
+def _loss_explained(path: Path) -> Iterator[None]:
     """Say so if a store goes away under the hands of its writer."""
     try:
         yield
     except (OSError, NotInCacheError, ClaimLostError) as error:
-        gone = next((folder for folder in (store.parent.parent, store.parent, store) if not folder.exists()), None)
+        gone = next((folder for folder in (path.parent.parent, path.parent, path) if not folder.exists()), None)
         if gone is None:
             raise
         raise NotInCacheError(
@@ -119,44 +148,32 @@ def _loss_explained(store: Path) -> Iterator[None]:
         ) from error
 
 
-def _tell_changes(store: Path, manifest: Manifest, teacher, plan: ExtractPlan) -> None:
+def _note_changes(store: Store, teacher, plan: ExtractPlan) -> None:
     """Say with what a store is continued, or another view of it begun, that is not what it was begun with."""
-    now = software(), made_with(teacher, plan.batch_size)
-    if differing := changes((manifest.software, manifest.made), now):
-        note(f"{store} was begun with other software or another machine; bytes may differ:")
+    then, now = (store.manifest.software, store.manifest.made), (software(), made_with(teacher, plan.batch_size))
+    if differing := changes(then, now):
+        note(f"{store.path} was begun with other software or another machine; bytes may differ:")
         for line in differing:
             note(f"  {line}")
 
 
 def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> None:
     """Raise MismatchError naming every way in which the store `name` of a view, if it was begun, is not the one asked for."""
-    store = view.store_path(name)
-    if is_begun(store):
-        _require_same(store, view, teacher, plan)
+    path = view.store_path(name)
+    if is_begun(path):
+        _Job.of(view, name, teacher, plan).require_same(Store.open(path), view)
 
 
-def _require_same(store: Path, view: View, teacher, plan: ExtractPlan) -> None:
-    found = read_manifest(store)
-    mine, theirs = comparable(replace(teacher.spec, weights=found.teacher.weights).to_json(), found.teacher.to_json())
-    mine |= {"precision": teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
-    theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}
-    if mine["weights_sha256"] != theirs["weights_sha256"]:  # a seed or a file's name says more than the sum alone
-        for values, spec in ((mine, teacher.spec), (theirs, found.teacher)):
-            values["weights"] = f"{spec.weights} (sha256 {values.pop('weights_sha256')[:12]})"
-    of_store = target_differences(found, plan, teacher.spec, view.cache.n_images)
-    require_like(store, differences(theirs, mine) + of_store)
-
-
-def require_same_probe(store: Path, teacher) -> None:
+def require_same_probe(store: Store, teacher) -> None:
     """Raise MismatchError if the teacher does not answer to the probe image as it did when the store was begun."""
-    manifest = read_manifest(store)
-    before, now = read_small_array(store, "probe"), probe_output(teacher, manifest.store.layers)
+    before, now = store.small_array(PROBE), probe_output(teacher, store.spec.layers)
     difference = float(np.linalg.norm(now - before) / np.linalg.norm(before))
-    if not difference <= PROBE_TOLERANCE[manifest.precision]:
+    tolerance, then = PROBE_TOLERANCE[store.manifest.precision], store.manifest.software
+    if not difference <= tolerance:
         raise MismatchError(
-            f"{store}: {teacher.spec.name} answers to the probe image {difference:.2g} (relative L2) differently from when the "
-            f"store was begun; up to {PROBE_TOLERANCE[manifest.precision]} is rounding. Software then: {manifest.software}. "
-            f"Continue on a machine with that software, or delete {store}."
+            f"{store.path}: {teacher.spec.name} answers to the probe image {difference:.2g} (relative L2) differently from when "
+            f"the store was begun; up to {tolerance} is rounding. Software then: {then}. Continue on a machine "
+            f"with that software, or delete {store.path}."
         )
 
 
@@ -209,20 +226,26 @@ def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device)
 
 
 def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...], name_of: Callable[[int], str],
-                forced: np.ndarray = NO_ROWS) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
-    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite: see nonfinite.finite_output."""
+                forced: np.ndarray = NO_ROWS, index: np.ndarray | None = None
+                ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """tokens float32 [B, L, C+N, D] and attention float32 [B, N] | None, all finite: see nonfinite.finite_output.
+
+    index: int32 [B, K], to have of the tokens CLS and these patches alone: [B, L, C+K, D].
+    """
     images = torch.as_tensor(images, device=teacher.device)
     output, _ = finite_output(teacher, images, rows, layers, name_of, forced)
-    return output.tokens.cpu().numpy(), None if output.attention is None else output.attention.cpu().numpy()
+    tokens = output.tokens
+    if index is not None:
+        tokens = take_tokens(tokens, token_places(torch.as_tensor(index, device=tokens.device), int(teacher.spec.has_cls)))
+    return tokens.cpu().numpy(), None if output.attention is None else output.attention.cpu().numpy()
 
 
-def _extract_shards(view: View, store: Path, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
+def _extract_shards(view: View, store: Store, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
     """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order."""
-    manifest = read_manifest(store)
-    begun = _Begun(view, store, manifest, teacher)
-    batches = [(shard, rows) for shard in shards for rows in _cut(manifest.store.rows_of(shard), batch_size)]
+    begun = _Begun(view, store, teacher)
+    batches = [(shard, rows) for shard in shards for rows in _cut(store.spec.rows_of(shard), batch_size)]
     begin = time.monotonic()
-    with BackgroundWriter(store, manifest, advance) as out:
+    with BackgroundWriter(store, advance) as out:
         decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
         before: Callable[[], None] | None = None  # hands the batch before to the writer when it is encoded
         for shard, rows in batches:
@@ -234,12 +257,15 @@ def _extract_shards(view: View, store: Path, shards: list[int], crops: CropReade
             finally:  # what is encoded is kept, also if this batch fails
                 if before is not None:
                     before()
-            before = partial(_hand_over, out, shard, encoded, rows[-1] == manifest.store.rows_of(shard)[-1], advance)
+            before = partial(_hand_over, out, shard, encoded, rows[-1] == store.spec.rows_of(shard)[-1], advance)
         before()
     if begun.n_fp32:
-        note(f"view {manifest.view}: {store.stem}: {begun.n_fp32:,} crops made in fp32, as bf16 gave non-finite values for them.")
+        note(
+            f"view {view.number}: {store.path.stem}: {begun.n_fp32:,} crops made in fp32, as bf16 gave non-finite values for "
+            "them."
+        )
     waited = {"the crops": advance.waited.get("decode", 0.0), "the disk": out.waited_s}
-    _tell_waiting(f"view {manifest.view}: {store.stem}", waited, time.monotonic() - begin)
+    _note_waiting(f"view {view.number}: {store.path.stem}", waited, time.monotonic() - begin)
 
 
 class _Begun:
@@ -248,42 +274,41 @@ class _Begun:
     n_fp32: rows so far that had to be made in fp32 for that.
     """
 
-    def __init__(self, view: View, store: Path, manifest: Manifest, teacher):
-        self.view, self.store, self.manifest, self.teacher = view, store, manifest, teacher
-        spec = manifest.store
-        self.encode = Encoder(spec, read_statistics(store, spec), manifest.view, teacher.device)
-        self.forced = read_fp32_rows_to_make(store, spec) if manifest.format_version >= 3 else NO_ROWS
+    def __init__(self, view: View, store: Store, teacher):
+        self.view, self.store, self.teacher = view, store, teacher
+        self.encode = Encoder(store.spec, store.statistics(), store.manifest.view, teacher.device)
+        self.forced = store.read_fp32_rows_to_make() if store.has_fp32_rows else NO_ROWS
         self.n_fp32 = 0
         self._of_shard = (-1, 0)
 
     def encoding(self, images: torch.Tensor, rows: np.ndarray) -> Callable[[], tuple[dict[str, np.ndarray], np.ndarray]]:
         """Begin to encode a batch; the function returned waits for its row arrays, and the rows among it made in fp32."""
         images = images.to(self.teacher.device, non_blocking=True)
-        wait = self.encode(self.teacher(images, self.manifest.store.layers), rows)
+        wait = self.encode(self.teacher(images, self.store.spec.layers), rows)
 
         def finished() -> tuple[dict[str, np.ndarray], np.ndarray]:
             arrays, fp32_rows = wait(), NO_ROWS
             if not arrays["finite"].all() or np.isin(rows, self.forced).any():
-                arrays, fp32_rows = self._again(images, rows)
+                arrays, fp32_rows = self._rerun(images, rows)
             del arrays["finite"]
             return arrays, fp32_rows
 
         return finished
 
-    def _again(self, images: torch.Tensor, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        spec, name = self.manifest.store, self.teacher.spec.name
-        output, fp32_rows = again(self.teacher, images, rows, spec.layers, _names(self.view), self.forced)
-        other = f"Give --precision fp32 and another --name, and delete {self.store}."
-        if len(fp32_rows) and self.manifest.format_version < 3:
+    def _rerun(self, images: torch.Tensor, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        spec, name = self.store.spec, self.teacher.spec.name
+        output, fp32_rows = rerun(self.teacher, images, rows, spec.layers, _names(self.view), self.forced)
+        other = f"Give --precision fp32 and another --name, and delete {self.store.path}."
+        if len(fp32_rows) and not self.store.has_fp32_rows:
             raise BadInputError(
                 f"{name} gives non-finite values in bf16 for row {fp32_rows[0]}, {_names(self.view)(fp32_rows[0])}. fp32 gives "
-                f"numbers, but {self.store} is of version {self.manifest.format_version}, which cannot say that a row was made "
-                "so. Give another --name: a new store can."
+                f"numbers, but {self.store.path} is of version {self.store.manifest.format_version}, which cannot say that a row "
+                "was made so. Give another --name: a new store can."
             )
         shard = int(rows[0]) // spec.shard_rows
         n_before = self._of_shard[1] if self._of_shard[0] == shard else 0
         self._of_shard = (shard, n_before + len(fp32_rows))
-        require_few(self._of_shard[1], len(spec.rows_of(shard)), f"shard {shard} of {self.store}", name, other)
+        require_few(self._of_shard[1], len(spec.rows_of(shard)), f"shard {shard} of {self.store.path}", name, other)
         self.n_fp32 += len(fp32_rows)
         return self.encode(output, rows)(), fp32_rows
 
@@ -300,49 +325,48 @@ def _hand_over(out: BackgroundWriter, shard: int, encoded: Callable, is_last: bo
         out.put(shard, arrays, is_last, fp32_rows)
 
 
-def _tell_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
+def _note_waiting(what: str, waited: dict[str, float], seconds: float) -> None:
     """Say what the teacher had to wait for, if it was for long."""
     for whom, waited_s in waited.items():
         if seconds > SLOW_S and waited_s > SLOW_SHARE * seconds:
             note(f"{what}: {whom} could not keep up with the teacher, which waited {waited_s / seconds:.0%} of the time for it.")
 
 
-def _kept(store: Path, teacher, plan: ExtractPlan, view: View, own: range) -> str:
+def _kept(job: _Job, own: range) -> str:
     """What a full disk leaves of a store, and what its own shards still need."""
-    spec = plan.store_spec(teacher.spec, view.cache.n_images)
-    needed = f"{human(writer.missing_bytes(store, spec, teacher.spec, own))} are still to be written"
-    kept = f"{count_commits(store, spec)} of {spec.n_shards} shards are finished and kept; " if is_begun(store) else ""
+    needed = f"{human(writer.missing_bytes(job.path, job.spec, job.teacher.spec, own))} are still to be written"
+    kept = ""
+    if is_begun(job.path):
+        kept = f"{Store.open(job.path).n_finished()} of {job.spec.n_shards} shards are finished and kept; "
     return f"{kept}{needed}. Make room and run the same command again."
 
 
-def _begin(view: View, name: str, teacher, plan: ExtractPlan, crops: CropReader) -> None:
+def _begin(job: _Job, crops: CropReader) -> None:
     """Create the store with the quantiser of a view that has it; else, on view 0, with a freshly fitted one."""
-    store = view.store_path(name)
-    having = [other for other in view.cache.views() if is_begun(other.store_path(name))]
-    spec, described, version = plan.store_spec(teacher.spec, len(crops)), teacher.spec, STORE_VERSIONS[-1]
+    view, teacher, plan, spec = job.view, job.teacher, job.plan, job.spec
+    having = [other for other in view.cache.views() if is_begun(other.store_path(job.name))]
+    described, version = teacher.spec, STORE_VERSIONS[-1]
     if having:
-        _require_same(first := having[0].store_path(name), having[0], teacher, plan)
-        original = read_manifest(first)
-        spec, fidelity, version = original.store, original.fidelity, original.format_version
+        original = having[0].store(job.name)
+        job.require_same(original, having[0])
+        spec, fidelity, version = original.spec, original.manifest.fidelity, original.manifest.format_version
         described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
-        _tell_changes(first, original, teacher, plan)
-        statistics, head = read_statistics(first, spec), read_head(first, original.teacher)
-        probe = read_small_array(first, "probe")
+        _note_changes(original, teacher, plan)
+        statistics, head, probe = original.statistics(), original.head(), original.small_array(PROBE)
     elif view.number == 0:
         _require_finite_head(teacher)
-        statistics, fidelity, codecs = _fit(view, teacher, crops, spec, plan)
-        spec = plan.store_spec(teacher.spec, len(crops), codecs)
+        statistics, fidelity = _fit(view, teacher, crops, spec, plan)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
         raise NotInCacheError(
-            f"View {view.number} shares the quantiser of view 0, which has no store {name}: extract view 0 first."
+            f"View {view.number} shares the quantiser of view 0, which has no store {job.name}: extract view 0 first."
         )
     manifest = Manifest(
         teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
         precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
         software=software(), made=made_with(teacher, plan.batch_size) if version >= 3 else None, format_version=version,
     )  # fmt: skip
-    create_store(store, manifest, statistics, head, probe)
+    create_store(job.path, manifest, statistics, head, probe)
 
 
 def _require_finite_head(teacher) -> None:
@@ -356,7 +380,7 @@ def _require_finite_head(teacher) -> None:
 
 
 def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
-    """Run the teacher over the first rows of view 0: channel statistics, fidelity per layer, codec per array.
+    """Run the teacher over the first rows of view 0: channel statistics, and fidelity per layer.
 
     Rows are in random order (images.py), so the first ones are a fair sample. Only what is sampled leaves the teacher's device.
     """
@@ -368,22 +392,16 @@ def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractP
                 output, fp32_rows = finite_output(teacher, images.to(teacher.device), rows, spec.layers, _names(view))
                 n_fp32 += len(fp32_rows)
                 require_few(n_fp32, n_rows, "the quantiser's sample", teacher.spec.name, "Give --precision fp32.")
-                kept = torch.from_numpy(_kept_tokens(output, rows, spec, teacher.spec)).to(output.tokens.device)  # [B, T]
+                kept = _kept_places(output, rows, spec)  # [B, T]
                 drawn = kept.take_along_dim(torch.from_numpy(sample.draw(len(rows))).to(kept.device), 1)
-                n_whole = int((rows < TRIAL_ROWS).sum())
-                sample.add(_taken(output.tokens, drawn), _taken(output.tokens[:n_whole], kept[:n_whole]))
+                sample.add(take_tokens(output.tokens, drawn).cpu().numpy())
                 advance(len(rows))
-        return fit(sample, spec, plan)
+        return fit(sample, spec)
 
 
-def _kept_tokens(output, rows: np.ndarray, spec: StoreSpec, teacher: TeacherSpec) -> np.ndarray:
-    """int64 [B, T]: which of the C+N tokens of these rows of view 0 a store keeps, in its order."""
+def _kept_places(output, rows: np.ndarray, spec: StoreSpec) -> torch.Tensor:
+    """int64 [B, T] on the device: which of the C+N tokens of these rows of view 0 a store keeps, in its order."""
+    n_tokens = output.tokens.shape[2]
     if not spec.visible:
-        return np.broadcast_to(np.arange(teacher.n_tokens), (len(rows), teacher.n_tokens)).copy()
-    n_cls, index = int(teacher.has_cls), race(output.attention.cpu().numpy(), rows, 0, spec.visible)
-    return np.concatenate([np.broadcast_to(np.arange(n_cls), (len(rows), n_cls)), index + n_cls], 1).astype("int64")
-
-
-def _taken(tokens: torch.Tensor, places: torch.Tensor) -> np.ndarray:
-    """float32 [B, L, n, D]: the tokens at `places` [B, n] of [B, L, C+N, D]."""
-    return tokens.take_along_dim(places[:, None, :, None], dim=2).cpu().numpy()
+        return torch.arange(n_tokens, device=output.tokens.device).expand(len(rows), -1)
+    return token_places(race(output.attention, rows, 0, spec.visible), n_tokens - output.attention.shape[1])

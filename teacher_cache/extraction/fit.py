@@ -13,19 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from ..files.durable import ASIDE
-from ..format.quantize import ChannelStatistics, dequantise, quantise, token_errors
-from ..format.spec import ARRAY_NAME, LayerFidelity, StoreSpec, TeacherSpec
-from ..store import writer
-from .planning import ExtractPlan
+from ..format.quantize import ChannelStatistics, dequantise, token_errors
+from ..format.spec import LayerFidelity, StoreSpec, TeacherSpec
 
 FIT_ROWS = 2048
 """Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
 FIT_TOKENS = 32
 """Tokens drawn from each of these rows."""
-TRIAL_ROWS = 16
-"""Whole rows on which codecs are tried."""
-CODEC_GAIN = 0.15
-"""`auto` compresses an array if that saves this share of its bytes."""
+LEAST_ROWS = 16
+"""Of a small set, if it has as many."""
 NAMED = "fit-"
 """How the file's name begins where it must have one for a moment."""
 BLOCK_VALUES = 1 << 22
@@ -48,28 +44,26 @@ def _nameless(folder: Path) -> int:
 
 def n_fit_rows(n_rows: int) -> int:
     """Rows that are sampled, the first of view 0."""
-    return min(FIT_ROWS, max(TRIAL_ROWS, n_rows // 8), n_rows)
+    return min(FIT_ROWS, max(LEAST_ROWS, n_rows // 8), n_rows)
 
 
 def fit_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     """Bytes of the file that a sample takes on the disk of the cache, before any target is there."""
-    n_rows, n_tokens = n_fit_rows(spec.n_rows), spec.n_tokens(teacher)
-    n_sampled = n_rows * min(FIT_TOKENS, n_tokens) + min(TRIAL_ROWS, n_rows) * n_tokens
-    return 4 * len(spec.layers) * n_sampled * teacher.dim
+    return 4 * len(spec.layers) * n_fit_rows(spec.n_rows) * min(FIT_TOKENS, spec.n_tokens(teacher)) * teacher.dim
 
 
 class Sample:
-    """Tokens of some rows, [L, n, D], and whole rows, [L, TRIAL_ROWS, T, D], in a file without a name. A context manager.
+    """Tokens of some rows, [L, n, D], in a file without a name. A context manager.
 
     folder: on whose disk it lies. Rows are added in their order.
     """
 
     def __init__(self, folder: Path, spec: StoreSpec, teacher: TeacherSpec):
-        n_rows, n_tokens = n_fit_rows(spec.n_rows), spec.n_tokens(teacher)
-        self.n_drawn = min(FIT_TOKENS, n_tokens)
-        self.shapes = ((n_rows * self.n_drawn, teacher.dim), (min(TRIAL_ROWS, n_rows), n_tokens, teacher.dim))
-        self.n_layers, self._n_added = len(spec.layers), [0, 0]
-        self._draws, self._n_tokens = np.random.Philox(key=0), n_tokens
+        self._n_tokens = spec.n_tokens(teacher)
+        self.n_drawn = min(FIT_TOKENS, self._n_tokens)
+        self.shape = (n_fit_rows(spec.n_rows) * self.n_drawn, teacher.dim)
+        self.n_layers, self._n_added = len(spec.layers), 0
+        self._draws = np.random.Philox(key=0)
         self._file = open(_nameless(folder), "w+b")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> Sample:
@@ -83,42 +77,26 @@ class Sample:
         drawn = [np.argsort(self._draws.random_raw(self._n_tokens), kind="stable")[:FIT_TOKENS] for _ in range(n_rows)]
         return np.array(drawn, "int64").reshape(n_rows, -1)
 
-    def add(self, drawn: np.ndarray, whole: np.ndarray) -> None:
-        """drawn: float32 [B, L, FIT_TOKENS, D], the tokens drawn of the next rows.
-
-        whole: [b, L, T, D], all tokens of those of these rows that come before TRIAL_ROWS.
-        """
-        for kind, rows in enumerate((drawn.swapaxes(0, 1).reshape(self.n_layers, -1, drawn.shape[-1]), whole.swapaxes(0, 1))):
-            for layer in range(self.n_layers):
-                block = np.ascontiguousarray(rows[layer], "float32")
-                self._file.seek(self._start(kind, layer) + 4 * self._n_added[kind] * int(np.prod(self.shapes[kind][1:])))
-                self._file.write(block.data.cast("B") if block.size else b"")
-            self._n_added[kind] += rows.shape[1]
+    def add(self, drawn: np.ndarray) -> None:
+        """drawn: float32 [B, L, FIT_TOKENS, D], the tokens drawn of the next rows."""
+        rows = drawn.swapaxes(0, 1).reshape(self.n_layers, -1, drawn.shape[-1])
+        for layer in range(self.n_layers):
+            self._file.seek(4 * (layer * self.shape[0] + self._n_added) * self.shape[1])
+            self._file.write(np.ascontiguousarray(rows[layer], "float32").data.cast("B"))
+        self._n_added += rows.shape[1]
 
     def tokens(self, layer: int) -> np.ndarray:
         """float32 [n, D] of the layer at place `layer`."""
-        return self._read(0, layer)
-
-    def rows(self, layer: int) -> np.ndarray:
-        """float32 [TRIAL_ROWS, T, D]"""
-        return self._read(1, layer)
-
-    def _start(self, kind: int, layer: int) -> int:
-        sizes = [4 * int(np.prod(shape)) for shape in self.shapes]
-        return layer * sum(sizes) + kind * sizes[0]
-
-    def _read(self, kind: int, layer: int) -> np.ndarray:
-        values = np.empty(self.shapes[kind], "float32")
-        self._file.seek(self._start(kind, layer))
+        values = np.empty(self.shape, "float32")
+        self._file.seek(layer * values.nbytes)
         if self._file.readinto(values.data.cast("B")) != values.nbytes:
             raise OSError("the sample that the quantiser is fitted on is shorter than what was written to it")
         return values
 
 
-def fit(sample: Sample, spec: StoreSpec, plan: ExtractPlan):
-    """Channel statistics by layer (none for float16), fidelity of each layer, codec of each array."""
+def fit(sample: Sample, spec: StoreSpec):
+    """Channel statistics by layer (none for float16), and fidelity of each layer."""
     statistics, fidelity = {}, []
-    codecs = dict.fromkeys(spec.array_names, "none" if plan.codec == "auto" else plan.codec)
     for place, layer in enumerate(spec.layers):
         tokens = sample.tokens(place)
         channel = ChannelStatistics.fit(tokens)
@@ -128,10 +106,7 @@ def fit(sample: Sample, spec: StoreSpec, plan: ExtractPlan):
         median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
         fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
         del tokens  # before the next layer comes
-        if plan.codec == "auto":
-            stored = (_round_trip(row, channel, spec)[0] for row in sample.rows(place))
-            codecs[ARRAY_NAME.format(layer)] = _choose_codec(stored)
-    return statistics, tuple(fidelity), codecs
+    return statistics, tuple(fidelity)
 
 
 def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:
@@ -146,18 +121,7 @@ def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec)
     if not spec.is_quantised:
         stored = tokens.astype("float16")
         return stored, stored.astype("float32")
-    stored, scale = quantise(tokens, channel, spec.dtype, spec.group)
+    from .encode import quantise_on_host  # needs torch
+
+    stored, scale = quantise_on_host(tokens, channel, spec.dtype, spec.group)
     return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)
-
-
-def _choose_codec(rows) -> str:
-    """What `auto` means for stored tokens: zstd if it saves CODEC_GAIN of the bytes of these rows, else none.
-
-    Scales and attention are a hundredth of the bytes: compressing them would save nothing and cost the compiled read.
-    """
-    encode = writer.encoder("zstd")
-    compressed = n_bytes = 0
-    for row in rows:
-        compressed += len(encode(row.tobytes()))
-        n_bytes += row.nbytes
-    return "zstd" if compressed <= (1 - CODEC_GAIN) * n_bytes else "none"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import CropsIdentity, differences
+from ..cache import CropsIdentity, identity_differences
 from ..errors import CacheCorruptError, MismatchError
 from ..files.durable import (
     crc32c,
@@ -31,10 +31,11 @@ from ..files.durable import (
     sha256_file,
     write_whole,
 )
+from ..format import layout
 from ..format.crop_plan import CROP_DTYPE
+from ..format.layout import WORK
 from ..format.spec import MAX_ROWS
 
-WORK = "crops.partial"
 PART_ROWS = 512
 """Images of a part at most."""
 PART_BYTES = 512 << 20
@@ -44,9 +45,9 @@ PART_BYTES = 512 << 20
 
 def is_left_over(cache_dir: Path) -> bool:
     """Whether a work folder is there although its stage is over: the process was killed when it had published the last view."""
-    views = [view.name for view in (cache_dir / WORK).glob("view-*")]
-    is_published = all((cache_dir / view / "checksums.json").exists() for view in views)
-    return (cache_dir / WORK).exists() and (cache_dir / "cache.json").exists() and is_published
+    views = [view.name for view in (cache_dir / WORK).glob(layout.VIEWS)]
+    is_published = all((cache_dir / view / layout.CHECKSUMS_JSON).exists() for view in views)
+    return (cache_dir / WORK).exists() and (cache_dir / layout.CACHE_JSON).exists() and is_published
 
 
 class WorkFolder:
@@ -65,15 +66,17 @@ class WorkFolder:
     def part_rows(self) -> int:
         """Images of a part: as the stage that is there was begun, else as many as memory should hold."""
         if self._is_begun:
-            begun = read_sealed(self.path / "job.json").get("part_rows")
+            begun = read_sealed(self.path / layout.JOB_JSON).get("part_rows")
             if type(begun) is not int or not 1 <= begun <= MAX_ROWS:
-                raise CacheCorruptError(f"{self.path / 'job.json'}: part_rows is {begun!r}. Delete {self.path} to start over.")
+                raise CacheCorruptError(
+                    f"{self.path / layout.JOB_JSON}: part_rows is {begun!r}. Delete {self.path} to start over."
+                )
             return begun
         return max(1, min(PART_ROWS, PART_BYTES // (3 * self.size**2 * len(self.views))))
 
     @property
     def _is_begun(self) -> bool:
-        return (self.path / "job.json").exists() and not is_left_over(self.cache_dir)
+        return (self.path / layout.JOB_JSON).exists() and not is_left_over(self.cache_dir)
 
     @property
     def n_parts(self) -> int:
@@ -94,7 +97,7 @@ class WorkFolder:
         return sum(len(self.names[self.rows_of(part)]) * len(self.missing_views(part)) for part in range(self.n_parts))
 
     def _file(self, view: int, part: int, suffix: str) -> Path:
-        return self.path / f"view-{view:03d}" / f"{part:06d}{suffix}"
+        return layout.part_path(self.path, view, part, suffix)
 
     def _commit(self, view: int, part: int) -> Path:
         return self._file(view, part, ".json")
@@ -105,7 +108,7 @@ class WorkFolder:
         """Raise MismatchError, naming what differs, if the stage that was begun here was to make something else."""
         if not self._is_begun:
             return
-        differing = differences(read_sealed(self.path / "job.json"), self._describe(identity), "begun")
+        differing = identity_differences(read_sealed(self.path / layout.JOB_JSON), self._describe(identity), "begun")
         if differing:
             raise MismatchError(
                 f"{self.path} was begun with other images or parameters:\n  " + "\n  ".join(differing) +
@@ -119,9 +122,9 @@ class WorkFolder:
         if is_left_over(self.cache_dir):
             self.remove()
         for view in self.views:
-            make_folder(inside(self.cache_dir, f"{WORK}/view-{view:03d}"))
-        if not (self.path / "job.json").exists():
-            write_whole(self.path / "job.json", seal(self._describe(identity)))
+            make_folder(inside(self.cache_dir, layout.view_path(Path(WORK), view).as_posix()))
+        if not (self.path / layout.JOB_JSON).exists():
+            write_whole(self.path / layout.JOB_JSON, seal(self._describe(identity)))
 
     def _describe(self, identity: CropsIdentity) -> dict:
         """What job.json says: parts on disk serve a later run only if it says the same."""
@@ -165,8 +168,8 @@ class WorkFolder:
             raise self._damaged(part, view, self._commit(view, part)) from error
 
     def _damaged(self, part: int, view: int, file: Path) -> CacheCorruptError:
-        again = f"Delete {self._commit(view, part)} and run the same command again: this part alone is made anew."
-        return CacheCorruptError(f"{file} was damaged. {again}")
+        advice = f"Delete {self._commit(view, part)} and run the same command again: this part alone is made anew."
+        return CacheCorruptError(f"{file} was damaged. {advice}")
 
     def bad(self) -> dict[str, str]:
         """The same of all images in any view, in row order, when all parts are finished."""
@@ -180,8 +183,8 @@ class WorkFolder:
 
     def list_bad(self, bad: dict[str, str]) -> Path:
         """Write bad.txt, a line an image; returns its path."""
-        write_whole(self.path / "bad.txt", "".join(f"{reason}\n" for reason in bad.values()).encode())
-        return self.path / "bad.txt"
+        write_whole(self.path / layout.BAD_TXT, "".join(f"{reason}\n" for reason in bad.values()).encode())
+        return self.path / layout.BAD_TXT
 
     def records_of(self, part: int, view: int) -> np.ndarray:
         """CROP_DTYPE [images of the part]; zeros for one that cannot be used."""

@@ -1,6 +1,6 @@
 """What was asked for, completed from what is there: whoever continues a cache need not repeat how it was begun.
 
-What is said explicitly is never overruled: the library refuses it where it does not fit the cache.
+What is given explicitly is never overruled: the library refuses it where it does not fit the cache.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from pathlib import Path
 
 from ..cache import Cache
 from ..errors import MismatchError, UsageError
+from ..format import layout
 from ..format.crop_plan import CropPlan
 from ..format.quantize import GROUPS
-from ..format.spec import CODECS, DTYPES, StoreSpec, TeacherSpec, array_names
-from ..store.manifest import Manifest, is_begun, read_manifest
+from ..format.spec import DTYPES, StoreSpec, TeacherSpec, array_names
+from ..store.manifest import Manifest
+from ..store.store import Store, is_begun
 from ..words import quoted
 from .cropping import CropJob, plan_job
 
 
 @dataclass(frozen=True)
 class CropRequest:
-    """How crops are to be made; None where nothing was said."""
+    """How crops are to be made; None where nothing was given."""
 
     images: Path | None = None
     views: int | None = None
@@ -47,7 +49,7 @@ def plan_crops(cache_dir: Path, request: CropRequest, default_size: int, may_mak
 
     default_size: side of the crops of a new cache, pixels. may_make: without it, missing crops are a UsageError.
     """
-    existing = Cache(cache_dir) if (cache_dir / "cache.json").exists() else None
+    existing = Cache(cache_dir) if (cache_dir / layout.CACHE_JSON).exists() else None
     plan = existing.plan if existing else CropPlan(size=default_size)
     if request.preset:
         plan = dataclasses.replace(request.preset, seed=plan.seed)
@@ -73,17 +75,14 @@ class ExtractPlan:
     layers: str = "last5"
     """`last5` (or last1, last12 ...), `last`, or block numbers from 1: `8,10,12`."""
     dtype: str = "int8"
-    codec: str = "auto"
     shard_rows: int = 2048
     batch_size: int = 64
     visible: int = 0
     """K: keep CLS and the first K patches of an attention race (race.py); 0: keep all tokens."""
 
     def __post_init__(self):
-        if self.dtype not in DTYPES or self.codec not in CODECS:
-            raise UsageError(
-                f"dtype is one of {', '.join(DTYPES)}; codec of {', '.join(CODECS)}; given {self.dtype}, {self.codec}."
-            )
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; given {self.dtype}.")
         if self.shard_rows < 1 or self.batch_size < 1:
             raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
 
@@ -104,8 +103,8 @@ class ExtractPlan:
             )
         return layers
 
-    def store_spec(self, teacher: TeacherSpec, n_rows: int, codecs: dict[str, str] | None = None) -> StoreSpec:
-        """The store this plan asks for; `codecs` as decided on a trial, by default none."""
+    def store_spec(self, teacher: TeacherSpec, n_rows: int) -> StoreSpec:
+        """The store this plan asks for."""
         layers = self.layers_of(teacher)
         if self.visible and not teacher.has_cls:
             raise UsageError(
@@ -117,10 +116,9 @@ class ExtractPlan:
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
         names = array_names(layers, self.dtype, teacher.has_cls, self.visible)
-        codecs = codecs or dict.fromkeys(names, "none")
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, codecs[name]) for name in names),
+            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, "none") for name in names),
             visible=self.visible,
         )  # fmt: skip
 
@@ -128,40 +126,41 @@ class ExtractPlan:
 def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) -> tuple[ExtractPlan, int | None]:
     """The plan for the stores `name` of a cache, if there are any, and the side of the teacher's input (None: its own).
 
-    given: fields of ExtractPlan; None where nothing was said: then it is as in the first view that has the store.
-    Raises MismatchError if what was said, or that first store, does not agree with the store of any view.
+    given: fields of ExtractPlan; None where nothing was given: then it is as in the first view that has the store.
+    Raises MismatchError if what was given, or that first store, does not agree with the store of any view.
     """
     base, given = ExtractPlan(), {field: value for field, value in given.items() if value is not None}
-    begun = [store for store in sorted(cache_dir.glob(f"view-*/{name}.zarr")) if is_begun(store)]
-    manifests = [read_manifest(store) for store in begun]
-    if manifests:
-        found = manifests[0]
+    begun = _begun(cache_dir, name)
+    if begun:
+        found = begun[0].manifest
         layers = ",".join(map(str, found.store.layers))
         batch_size = found.made.batch_size if found.made else base.batch_size
-        base = ExtractPlan(layers, found.store.dtype, "auto", found.store.shard_rows, batch_size, found.store.visible)
+        base = ExtractPlan(layers, found.store.dtype, found.store.shard_rows, batch_size, found.store.visible)
         image_size = image_size or found.teacher.image_size
     plan = dataclasses.replace(base, **given)
-    for store, found in zip(begun, manifests, strict=True):
-        require_like(store, target_differences(found, plan, found.teacher, found.store.n_rows))
+    for store in begun:
+        asked = plan.store_spec(store.teacher, store.spec.n_rows)
+        require_like(store.path, target_differences(store.manifest, plan, asked))
     return plan, image_size
 
 
 def is_of_before(cache_dir: Path, name: str) -> bool:
     """Whether a store `name` was begun by a version that did not put the teacher's activation on record, and refused none."""
-    begun = (store for store in cache_dir.glob(f"view-*/{name}.zarr") if is_begun(store))
-    return any(read_manifest(store).teacher.activation is None for store in begun)
+    return any(store.teacher.activation is None for store in _begun(cache_dir, name))
 
 
-def target_differences(found: Manifest, plan: ExtractPlan, teacher: TeacherSpec, n_rows: int) -> list[str]:
-    """In what the store of a plan is not the one of a manifest, a line each; codecs only where the arrays are the same."""
-    asked = plan.store_spec(teacher, n_rows)
+def _begun(cache_dir: Path, name: str) -> list[Store]:
+    """The stores `name` that were begun, by view."""
+    return [Store.open(path) for path in layout.stores_named(cache_dir, name) if is_begun(path)]
+
+
+def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
+    """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs."""
     mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
-    if asked.array_names == found.store.array_names and plan.codec != "auto":
-        mine["codecs"], theirs["codecs"] = plan.codec, "/".join(sorted({codec for _, codec in found.store.codecs}))
-    return differences(theirs, mine)
+    return spec_differences(theirs, mine)
 
 
-def differences(theirs: dict, mine: dict) -> list[str]:
+def spec_differences(theirs: dict, mine: dict) -> list[str]:
     """`dtype: int8 in the store, float16 given` for each key that differs."""
 
     def text(value) -> str:
@@ -171,12 +170,12 @@ def differences(theirs: dict, mine: dict) -> list[str]:
     return [f"{key}: {text(theirs.get(key))} in the store, {text(mine.get(key))} given" for key in keys]
 
 
-def require_like(store: Path, differing: list[str]) -> None:
+def require_like(path: Path, differing: list[str]) -> None:
     """Raise MismatchError that lists the differences, if there are any."""
     if differing:
         raise MismatchError(
-            f"{store} was made with other parameters:\n  " + "\n  ".join(differing) +
-            f"\nGive the same ones, another --name, or delete {store}."
+            f"{path} was made with other parameters:\n  " + "\n  ".join(differing) +
+            f"\nGive the same ones, another --name, or delete {path}."
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What a store was made with, beside what was asked of it: software, device, batches. On record, and no part of its identity.
 
-None of it makes another teacher, but each may move the last bit of a number; so whoever continues a store with something else is
-told. This is no promise that nothing else matters.
+None of it makes another teacher, but each may move the last bit of a number; so a note is given where a store is continued with
+something else. This is no promise that nothing else matters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "zarr", "numc
 
 
 def software() -> dict[str, str]:
-    """Versions of what a teacher's output depends on, the decoder of crops among them."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of what is installed of all that a teacher's output depends on, the decoder of crops among them."""
+    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     return {"python": platform.python_version(), **versions, "jpeg_decoder": jpeg_decoder()}
+
+
+def _version(package: str) -> str | None:
+    """Of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @cache
@@ -30,10 +38,10 @@ def jpeg_decoder() -> str:
 
     It is the system's (never Pillow's, which brings its own), so no package knows its version, and it has no call that tells it.
     """
-    import ffcv._libffcv as library  # loads it
+    from ..kernels.outside import DECODER  # loads it
 
     loaded = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "turbojpeg" in line}
-    for path in [*sorted(loaded), library.__file__]:  # the latter if it was linked into FFCV itself
+    for path in [*sorted(loaded), DECODER]:  # the latter if it was linked into FFCV itself
         try:
             found = re.search(rb"libjpeg-turbo version ([0-9][\w.]* \(build \w+\))", Path(path).read_bytes())
         except OSError:

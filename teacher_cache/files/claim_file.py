@@ -124,7 +124,7 @@ class Found:
     holder: dict | None = field(init=False)
     """What `text` says: host and pid, and from a claim of today boot, token, locked and beat. None if it is not readable."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "holder", _read(self.text))
 
     @property

@@ -38,7 +38,7 @@ TIDY_S = 2.0
 sleep = time.sleep
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)(\.[0-9a-f]{16})?\.claim")
-_is_said_gone = False
+_are_holders_gone = False
 
 
 class ClaimHeldError(MismatchError):
@@ -50,24 +50,14 @@ class ClaimHeldError(MismatchError):
 
 
 @contextmanager
-def taking_over(is_said: bool = True) -> Iterator[None]:
+def taking_over(is_asked: bool = True) -> Iterator[None]:
     """A person has said that the holders of claims that are not locked are gone: in this block they are not waited for."""
-    global _is_said_gone
-    before, _is_said_gone = _is_said_gone, is_said
+    global _are_holders_gone
+    before, _are_holders_gone = _are_holders_gone, is_asked
     try:
         yield
     finally:
-        _is_said_gone = before
-
-
-def store_claim(store: Path) -> Path:
-    """The claim of whoever begins, completes or repairs a store."""
-    return store.with_name(f"{store.name}.claim")
-
-
-def store_claims(store: Path) -> Path:
-    """The claims of those who make its shards."""
-    return store.with_name(f"{store.name}.claims")
+        _are_holders_gone = before
 
 
 def is_claimed_or_left(path: Path) -> bool:
@@ -142,9 +132,9 @@ def claimed(path: Path, what: str, wait: Callable[[str], None] | None = None) ->
     """Hold the claim `path` while the block runs.
 
     Claims of the dead are taken over. One that is alive, or begins to move while it is watched, raises ClaimHeldError naming
-    the holder; with `wait`, which is then told the holder every POLL_S seconds, it is waited for instead. While the block runs,
-    publishing in the folder of the claim, or in the store that it is named after, raises ClaimLostError once somebody has taken
-    over.
+    the holder; with `wait`, which is then called with the holder every POLL_S seconds, it is waited for instead. While the block
+    runs, publishing in the folder of the claim, or in the store that it is named after, raises ClaimLostError once somebody has
+    taken over.
     """
     own = _claim(path, what, _refuse_or_tell(what) if wait is None else _words(wait))
     try:
@@ -164,7 +154,7 @@ class _OwnInFolder(Own):
 
 
 def _claim(path: Path, what: str, refuse: Callable[[Found, Patience], None], poll_s: float | None = None) -> Own:
-    """Make the claim `path`. refuse: told of a claim in the way that is not dead, at every look; may raise."""
+    """Make the claim `path`. refuse: called with a claim in the way that is not dead, at every look; may raise."""
     patience = Patience()
     while True:
         found = _obstacle(path, patience)
@@ -194,7 +184,7 @@ def _obstacle(path: Path, patience: Patience) -> Found | None:
 
 def _is_gone(found: Found, patience: Patience) -> bool:
     """Whether a claim may be taken over. To be asked at once behind `look`."""
-    return found.is_dead or not found.is_alive and (_is_said_gone or patience.is_over(found))
+    return found.is_dead or not found.is_alive and (_are_holders_gone or patience.is_over(found))
 
 
 def _place(path: Path, what: str) -> Own | None:
@@ -388,7 +378,7 @@ def _until(left_s: float) -> str:
 
 def _refuse_or_tell(what: str, extent: tuple[int, int] | None = None) -> Callable[[Found, Patience], None]:
     """Raises for a claim that is alive; of one that may be dead it says once what happens now."""
-    told: set[Path] = set()
+    announced: set[Path] = set()
 
     def refuse(found: Found, patience: Patience) -> None:
         of_shards = "" if extent is None else "shards {}:{} ".format(*extent_of(found.path))
@@ -401,8 +391,8 @@ def _refuse_or_tell(what: str, extent: tuple[int, int] | None = None) -> Callabl
                     "that nobody works on, wait for it, or stop it and try again."
                 )
             raise ClaimHeldError(message, found.who)
-        if found.path not in told:
-            told.add(found.path)
+        if found.path not in announced:
+            announced.add(found.path)
             claim_file.tell(
                 f"{what}: {of_shards}{'are' if of_shards else 'is'} claimed by {found.who}, and whether that lives cannot be "
                 f"seen from here. Watching its claim until {_until(patience.left_s(found))}: if it does not move, it counts as "
@@ -413,7 +403,7 @@ def _refuse_or_tell(what: str, extent: tuple[int, int] | None = None) -> Callabl
 
 
 def _words(wait: Callable[[str], None]) -> Callable[[Found, Patience], None]:
-    """`wait`, told in words whom one waits for and, of one that may be dead, until when."""
+    """`wait`, called with words: whom one waits for and, of one that may be dead, until when."""
     until: dict[tuple[Path, bytes], str] = {}
 
     def tell(found: Found, patience: Patience) -> None:
@@ -429,8 +419,8 @@ def _words(wait: Callable[[str], None]) -> Callable[[Found, Patience], None]:
 
 
 def _once(say: Callable[[str], None]) -> Callable[[str], None]:
-    said: set[str] = set()
-    return lambda words: words in said or (said.add(words), say(words))
+    before: set[str] = set()
+    return lambda words: words in before or (before.add(words), say(words))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class CropPlan:
     """`center` only: the short side before the cut, pixels. Of a random plan it says nothing; it is part of the identity of a
     cache all the same, because it always was."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("scale", "ratio"):
             object.__setattr__(self, name, tuple(float(bound) for bound in getattr(self, name)))
         checks = {

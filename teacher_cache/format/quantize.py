@@ -11,6 +11,8 @@ rounding of scale (2**-11 relative).
 int4: groups of at most 16, q in -8 .. 7. The value of largest magnitude becomes -8, so that all 16 levels are used, and scale has
 the opposite sign of that value. Two to a byte as q + 8, the even channel in the low half; behind an odd last channel the high
 half is 15.
+
+Storing is worked out where the teacher runs (extraction/encode.py). Here is what needs no torch: fitting, reading, measuring.
 """
 
 from __future__ import annotations
@@ -54,54 +56,18 @@ def _robust(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centre, 1.4826 * np.median(np.abs(tokens - centre), axis=0)
 
 
-def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """float [..., D] -> what is stored of it, and float16 scale [..., G].
-
-    Stored is int8 [..., D], in which -128 never occurs, or for int4 uint8 [..., ceil(D / 2)], in which 0 never fills the bytes of
-    a group: these are the stores' fill values.
-    """
-    standard = statistics.standardise(tokens)
-    starts = np.arange(0, standard.shape[-1], group)
-    highest, lowest = (reduce.reduceat(standard, starts, axis=-1) for reduce in (np.maximum, np.minimum))
-    largest = np.maximum(np.abs(highest), np.abs(lowest))
-    if dtype == "int8":
-        scale = (largest / 127).astype("float16")
-        return _levels(standard, scale, group, -127, 127).astype("int8"), scale
-    scale = (np.where(highest >= -lowest, -largest, largest) / 8).astype("float16")
-    levels = _levels(standard, scale, group, -8, 7)
-    alone = np.maximum.reduceat(levels, starts, axis=-1) == -8  # nothing but -8: +7 of a larger scale says the same
-    scale = np.where(alone, scale * np.float16(-8 / 7), scale)
-    levels = np.where(_per_channel(alone, group, levels.shape[-1]), 7, levels)
-    return pack(levels.astype("int8")), scale
-
-
 def dequantise(stored: np.ndarray, scale: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> np.ndarray:
-    """The inverse: what is stored and float16 [..., G] -> float32 [..., D]."""
+    """What is stored, int8 [..., D] or uint8 [..., ceil(D / 2)], and float16 scale [..., G] -> float32 [..., D]."""
     dim = len(statistics.centre)
     levels = stored if dtype == "int8" else unpack(stored, dim)
     step = _per_channel(scale.astype("float32"), group, dim)
     return (levels.astype("float32") * step) * statistics.spread + statistics.centre
 
 
-def pack(levels: np.ndarray) -> np.ndarray:
-    """int8 [..., D] in -8 .. 7 -> uint8 [..., ceil(D / 2)]."""
-    nibbles = (levels + 8).astype("uint8")
-    if nibbles.shape[-1] % 2:
-        nibbles = np.concatenate([nibbles, np.full((*nibbles.shape[:-1], 1), 15, "uint8")], axis=-1)
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
-
-
 def unpack(packed: np.ndarray, dim: int) -> np.ndarray:
     """uint8 [..., ceil(D / 2)] -> int8 [..., D] in -8 .. 7."""
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     return nibbles[..., :dim].astype("int8") - 8
-
-
-def _levels(standard: np.ndarray, scale: np.ndarray, group: int, least: int, most: int) -> np.ndarray:
-    """float32 [..., D]: whole multiples of the scale of each value's group; 0 where that is 0."""
-    step = _per_channel(scale.astype("float32"), group, standard.shape[-1])
-    levels = np.divide(standard, step, out=np.zeros_like(standard), where=step != 0)
-    return np.rint(levels).clip(least, most)
 
 
 def _per_channel(of_groups: np.ndarray, group: int, dim: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 Patch n runs with speed attention[n]: it arrives at -log(u_n) / attention[n], u_n uniform. The first K to arrive are a draw of
 K patches without replacement, in the law of torch.multinomial, by which MaskAlign and MILAN choose what a student sees; and the
 first k <= K of them are such a draw of k. So one store serves every mask ratio that leaves at most K patches visible.
+
+Here is what chance says; the race itself is run where the attention is (extraction/encode.py).
 """
 
 from __future__ import annotations
@@ -22,15 +24,6 @@ def arrivals(n_patches: int, rows: np.ndarray, view: int) -> np.ndarray:
     return -np.log(((raw >> 11) + 0.5) * 2.0**-53)
 
 
-def race(attention: np.ndarray, rows: np.ndarray, view: int, n_first: int) -> np.ndarray:
-    """The first patches of each row's race, in their order: int32 [B, n_first]. Patches without attention come last.
-
-    attention: float32 [B, N]. rows: [B], their numbers.
-    """
-    speed = attention.astype("float64") / arrivals(attention.shape[1], rows, view)
-    return np.argsort(-speed, axis=1, kind="stable")[:, :n_first].astype("int32")
-
-
 def require_patches(index: np.ndarray, n_patches: int, rows: np.ndarray, where) -> None:
     """Raise CacheCorruptError unless all numbers of `index` [B, K], read for `rows` of `where`, are those of patches."""
     wrong = ((index < 0) | (index >= n_patches)).any(1)
@@ -45,8 +38,3 @@ def places_of(patches: np.ndarray, n_cls: int) -> np.ndarray:
     """Where CLS, if there is one (`n_cls`), and the given patches [B, K] stand among all tokens: int32 [B, C+K]."""
     cls = np.broadcast_to(np.arange(n_cls), (len(patches), n_cls))
     return np.concatenate([cls, patches + n_cls], axis=1, dtype="int32", casting="same_kind")
-
-
-def take_visible(tokens: np.ndarray, index: np.ndarray, n_cls: int) -> np.ndarray:
-    """CLS, if there is one (`n_cls`), and the patches `index` [B, K] of tokens [B, L, C+N, D]: [B, L, C+K, D]."""
-    return np.take_along_axis(tokens, places_of(index, n_cls)[:, None, :, None], axis=2)

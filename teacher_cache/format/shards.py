@@ -1,4 +1,4 @@
-"""What one shard file of a store is: where it lies, and what stands in it.
+"""What stands in a shard file of a store; where it lies, layout.py says.
 
 A shard file is zarr v3's, with a header of ours before the first row, which zarr's readers step over because they follow the
 index. The header says which shard of which array of which store the file is, so that files that changed places are noticed when
@@ -28,11 +28,6 @@ HEADER_DTYPE = np.dtype([("magic", "S8"), ("store", "u1", 32), ("array", "<u4"),
                          ("crc32c", "<u4")])  # fmt: skip
 HEADER_BYTES = HEADER_DTYPE.itemsize
 assert HEADER_BYTES == 64
-
-
-def shard_file(store: Path, array: str, shard: int, n_dims: int) -> Path:
-    """Path of a shard in a zarr v3 array with `.` between the chunk indices: tokens/08/c.123.0.0"""
-    return store / array / ".".join(["c", str(shard), *["0"] * (n_dims - 1)])
 
 
 def index_bytes(shard_rows: int) -> int:

@@ -107,7 +107,7 @@ class TeacherSpec:
     positions: str | None
     """How its position table follows another grid, in words. None: not on record."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [name for name in NOT_BEFORE_3 if getattr(self, name) is None]
         for name in {"name", "weights", "weights_sha256", "resize", *NOT_BEFORE_3}.difference(unknown):
             if not isinstance(getattr(self, name), str):
@@ -157,7 +157,8 @@ def comparable(a: dict, b: dict) -> tuple[dict, dict]:
 
 
 DTYPES = ("float16", "int8", "int4")
-CODECS = ("auto", "zstd", "lz4", "none")
+CODECS = ("none", "zstd", "lz4")
+"""Of the rows of an array. A store is begun with `none`; the others are of stores that were begun before."""
 ARRAY_NAME = "tokens/{:02d}"
 NOT_BY_TOKEN = ("attention", "index")
 """Row arrays that have no axis of tokens; the others have it last but one."""
@@ -189,7 +190,7 @@ class StoreSpec:
     visible: int = 0
     """K, patch tokens kept of each crop: the first of an attention race (race.py), in its order, beside CLS. 0: all N."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "codecs", tuple(tuple(pair) for pair in self.codecs))
         _require_count("n_rows", self.n_rows, MAX_ROWS)
@@ -206,7 +207,7 @@ class StoreSpec:
         _require_count("visible", self.visible, MAX_SIDE**2, least=0)
         if self.visible and not self.attention:
             raise UsageError("visible tokens are chosen by attention, which has to be kept too")
-        if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS[1:]):
+        if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS):
             raise UsageError(f"codecs must name one codec for each of {self.array_names}, not {self.codecs!r}")
         if self.n_shards * len(self.codecs) > MAX_SHARD_FILES:
             raise UsageError(
@@ -313,7 +314,7 @@ class LayerFidelity:
     worst: float
     n_tokens: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_count("layer", self.layer, MAX_WIDTH)
         _require_count("n_tokens", self.n_tokens, 2**62, least=0)
         if not _are_numbers([self.median, self.p99, self.worst]):
@@ -337,7 +338,7 @@ class MadeWith:
     device: str
     """A GPU's product name; `cpu` and the instructions that were used."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_count("batch_size", self.batch_size, 2**31 - 1)
         if not isinstance(self.compile, bool):
             raise UsageError(f"compile must be true or false, not {self.compile!r}")

@@ -9,8 +9,7 @@ import numpy as np
 
 from ..cache import Cache
 from ..format.spec import comparable
-from ..store.commits import read_commits
-from ..store.manifest import manifest_sha256, read_manifest
+from ..store.store import Store
 from .inspect import describe, ranges
 
 MOST_RANGES = 6
@@ -60,7 +59,7 @@ def _compare(first: Cache, second: Cache) -> Iterator[Line]:
         if name not in compared:
             compared.add(name)
             yield from _stores(name, store_a, store_b)
-        yield from _shards(f"{name}, view {view}", first.view(view).store_path(name), second.view(view).store_path(name))
+        yield from _shards(f"{name}, view {view}", first.view(view).store(name), second.view(view).store(name))
 
 
 def _crops(a: dict, b: dict) -> Iterator[Line]:
@@ -103,18 +102,17 @@ def _stores(name: str, a: dict, b: dict) -> Iterator[Line]:
             yield Line("note", name, f"made with {key} {records[0][key]} and {records[1][key]}")
 
 
-def _shards(what: str, a, b) -> Iterator[Line]:
+def _shards(what: str, a: Store, b: Store) -> Iterator[Line]:
     """Which shards are there, and whether they hold the same bytes."""
-    spec_a, spec_b = read_manifest(a).store, read_manifest(b).store
-    if (spec_a.n_rows, spec_a.shard_rows) != (spec_b.n_rows, spec_b.shard_rows):
-        return  # said already
-    (files_a, there_a), (files_b, there_b) = read_commits(a, spec_a), read_commits(b, spec_b)
+    if (a.spec.n_rows, a.spec.shard_rows) != (b.spec.n_rows, b.spec.shard_rows):
+        return  # a line has it already
+    (files_a, there_a), (files_b, there_b) = a.commits, b.commits
     if (there_a != there_b).any():
-        counts = f"{there_a.sum():,} and {there_b.sum():,} of {spec_a.n_shards:,} shards are there"
+        counts = f"{there_a.sum():,} and {there_b.sum():,} of {a.spec.n_shards:,} shards are there"
         yield Line("differs", what, f"{counts}; only in one: {_named(there_a != there_b)}")
-    if files_a.shape != files_b.shape or spec_a.codecs != spec_b.codecs:
-        return  # said already
-    if manifest_sha256(a) != manifest_sha256(b):
+    if files_a.shape != files_b.shape or a.spec.codecs != b.spec.codecs:
+        return  # a line has it already
+    if a.sha256 != b.sha256:
         yield Line("unknown", what, "every shard names its store's manifest, and these differ: checksums cannot be compared")
         return
     both = there_a & there_b

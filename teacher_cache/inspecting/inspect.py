@@ -8,9 +8,9 @@ from dataclasses import asdict
 import numpy as np
 
 from ..cache import Cache, View
-from ..files.durable import canonical_json
-from ..store.commits import is_complete, read_commits, read_fp32_rows
-from ..store.manifest import Manifest, extract_command, read_manifest, shared_sha256
+from ..files.durable import ASIDE, canonical_json
+from ..format.layout import CROPS_BETON
+from ..store.manifest import Manifest, extract_command
 
 
 def describe(cache: Cache) -> dict:
@@ -27,31 +27,38 @@ def describe(cache: Cache) -> dict:
         "crop_format": identity.crop_format,
         "plan": identity.plan.to_json(),
         "views": [_describe_view(view) for view in cache.views()],
+        "left_over": left_over(cache),
     }
 
 
+def left_over(cache: Cache) -> list[str]:
+    """What writers that were killed, or removals, have left under names that nothing reads, relative to the cache."""
+    asides = [*cache.path.glob(f"*{ASIDE}"), *cache.path.glob(f"view-*/*{ASIDE}")]
+    return sorted(aside.relative_to(cache.path).as_posix() for aside in asides)
+
+
 def _describe_view(view: View) -> dict:
-    beton = (view.path / "crops.beton").stat().st_size if (view.path / "crops.beton").exists() else 0
+    beton = view.path / CROPS_BETON
+    n_bytes = beton.stat().st_size if beton.exists() else 0
     stores = [_describe_store(view, name) for name in view.store_names()]
-    return {"view": view.number, "crops_sha256": view.crops_sha256, "crop_bytes": beton, "stores": stores}
+    return {"view": view.number, "crops_sha256": view.crops_sha256, "crop_bytes": n_bytes, "stores": stores}
 
 
 def _describe_store(view: View, name: str) -> dict:
-    path = view.store_path(name)
-    manifest = read_manifest(path)
-    spec, teacher = manifest.store, manifest.teacher
-    files, finished = read_commits(path, spec)
+    store = view.store(name)
+    manifest, spec, teacher = store.manifest, store.spec, store.teacher
+    files, finished = store.commits
     n_rows = sum(len(spec.rows_of(int(shard))) for shard in finished.nonzero()[0])
     n_bytes = int(files["bytes"].sum())
-    complete = is_complete(path)
+    complete = store.is_complete
     return {
         "name": name, "complete": complete, "rows_done": n_rows, "rows": spec.n_rows,
         "shards_done": int(finished.sum()), "shards": spec.n_shards, "missing_shards": ranges(~finished), "bytes": n_bytes,
         "bytes_per_crop": bytes_per_crop(manifest, n_bytes / n_rows if n_rows else None),
         "teacher": teacher.to_json(), "store": spec.to_json(), "precision": manifest.precision,
         "fidelity": [asdict(layer) for layer in manifest.fidelity], "probe_sha256": manifest.probe_sha256,
-        "shared_sha256": hashlib.sha256(canonical_json(shared_sha256(path))).hexdigest(), "software": manifest.software,
-        "made": None if manifest.made is None else manifest.made.to_json(), "fp32_rows": len(read_fp32_rows(path, spec)),
+        "shared_sha256": hashlib.sha256(canonical_json(store.shared_sha256)).hexdigest(), "software": manifest.software,
+        "made": None if manifest.made is None else manifest.made.to_json(), "fp32_rows": len(store.read_fp32_rows()),
         "finish": None if complete else extract_command(view.cache.path, name, manifest),
     }  # fmt: skip
 

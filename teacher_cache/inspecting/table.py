@@ -73,6 +73,9 @@ def _parts(cache: dict, bar: Bar) -> Iterator:
         yield ""
         found = {view["view"]: store for view in views for store in view["stores"] if store["name"] == name}
         yield from _store_parts(name, found, [view["view"] for view in views], bar)
+    if cache["left_over"]:
+        names = ", ".join(cache["left_over"])
+        yield Text(f"left by an interrupted command, which is to be run again: {names}", "yellow", overflow="fold")
     if not any(view["stores"] for view in views):
         yield Text("no targets yet: teacher-cache extract --teacher NAME " + quoted(cache["path"]), overflow="fold")
 

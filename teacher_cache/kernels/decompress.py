@@ -1,6 +1,6 @@
 """Decoding one chunk of a compressed array, into memory that is there already.
 
-What a compressed chunk promises to become is read from its header and compared before anything is decoded, so that a crafted
+What a compressed chunk promises to become is read from its header and compared before anything is decoded, so that a damaged
 chunk can neither allocate more than a row nor leave part of the row as it was.
 """
 

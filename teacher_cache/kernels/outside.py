@@ -27,6 +27,8 @@ def _ffcv_library() -> ctypes.CDLL:
 
 
 _library = _ffcv_library()
+DECODER = _library._name
+"""Path of the library that decodes crops."""
 binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
 imdecode = types.ExternalFunction("ffcv_imdecode", _I32(_U64, _U64, _U32, _U32, _U64, *[_U32] * 8))
 """source, its bytes, height, width, target, height and width of the cut, its offset, scale, and whether to cut and to mirror."""

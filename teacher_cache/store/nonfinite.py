@@ -1,4 +1,4 @@
-"""Rows for which a teacher says something that is no number: its batch is run again as it was, then such rows in fp32.
+"""Rows for which a teacher gives something that is no number: its batch is run again as it was, then such rows in fp32.
 
 One crop of a million may be enough for a block of a large teacher to overflow in bf16. Each such row is run alone, so that what
 it becomes depends on nothing but its crop; the store keeps on record which rows these are.
@@ -32,10 +32,10 @@ def finite_output(teacher, images, rows: np.ndarray, layers, name_of: Callable[[
     output = teacher(images, layers)
     if finite_rows(output).all() and not np.isin(rows, forced).any():
         return output, NO_ROWS
-    return again(teacher, images, rows, layers, name_of, forced)
+    return rerun(teacher, images, rows, layers, name_of, forced)
 
 
-def again(teacher, images, rows: np.ndarray, layers, name_of: Callable[[int], str], forced: np.ndarray = NO_ROWS):
+def rerun(teacher, images, rows: np.ndarray, layers, name_of: Callable[[int], str], forced: np.ndarray = NO_ROWS):
     """`finite_output` of a batch that has been run already, and in which something was not finite or is forced."""
     output = teacher(images, layers)
     broken = ~finite_rows(output).cpu().numpy()

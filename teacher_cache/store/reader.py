@@ -1,8 +1,7 @@
 """Reading a store: any rows of any array, in any order, checked, and never a fill value.
 
-Three readers give equal bytes. `mmap` maps shard files and copies rows with compiled code; `pread` reads them with compiled code
-and holds no maps, so that a file cut short under it is an error where a map would end the process; `zarr` goes through
-zarr-python, fifty times as slow, and works wherever zarr does (docs/design/0004).
+Two readers give equal bytes. `mmap` maps shard files and copies rows with compiled code; `pread` reads them with compiled code
+and holds no maps, so that a file cut short under it is an error where a map would end the process (docs/design/0004).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import CacheCorruptError, CropNotCachedError, NotInCacheError, TeacherCacheError, UsageError
 from ..files.durable import crc32c
@@ -23,12 +23,11 @@ from ..format.quantize import dequantise
 from ..format.race import require_patches
 from ..format.shards import index_bytes
 from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
-from ..kernels.decompress import decompress, promised_bytes
-from .commits import is_complete, read_commits
-from .manifest import check_array_json, read_head, read_manifest, read_statistics
+from ..kernels.decompress import decompress
+from .store import Store
 from .window import ShardWindow
 
-READERS = ("mmap", "pread", "zarr")
+READERS = ("mmap", "pread")
 CHECKS = {"never": 0, "first": 1, "always": 2}
 """When the CRC-32C of a row is compared: never, the first time this process reads the row, at every read."""
 
@@ -36,39 +35,38 @@ CHECKS = {"never": 0, "first": 1, "always": 2}
 class StoreReader:
     """Read access to one teacher's targets of one view. Opening it reads its records; shards are opened as they are needed.
 
-    reader: one of READERS. check: one of CHECKS (zarr always checks). window: shard files that stay open at most, one an array;
-    None chooses. Any thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records do not
-    check out.
+    store: opened, or its folder. reader: one of READERS. check: one of CHECKS. window: shard files that stay open at most, one an
+    array; None chooses. Any thread may read. Raises NotInCacheError if there is no such store, CacheCorruptError if its records
+    do not check out.
     """
 
-    def __init__(self, store: Path, reader: str = "mmap", check: str = "first", window: int | None = None):
+    def __init__(self, store: Store | Path, reader: str = "mmap", check: str = "first", window: int | None = None):
         if reader not in READERS or check not in CHECKS:
             raise UsageError(f"reader is {', '.join(READERS)}, check is {', '.join(CHECKS)}; given {reader!r}, {check!r}.")
-        self.path, self.reader, self.check = Path(store), reader, check
-        self.manifest = read_manifest(self.path)
-        self.teacher, self.spec = self.manifest.teacher, self.manifest.store
+        self.store = store if isinstance(store, Store) else Store.open(Path(store))
+        self.path, self.reader, self.check = self.store.path, reader, check
+        self.manifest, self.teacher, self.spec = self.store.manifest, self.store.teacher, self.store.spec
         self.columns = {array: column for column, array in enumerate(self.spec.array_names)}
         """Place of each array in `self.shards`."""
-        self.files, self.finished = read_commits(self.path, self.spec)
-        self.shards = ShardWindow(self.path, self.manifest, self.files, reader != "mmap", window)
-        self._zarr_arrays: dict = {}
+        self.files, self.finished = self.store.commits
+        self.shards = ShardWindow(self.store, reader != "mmap", window)
 
     def __len__(self) -> int:
         return self.spec.n_rows
 
     @property
     def is_complete(self) -> bool:
-        return is_complete(self.path)
+        return self.store.is_complete
 
     @cached_property
     def statistics(self):
         """ChannelStatistics per layer; empty for float16."""
-        return read_statistics(self.path, self.spec)
+        return self.store.statistics()
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
         """`gamma`, `beta` [D] and, where the teacher has one, `projection` [D, E]; float32."""
-        return read_head(self.path, self.teacher)
+        return self.store.head()
 
     def row_shape(self, array: str, n_tokens: int | None = None) -> tuple[int, ...]:
         """StoreSpec.row_shape; an array this store lacks raises NotInCacheError that names those it has."""
@@ -89,10 +87,8 @@ class StoreReader:
     def announce(self, arrays: list[str], rows: np.ndarray) -> None:
         """Let the kernel begin to read `rows` of `arrays` from the disk, for a `read` that comes soon; does not wait for it.
 
-        Never raises for what is missing or damaged: that is for the `read` to say. The zarr reader ignores it.
+        Never raises for what is missing or damaged: that is for the `read` to say.
         """
-        if self.reader == "zarr":
-            return
         from ..kernels import loops
 
         shards = self.shards
@@ -106,7 +102,7 @@ class StoreReader:
         """Close what is open. Reading opens it again; which rows have been checked is remembered."""
         self.shards.close()
 
-    def read(self, array: str, rows, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
+    def read(self, array: str, rows: ArrayLike, out: np.ndarray | None = None, places: np.ndarray | None = None) -> np.ndarray:
         """Copy `rows` of `array` into `out` ([len(rows), *row_shape] of the stored dtype, C-contiguous), in that order.
 
         places: integer [len(rows), K], to read only the tokens that stand there of each row, in that order: K for T in the shape
@@ -129,8 +125,6 @@ class StoreReader:
         elif places is not None:
             by_token = places.reshape(len(rows), *[1] * (len(shape) - 3), n_tokens, 1)
             np.copyto(out, np.take_along_axis(self.read(array, rows), by_token, axis=-2))
-        elif self.reader == "zarr":
-            self._read_zarr(array, rows, out)
         else:
             with self.opened([array], rows):
                 self._decode(array, rows, out)
@@ -140,7 +134,7 @@ class StoreReader:
 
     def is_plain(self, array: str) -> bool:
         """Whether compiled code can copy its rows as they lie on disk."""
-        return self.reader != "zarr" and dict(self.spec.codecs)[array] == "none"
+        return dict(self.spec.codecs)[array] == "none"
 
     def require_places(self, places: np.ndarray, n_rows: int) -> np.ndarray:
         """`places` as int32 [n_rows, K], C-contiguous; UsageError unless they are that and each a token of a row."""
@@ -152,16 +146,22 @@ class StoreReader:
             raise UsageError(f"places {places.min()} to {places.max()} asked for; tokens stand at 0 to {n_tokens - 1}.")
         return places.astype("int32", copy=False)
 
-    def tokens(self, rows, layer: int) -> np.ndarray:
-        """Whitened tokens as float32 [len(rows), T, D], dequantised. For looking, not for training.
+    def tokens(self, rows: ArrayLike, layer: int = -1) -> np.ndarray:
+        """Whitened tokens of one block as float32 [len(rows), T, D], dequantised. For looking, not for training.
 
-        T = C+N, or of a store of visible tokens C+K, in the order of `index`.
+        layer: number of the block, from 1; or from the end, -1 is the teacher's last. T = C+N, or of a store of visible tokens
+        C+K, in the order of `index`. Raises NotInCacheError for a block that is not kept; else as `read`.
         """
+        layer += self.teacher.depth + 1 if layer < 0 else 0
         stored = self.read(ARRAY_NAME.format(layer), rows)
         if not self.spec.is_quantised:
             return stored.astype("float32")
         scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
         return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)
+
+    def attention(self, rows) -> np.ndarray:
+        """What CLS attends to among the patches in the last block, mean over heads: float32 [len(rows), N], 0..1. As `read`."""
+        return self.read("attention", rows)
 
     def _require(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
@@ -223,36 +223,10 @@ class StoreReader:
             checked[row] = 1
         return data[:-4]
 
-    def _damaged(self, array: str, row: int, why) -> CacheCorruptError:
+    def _damaged(self, array: str, row: int, why: object) -> CacheCorruptError:
         message = f"{self.path / array}: row {row} is damaged ({why}). Run teacher-cache verify on this cache."
         return CacheCorruptError(message)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decompress")
-
-    def _read_zarr(self, array: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Row by row. zarr opens a shard by its name at each read, answers for a missing one in silence, and believes what a
-        chunk says of its own length: so shards and chunks are looked at before, each time."""
-        source, codec = self._zarr_array(array), dict(self.spec.codecs)[array]
-        row_bytes = self.spec.row_bytes(array, self.teacher)
-        with self.opened([array], rows):
-            for row in rows.tolist():
-                if promised_bytes(codec, self._chunk(array, row)) != row_bytes:
-                    raise self._damaged(array, row, "it is not as long as a row")
-        self.close()
-        for i, row in enumerate(rows.tolist()):
-            try:
-                out[i] = source[row]
-            except (ValueError, RuntimeError, OSError) as error:
-                raise self._damaged(array, row, error) from error
-            if np.array_equal(out[i], np.full_like(out[i], source.fill_value), equal_nan=True):  # never written
-                raise self._damaged(array, row, "zarr does not find it")
-
-    def _zarr_array(self, array: str):
-        import zarr
-
-        if array not in self._zarr_arrays:
-            check_array_json(self.path, array)
-            self._zarr_arrays[array] = zarr.open_array(self.path / array, mode="r")
-        return self._zarr_arrays[array]

@@ -14,12 +14,10 @@ from pathlib import Path
 
 from ..errors import CacheCorruptError
 from ..files.durable import inside, is_safe_name, listed_files, read_plain, read_sealed, write_whole
+from ..format import layout
 
-SPARE = "spare.tar"
-DECLARING = ("cache.json", "checksums.json", "store.json")
+DECLARING = (layout.CACHE_JSON, layout.CHECKSUMS_JSON, layout.STORE_JSON)
 """Of a cache, a view, a store: the sealed file that lists the small files beside it."""
-FOLDED = ("complete.json", "shards.npy")
-"""What a store has besides, once it is complete."""
 _MEND = "Run the same teacher-cache command with --repair."
 BOTH_LOST = {
     "cache": "Restore it from a backup. Without one, move the views out of the way, run teacher-cache crop with the same images "
@@ -47,9 +45,9 @@ def _recorded(folder: Path) -> dict[str, str | None]:
     if declaring is None:
         raise CacheCorruptError(f"{folder}: has none of {', '.join(DECLARING)}. {_MEND}")
     recorded = {declaring.name: None, **listed_files(read_sealed(declaring), declaring)}
-    if declaring.name == "store.json" and (folder / "complete.json").exists():
-        complete = read_sealed(folder / "complete.json")
-        recorded |= {"complete.json": None, "shards.npy": str(complete.get("shards_sha256"))}
+    if declaring.name == layout.STORE_JSON and (folder / layout.COMPLETE_JSON).exists():
+        complete = read_sealed(folder / layout.COMPLETE_JSON)
+        recorded |= {layout.COMPLETE_JSON: None, layout.SHARDS_NPY: str(complete.get("shards_sha256"))}
     return recorded
 
 
@@ -86,7 +84,7 @@ def write_spare(folder: Path, names: list[str] | None = None) -> None:
     for name, data in members.items():
         if recorded[name] is not None and hashlib.sha256(data).hexdigest() != recorded[name]:
             raise CacheCorruptError(f"{folder / name}: its SHA-256 is not the recorded one. {_MEND}")
-    write_whole(folder / SPARE, pack_members(members))
+    write_whole(folder / layout.SPARE, pack_members(members))
 
 
 def is_current(folder: Path) -> bool:
@@ -96,7 +94,7 @@ def is_current(folder: Path) -> bool:
     """
     expected = pack(folder, spare_names(folder))
     try:
-        found = read_plain(folder / SPARE, len(expected))
+        found = read_plain(folder / layout.SPARE, len(expected))
     except (FileNotFoundError, CacheCorruptError):  # too long, or no plain file
         return False
     return found == expected
@@ -108,7 +106,7 @@ def read_spare(folder: Path) -> dict[str, bytes]:
     Raises FileNotFoundError if there is none; CacheCorruptError if it is no tar of plain files, or a name in it leads out of the
     folder.
     """
-    path = folder / SPARE
+    path = folder / layout.SPARE
     data, members = read_plain(path, MAX_SPARE), {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:

@@ -22,9 +22,10 @@ import numpy as np
 
 from ..errors import CacheCorruptError, NotAllowedError
 from ..files.durable import crc32c, inside, not_allowed
-from ..format.shards import CLOSED, HEADER_BYTES, header, index_bytes, open_shard, require_header, shard_file
+from ..format.layout import shard_file
+from ..format.shards import CLOSED, HEADER_BYTES, header, index_bytes, open_shard, require_header
 from ..kernels import sigbus
-from .manifest import Manifest, manifest_sha256
+from .store import Store
 
 MAPS = 8192
 """Maps a reader keeps open: an eighth of what the kernel grants a process, for there are other readers and other libraries."""
@@ -92,32 +93,30 @@ def read_at(descriptor: int, path: Path, offset: int, n_bytes: int) -> bytes:
 class ShardWindow:
     """The open shards of all row arrays of a store, as maps or as file descriptors.
 
-    files: FILE_DTYPE [n_shards, n_arrays], the committed files. by_pread: descriptors, which report a file that was cut short
+    Those that are finished are those of `store.commits`. by_pread: descriptors, which report a file that was cut short
     as an error, where reading a map ends the process. limit: shards, files each, that stay open; None chooses.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, files: np.ndarray, by_pread: bool, limit: int | None = None):
+    def __init__(self, store: Store, by_pread: bool, limit: int | None = None):
         self._lock = threading.Lock()
         self._open: set[tuple[int, int]] = set()  # (column, shard)
-        self.store, self.manifest, self.by_pread = store, manifest, by_pread
+        self.store, self.spec, self.by_pread = store, store.spec, by_pread
         self.limit = limit or (files_in_window() if by_pread else MAPS)
-        self.sizes = np.ascontiguousarray(files["bytes"].T, "uint64")
+        self.sizes = np.ascontiguousarray(store.commits.files["bytes"].T, "uint64")
         """Bytes of each file, [n_arrays, n_shards]."""
         self.handles = np.full(self.sizes.shape, CLOSED, "uint64")
         """Address or file descriptor of each open shard, [n_arrays, n_shards]."""
-        self.checked = np.zeros((len(self.sizes), manifest.store.n_rows), "uint8")
+        self.checked = np.zeros((len(self.sizes), self.spec.n_rows), "uint8")
         """1 for each row whose CRC-32C was found right, [n_arrays, n_rows]."""
         self._identities: dict[tuple[int, int], tuple[int, int]] = {}
         self._last_used = np.zeros(self.sizes.shape, "int64")
         self._n_batches = 0
-        self._store_sha256 = manifest_sha256(store)
-        for array in manifest.store.array_names:
-            inside(store, array)
+        for array in self.spec.array_names:
+            inside(store.path, array)
 
     def path(self, column: int, shard: int) -> Path:
-        spec = self.manifest.store
-        array = spec.array_names[column]
-        return shard_file(self.store, array, shard, 1 + len(spec.row_shape(array, self.manifest.teacher)))
+        array = self.spec.array_names[column]
+        return shard_file(self.store.path, array, shard, 1 + len(self.spec.row_shape(array, self.store.teacher)))
 
     @contextlib.contextmanager
     def holding(self, columns: list[int], shards: np.ndarray) -> Iterator[None]:
@@ -157,12 +156,12 @@ class ShardWindow:
                 self._close_one(key)
 
     def _open_one(self, key: tuple[int, int]) -> None:
-        expected = header(self._store_sha256, *key)
-        descriptor = open_committed(self.path(*key), int(self.sizes[key]), expected, self.manifest.store.shard_rows)
+        expected = header(self.store.sha256, *key)
+        descriptor = open_committed(self.path(*key), int(self.sizes[key]), expected, self.spec.shard_rows)
         found = os.fstat(descriptor)
         identity = found.st_ino, found.st_ctime_ns
         if self._identities.setdefault(key, identity) != identity:
-            rows = self.manifest.store.rows_of(key[1])  # another file has taken its place since: its rows are not checked yet
+            rows = self.spec.rows_of(key[1])  # another file has taken its place since: its rows are not checked yet
             self.checked[key[0], rows.start : rows.stop] = 0
             self._identities[key] = identity
         self.handles[key] = descriptor if self.by_pread else self._map(key, descriptor)

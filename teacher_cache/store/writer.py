@@ -16,11 +16,12 @@ import numpy as np
 
 from ..errors import UsageError
 from ..files.durable import ASIDE, crc32c, create_aside, publish
-from ..format.shards import EMPTY_SLOT, header, shard_file
+from ..format.layout import is_shard_file, shard_file
+from ..format.shards import EMPTY_SLOT, header
 from ..format.spec import StoreSpec, TeacherSpec
-from .commits import FILE_DTYPE, read_commits, write_commit
-from .manifest import is_begun, manifest_sha256, read_manifest
+from .commits import FILE_DTYPE
 from .sizes import shard_bytes, store_bytes
+from .store import Store, is_begun
 
 
 def encoder(codec: str) -> Callable[[bytes], bytes]:
@@ -100,19 +101,19 @@ class ShardWriter:
     Leaving it by an exception, or a disk that is full when it is left, commits nothing and leaves no file aside.
     """
 
-    def __init__(self, store: Path, spec: StoreSpec, teacher: TeacherSpec, shard: int, pool: Executor | None = None):
-        self.store, self.spec, self.shard = store, spec, shard
+    def __init__(self, store: Store, shard: int, pool: Executor | None = None):
+        spec = store.spec
+        self.store, self.shard = store, shard
         self._map = map if pool is None else pool.map
         self.n_rows = len(spec.rows_of(shard))
-        self.shapes = {array: (spec.row_shape(array, teacher), spec.row_dtype(array)) for array in spec.array_names}
+        self.shapes = {array: (spec.row_shape(array, store.teacher), spec.row_dtype(array)) for array in spec.array_names}
         self.files: dict[str, _ShardFile] = {}
         self.fp32_rows: list[int] = []
-        store_sha256 = manifest_sha256(store)
         try:
             for column, (array, codec) in enumerate(spec.codecs):
-                path = shard_file(store, array, shard, 1 + len(self.shapes[array][0]))
+                path = shard_file(store.path, array, shard, 1 + len(self.shapes[array][0]))
                 self.files[array] = _ShardFile(path, spec.shard_rows, codec)
-                self.files[array].write(header(store_sha256, column, shard))
+                self.files[array].write(header(store.sha256, column, shard))
         except BaseException:
             self._abandon()
             raise
@@ -153,31 +154,25 @@ class ShardWriter:
         sizes = np.array([file.finish() for file in self.files.values()], FILE_DTYPE)
         for file in self.files.values():
             file.publish()
-        write_commit(self.store, self.shard, sizes, self.fp32_rows)
+        self.store.write_commit(self.shard, sizes, self.fp32_rows)
 
 
-def missing_bytes(store: Path, spec: StoreSpec, teacher: TeacherSpec, shards: range | None = None) -> int:
-    """Bytes that finishing a store, or the shards of a range, takes at most. spec: of the store if it was not begun yet."""
-    if not is_begun(store):
+def missing_bytes(path: Path, spec: StoreSpec, teacher: TeacherSpec, shards: range | None = None) -> int:
+    """Bytes that finishing the store in `path`, or the shards of a range, takes at most. spec: of one that is not begun yet."""
+    if not is_begun(path):
         if shards is None:
             return store_bytes(spec, teacher)
         return sum(shard_bytes(spec, teacher, shard) for shard in shards if shard < spec.n_shards)
-    begun = read_manifest(store).store
-    return sum(shard_bytes(begun, teacher, shard) for shard in missing_shards(store, begun) if shards is None or shard in shards)
+    store = Store.open(path)
+    return sum(shard_bytes(store.spec, teacher, shard) for shard in store.missing_shards() if shards is None or shard in shards)
 
 
-def bytes_under_way(store: Path) -> int:
+def bytes_under_way(path: Path) -> int:
     """Bytes of shard files that others are writing just now: on the disk already, though no shard is finished by them."""
     n_bytes = 0
-    for folder, _, names in os.walk(store):  # of a folder that goes away meanwhile it says nothing, where glob raises
+    for folder, _, names in os.walk(path):  # of a folder that goes away meanwhile it says nothing, where glob raises
         for name in names:
-            if name.startswith("c.") and name.endswith(ASIDE):
+            if is_shard_file(name) and name.endswith(ASIDE):
                 with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
                     n_bytes += Path(folder, name).stat().st_size
     return n_bytes
-
-
-def missing_shards(store: Path, spec: StoreSpec) -> list[int]:
-    """Shards that still have to be made, ascending."""
-    _, finished = read_commits(store, spec)
-    return np.flatnonzero(~finished).tolist()

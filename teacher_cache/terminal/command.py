@@ -15,6 +15,7 @@ import click
 
 from ..errors import TeacherCacheError, UsageError
 from ..files.durable import allowed_by
+from .extras import what_is_missing
 from .image_warnings import named
 from .signals import INTERRUPTED, STOPPED, Stopped, signals_raise
 
@@ -28,7 +29,8 @@ def say(*lines: str) -> None:
 @contextmanager
 def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: tuple = (), as_json: bool = False
                     ) -> Iterator[None]:  # fmt: skip
-    """Turn this project's errors, disk errors, Ctrl-C and SIGTERM into one message and an exit code.
+    """Turn this project's errors, disk errors, packages that are not installed, Ctrl-C and SIGTERM into one message and an exit
+    code.
 
     resume: what to say about work that was interrupted. usage, others: further exception classes that carry a user's message;
     the former mean that the command is at fault. as_json: print {"error": message} on stdout too.
@@ -43,6 +45,12 @@ def one_line_errors(resume: str | Callable[[], str], usage: tuple = (), others: 
     except (TeacherCacheError, *usage, *others) as error:
         _say_error(str(error), as_json)
         sys.exit(2 if isinstance(error, (UsageError, *usage)) else 1)
+    except ModuleNotFoundError as error:
+        missing = what_is_missing(error)
+        if missing is None:
+            raise
+        _say_error(missing, as_json)
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; say nothing more
         sys.exit(1)

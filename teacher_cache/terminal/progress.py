@@ -1,6 +1,7 @@
 """Progress of long work: how fast it goes, how long it still takes, and what it waits for.
 
-On a terminal a bar; in a log file a line at the start, one every few minutes and one at the end: a night is a page.
+On a terminal a bar; in a log file a line at the start, one every few minutes and one at the end: a night is a page. Who calls the
+library from a program of its own is told by functions instead (`told_to`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import NamedTuple, TypeVar
 
 from ..words import human
 
@@ -83,8 +85,8 @@ class Progress:
     def waits(self) -> str:
         """`, waits for teacher 81%, disk 12%`: shares of the time so far, the largest first. Empty if nothing was waited for."""
         shares = sorted(((seconds / self.seconds, what) for what, seconds in list(self.waited.items())), reverse=True)
-        told = [f"{what} {share:.0%}" for share, what in shares if share >= LEAST_SHARE]
-        return f", waits for {', '.join(told)}" if told else ""
+        named = [f"{what} {share:.0%}" for share, what in shares if share >= LEAST_SHARE]
+        return f", waits for {', '.join(named)}" if named else ""
 
     def left(self) -> str:
         """Time that is left at the rate so far; `?` before the first unit."""
@@ -125,16 +127,57 @@ class _Lines(Progress):
         print(f"{self.what}: {text}", file=sys.stderr, flush=True)
 
 
+class _Told(Progress):
+    """In a program that uses the library."""
+
+    def __init__(self, tell: Callable[[str, int, int], None], what: str, total: int, unit: str, done: int):
+        super().__init__(what, total, unit, done)
+        self._tell = tell
+        tell(what, done, total)
+
+    def __call__(self, n: int) -> None:
+        super().__call__(n)
+        self._tell(self.what, self.done + self.n_new, self.total)
+
+
+class _Listener(NamedTuple):
+    say: Callable[[str], None] | None
+    progress: Callable[[str, int, int], None] | None
+
+
+_listener: ContextVar[_Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def told_to(say: Callable[[str], None] | None, progress: Callable[[str, int, int], None] | None) -> Iterator[None]:
+    """Within the block nothing is printed: `say` gets each line, `progress` what goes on, how much is done, and of how much.
+
+    None: nobody is told. An exception that `progress` raises ends the work, as an interrupt does.
+    """
+    token = _listener.set(_Listener(say, progress))
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def note(line: str) -> None:
     """Say something worth knowing beside the progress."""
-    print(line, file=sys.stderr, flush=True)
+    listener = _listener.get()
+    if listener is None:
+        print(line, file=sys.stderr, flush=True)
+    elif listener.say is not None:
+        listener.say(line)
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """Yields a Progress that is shown on stderr while the block runs. Of work that is done already nothing is said."""
-    if done >= total:
+    listener = _listener.get()
+    if done >= total or listener and listener.progress is None:
         yield Progress(what, total, unit, done)
+    elif listener:
+        yield _Told(listener.progress, what, total, unit, done)
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
@@ -162,6 +205,6 @@ def waiting(what: str) -> Callable[[str], None]:
         line = f"{what}: waiting for {holder}"
         if line != last_line or time.monotonic() - last_said >= LINE_EVERY_S:
             last_line, last_said = line, time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            note(line)
 
     return say

@@ -21,8 +21,8 @@ import warm
 from fakes import FakeTeacher
 from PIL import Image
 
+import pipelines.feed.cached_source
 import pipelines.feed.labelled
-import pipelines.feed.source
 import pipelines.presets
 import student.evals
 import student.run.trainer

@@ -11,17 +11,18 @@ import pytest
 from cache_fakes import failing_at, flip_bit
 from forks import Command, run_forked, start_forked
 from safetensors import safe_open
+from store_fakes import compress
 
-from pipelines.feed.source import CachedSource
+from pipelines.feed.cached_source import CachedSource
 from student.batch import Needs
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify_folder
 from teacher_cache.errors import TeacherCacheError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.store import writer
+from teacher_cache.store.store import Store
 
-STORES = {"fake": "none", "fake-zstd": "zstd"}
-"""Name of a store -> its codec: what compiled code copies, and what is decompressed."""
+STORES = ("fake", "fake-zstd")
+"""What compiled code copies, and what is decompressed."""
 ALL = Needs(layers=(-2, -1), attention=True)
 STEPS = 6
 """Of 8 rows: an epoch of each of the two views, so all rows of the cache."""
@@ -33,10 +34,12 @@ def cache(shared_cache, teacher, tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("*.zarr")
     path = shutil.copytree(shared_cache.path, tmp_path_factory.mktemp("bits") / "c", ignore=ignored)
     for view in Cache(path).views():
-        for name, codec in STORES.items():
-            extract_view(view, name, teacher, ExtractPlan(layers="last2", codec=codec, shard_rows=8, batch_size=5))
+        for name in STORES:
+            extract_view(view, name, teacher, ExtractPlan(layers="last2", shard_rows=8, batch_size=5))
+    for view in Cache(path).views():
+        compress(view.store_path("fake-zstd"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "write_commit", failing_at(writer.write_commit, 3, KeyboardInterrupt()))
+        patch.setattr(Store, "write_commit", failing_at(Store.write_commit, 3, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             extract_view(Cache(path).view(0), "half", teacher, ExtractPlan(layers="last2", shard_rows=8, batch_size=5))
     return path

@@ -20,7 +20,7 @@ from cache_fakes import contents
 from forks import fork
 
 from teacher_cache.checking.verify import verify_folder
-from teacher_cache.cli import commands
+from teacher_cache.extraction import make
 from teacher_cache.files.durable import ASIDE
 
 ARGUMENTS = ("--teacher", "fake", "--views", 2, "--shard-rows", 3, "--batch-size", 5, "--workers", 1)
@@ -52,13 +52,13 @@ class Room:
 
 def extract_beside_another_program(cache: Path, images: Path, left: Room) -> None:
     """The same, on a disk of which another program leaves only `left` when the check for space is over."""
-    check = commands.require_space
+    check = make.require_space
 
     def check_and_lose(path: Path, needed: int) -> None:
         check(path, needed)
         fill(cache.parent / "another", left)
 
-    commands.require_space = check_and_lose
+    make.require_space = check_and_lose
     extract(cache, images)
 
 

@@ -12,13 +12,14 @@ import pytest
 from cache_fakes import contents, crop_folder
 from fakes import write_images
 from forks import Command, run_forked, start_forked
+from store_fakes import compress
 
 from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.findings import Finding
 from teacher_cache.checking.verify import verify_folder
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 
-STORES = {"int8": ExtractPlan("last2"), "zstd": ExtractPlan("last", codec="zstd"), "half": ExtractPlan("last", dtype="float16")}
+STORES = {"int8": ExtractPlan("last2"), "zstd": ExtractPlan("last"), "half": ExtractPlan("last", dtype="float16")}
 WAYS = {"cut": 2, "deleted": 0, "emptied": 1, "swapped": 0}
 """What may happen to a file, and how many bytes it must have for that."""
 
@@ -102,6 +103,8 @@ def sound(image_folder, teacher, tmp_path_factory) -> Path:
     for view in cache.views():
         extract_view(view, "int8", teacher, plans["int8"])
         extract_view(view, "zstd", teacher, plans["zstd"])
+    for view in cache.views():
+        compress(view.store_path("zstd"))
     extract_view(cache.view(0), "half", teacher, plans["half"], range(2))
     return cache.path
 

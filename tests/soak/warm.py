@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import student.cli.commands
-import teacher_cache.cli.commands
+import student.cli.evaluate
+import student.cli.train
+import teacher_cache.cli.main
 
 PROGRAMS = {
-    "teacher-cache": teacher_cache.cli.commands.main,
-    "student-train": student.cli.commands.train,
-    "student-eval": student.cli.commands.evaluate,
+    "teacher-cache": teacher_cache.cli.main.main,
+    "student-train": student.cli.train.train,
+    "student-eval": student.cli.evaluate.evaluate,
 }
 
 

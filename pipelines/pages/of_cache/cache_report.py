@@ -14,8 +14,7 @@ from teacher_cache.errors import NotInCacheError, UsageError
 from teacher_cache.store.reader import StoreReader
 
 from ..page import render, require_page, write_page
-from ..pictures.crops import open_store
-from . import charts, facts
+from . import charts, summary
 from .boxes import box_figures
 from .examples import Album, fidelity, map_of, neighbours
 from .sample import draw_blocks, gather
@@ -45,7 +44,7 @@ class Options:
     weights: str | None = None
     """Of the teacher, to measure errors with."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.verify and self.verified:
             raise UsageError("--verify checks now, --verified reads what was found before: give one of them.")
         if self.sample is not None and not self.verify:
@@ -53,12 +52,12 @@ class Options:
 
 
 def report(cache_dir: Path, out: Path, options: Options, say: Callable[[str], None]) -> int:
-    """Write the page of a cache; returns its bytes. say: told what takes its time."""
+    """Write the page of a cache; returns its bytes. say: called with what takes its time."""
     require_page(out, outside_of=cache_dir)
     cache = Cache(cache_dir)
     verified = read_verified(options.verified, cache) if options.verified else None
     view = cache.finished_view(options.view)
-    store = open_store(view, options.teacher)
+    store = view.targets(options.teacher)
     if not store.finished.any():
         raise NotInCacheError(f"{store.path} has no finished shard yet. Its extraction has to come further first.")
     teacher = load_teacher_of(cache, options.weights, store.path.stem)[1] if options.weights else None
@@ -86,10 +85,10 @@ def page_of(view: View, store: StoreReader, options: Options, teacher, verified:
         options=options,
         store_name=store.path.stem,
         dim=store.teacher.dim,
-        identity=facts.identity(cache),
-        provenance=facts.provenance(store),
-        stores=facts.stores(cache),
-        sizes=facts.sizes(view, store),
+        identity=summary.identity(cache),
+        provenance=summary.provenance(store),
+        stores=summary.stores(cache),
+        sizes=summary.sizes(view, store),
         verified=verified,
         fidelity=shown,
         gathered=gathered,

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.spec import LayerFidelity
 
-from ..charts import COLOURS, chart
+from ..inline_svg import COLOURS, chart
 from .boxes import BoxFigures
 from .layers import AttentionFigures, LayerFigures
 
@@ -24,9 +24,9 @@ def _lines(axes, layers: list[int], series: dict[str, list[float]]) -> None:
     free_above = 0.0  # series are given from the lowest to the highest: names that would overlap move up
     for (name, values), colour, marker in zip(series.items(), (ACCENT, SECOND, MUTED), "os^", strict=False):
         axes.plot(layers, values, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
-        place = max(values[-1] * points, free_above)
-        free_above = place + LINE_POINTS
-        offset = 7, place - values[-1] * points
+        height = max(values[-1] * points, free_above)
+        free_above = height + LINE_POINTS
+        offset = 7, height - values[-1] * points
         axes.annotate(name, (layers[-1], values[-1]), offset, textcoords="offset points", va="center", color=colour, fontsize=9)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))

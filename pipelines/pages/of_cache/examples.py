@@ -21,7 +21,7 @@ PICTURE_SIDE = 96
 MAP_POINTS, MAP_SIDE = 1000, 64
 """Points of the map; side of their pictures, pixels."""
 COLOURED_CLASSES = 20
-"""So many classes have colours and shapes that can be told apart; of more, one at a time is picked out."""
+"""So many classes have colours and shapes that differ enough; of more, one at a time is picked out."""
 
 
 class Album:
@@ -74,8 +74,8 @@ def _worst(rows: np.ndarray, errors: np.ndarray, layers: tuple[int, ...], album:
     """The rows with the largest of `errors` [L, n] in any layer."""
     layer_of, error_of = errors.argmax(0), errors.max(0)  # [n]
     return [
-        {**album.pictured(rows[place]), "error": _percent(error_of[place]), "layer": layers[layer_of[place]]}
-        for place in np.argsort(-error_of, kind="stable")[:N_WORST]
+        {**album.pictured(rows[i]), "error": _percent(error_of[i]), "layer": layers[layer_of[i]]}
+        for i in np.argsort(-error_of, kind="stable")[:N_WORST]
     ]
 
 
@@ -92,10 +92,10 @@ def neighbours(gathered: Gathered, album: Album, seed: int) -> dict | None:
     _, first = np.unique(labels[order], return_index=True)  # of each class
     rest = np.setdiff1d(np.arange(len(order)), first)
     queries = []
-    for place in order[np.concatenate([np.sort(first), rest])[:N_QUERIES]]:
-        near = zip(found.index[place], found.cosine[place], strict=True)
+    for i in order[np.concatenate([np.sort(first), rest])[:N_QUERIES]]:
+        near = zip(found.index[i], found.cosine[i], strict=True)
         near = [{**album.pictured(gathered.rows[other]), "cosine": float(cosine)} for other, cosine in near]
-        queries.append({**album.pictured(gathered.rows[place]), "near": near})
+        queries.append({**album.pictured(gathered.rows[i]), "near": near})
     has_classes = bool((labels >= 0).all()) and len(album.classes) > 1
     return {
         "queries": queries,

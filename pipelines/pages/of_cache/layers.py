@@ -1,6 +1,6 @@
 """Figures of single layers, and of attention, added up over a sample of crops. Memory does not grow with the sample.
 
-Whitened tokens all have the norm sqrt(D), so norms are told of standardised ones (centre and spread of each channel over the
+Whitened tokens all have the norm sqrt(D), so norms are those of standardised ones (centre and spread of each channel over the
 sample): there a token that differs from all others stands out.
 """
 

@@ -19,7 +19,7 @@ class Neighbours:
     """The nearest of each row of a sample, by cosine, itself left out."""
 
     index: np.ndarray
-    """int64 [n, k], places in the sample, nearest first."""
+    """int64 [n, k], numbers in the sample, nearest first."""
     cosine: np.ndarray
     """float64 [n, k]."""
 

@@ -23,8 +23,8 @@ def sprite(reader: CropReader, rows: np.ndarray, side: int) -> tuple[Markup, int
     """All crops of `rows` on one JPEG, in lines of `columns` squares of `side` pixels; and `columns`."""
     columns = max(1, int(np.ceil(np.sqrt(len(rows)))))
     canvas = np.zeros((-(-len(rows) // columns) * side, columns * side, 3), "uint8")
-    for place, pixels in enumerate(_small(reader, rows, side)):
-        line, column = divmod(place, columns)
+    for i, pixels in enumerate(_small(reader, rows, side)):
+        line, column = divmod(i, columns)
         canvas[line * side : (line + 1) * side, column * side : (column + 1) * side] = pixels
     return data_uri(_jpeg(canvas, quality=70), "image/jpeg"), columns
 

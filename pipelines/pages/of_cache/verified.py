@@ -1,4 +1,4 @@
-"""What verify said, found out on the spot or read from the output of `teacher-cache verify --json`."""
+"""What verify found, found out on the spot or read from the output of `teacher-cache verify --json`."""
 
 from __future__ import annotations
 

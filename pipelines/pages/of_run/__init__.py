@@ -1,1 +1,1 @@
-"""A page about a run: facts.py reads what the run wrote, pictures.py lets its student look at crops, page.py puts it together."""
+"""A page about a run: what it wrote (run_facts), its curves, its student looking at crops (pictures), the page (run_report)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from markupsafe import Markup
 
-from ..charts import COLOURS, chart
-from .facts import RunFacts
+from ..inline_svg import COLOURS, chart
+from .run_facts import RunFacts
 
 MOST_POINTS = 400
 """Of a curve; more steps are averaged in bins of equal size."""

@@ -1,4 +1,4 @@
-"""What the student of a run makes of a few crops, beside what its teacher said of them."""
+"""What the student of a run makes of a few crops, beside what its teacher makes of them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 from student.batch import Batch, Mask, Needs, Targets
 from student.config import AlignConfig, ContrastConfig, CosineConfig, ReconstructConfig
 from student.files.checkpoint import load_student
-from student.masking.maskers import draw_noise
+from student.masking import draw_noise
 from student.modules.attention import cls_attention
 from student.modules.model import Student
-from student.modules.pixels import PIXEL_MEAN, PIXEL_STD
+from student.modules.pixels import PIXEL_MEAN, PIXEL_STD, normalise
 from student.modules.targets import patchify, teacher_output, unit_length
 from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import NotInCacheError, TeacherCacheError
-from teacher_cache.store.manifest import store_file_name
+from teacher_cache.format.layout import store_file_name
 from teacher_cache.store.reader import StoreReader
 
-from ...feed.source import normalise, teacher_head, teacher_shape
-from ..pictures.maps import colours_of_tokens, hide, over_crop
-from .facts import RunFacts
+from ...feed.teacher_values import teacher_head, teacher_shape
+from ..maps import colours_of_tokens, hide, over_crop
+from .run_facts import RunFacts
 
 # B crops, N patches, C 1 with CLS else 0, D width, p side of a patch in pixels
 
@@ -81,9 +81,9 @@ def look(run: RunFacts, cache_dir: Path | None, n_crops: int) -> Pictures:
         columns = list(_columns(student, config, batch, pixels, stores))
     images = view.cache.images()
     shown = []
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         label = images.labels[row]
-        panels = [Panel(title, pictures[place]) for title, _, pictures in columns]
+        panels = [Panel(title, pictures[i]) for title, _, pictures in columns]
         shown.append(CropShown(int(row), images.classes[label] if label >= 0 else "", panels))
     return Pictures(shown, [(title, about) for title, about, _ in columns], step)
 
@@ -144,17 +144,17 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
     mask = student.draw_mask(batch, draw_noise(config.seed, 0, len(pixels), student.n_patches))
     yield "crop", "the crop, as teacher and student get it", list(pixels)
     share = mask.drop.shape[1] / student.n_patches
-    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.hidden.numpy(), strict=True)]
+    masked = [hide(crop, hidden, grid) for crop, hidden in zip(pixels, mask.is_hidden.numpy(), strict=True)]
     yield "visible", f"a draw of the run's masks ({config.mask.kind}): {share:.0%} of the patches are hidden", masked
 
-    said = _said(student, config, batch, mask)
+    predictions = _predictions(student, config, batch, mask)
     for objective in config.objectives:
         if isinstance(objective, ReconstructConfig):
             about = "hidden patches as the student paints them, with the true mean and contrast of each; visible ones as they are"
-            yield "reconstruction", about, _reconstructions(batch.images, said[objective.name], mask)
-        elif objective.name in said:
+            yield "reconstruction", about, _reconstructions(batch.images, predictions[objective.name], mask)
+        elif objective.name in predictions:
             store, targets = stores[objective.teacher], batch.targets[objective.teacher]
-            yield from _tokens_beside(objective, store, targets, said[objective.name], mask, grid)
+            yield from _tokens_beside(objective, store, targets, predictions[objective.name], mask, grid)
 
     features = student.backbone.encode_all(batch.images)[:, -student.n_patches :]
     about = "the student's own features of all patches, their first three principal components as colours"
@@ -174,37 +174,42 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
         yield "attention: student", f"what CLS of the student attends to, last block{alike}", _heat(pixels, own, grid)
 
 
-def _said(student: Student, config, batch: Batch, mask: Mask) -> dict[str, Tensor]:
+def _predictions(student: Student, config, batch: Batch, mask: Mask) -> dict[str, Tensor]:
     """What the heads of the objectives give for the batch, by the objective's name; of Align the head of the last block."""
     encoded = student.backbone(batch.images, mask)
-    said: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
     for asked in config.objectives:
         if isinstance(asked, ContrastConfig):
             continue  # compares whole crops with each other: there is no token to show
-        objective = student.modules.objectives[asked.name]
+        objective = student.objectives[asked.name]
         head = objective.adaptors[-1] if isinstance(asked, AlignConfig) else objective.head
-        hook = head.register_forward_hook(lambda module, inputs, output, name=asked.name: said.update({name: output.float()}))
+
+        def keep(module, inputs, output, name=asked.name) -> None:
+            predictions[name] = output.float()
+
+        hook = head.register_forward_hook(keep)
         try:
             objective(encoded, batch, mask)
         finally:
             hook.remove()
-    return said
+    return predictions
 
 
-def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor, mask: Mask, grid: tuple[int, int]):
-    """Two columns: the teacher's patch tokens of its last block, and the student's words for them, in the same colours.
+def _tokens_beside(objective, store: StoreReader, targets: Targets, predicted: Tensor, mask: Mask, grid: tuple[int, int]):
+    """Two columns: the teacher's patch tokens of its last block, and the student's predictions of them, in the same colours.
 
-    said: [B, C+n, D]; n is all patches (Cosine) or the visible ones (Mimic, Align), which say nothing of hidden patches.
+    predicted: [B, C+n, D]; n is all patches (Cosine) or the visible ones (Mimic, Align), which predict nothing at hidden patches.
     """
     true = _patch_tokens(targets, mask)
     if isinstance(objective, CosineConfig):  # compares directions in the teacher's output space
-        true, said = unit_length(teacher_output(true, targets.head)), unit_length(said)
+        true, predicted = unit_length(teacher_output(true, targets.head)), unit_length(predicted)
     n_patches = true.shape[1]
-    says_all = said.shape[1] >= n_patches
-    predicted = said[:, -n_patches:]
-    if not says_all:
+    at_all = predicted.shape[1] >= n_patches
+    if at_all:
+        predicted = predicted[:, -n_patches:]
+    else:
         index = mask.keep[..., None].expand(-1, -1, true.shape[-1])
-        predicted = torch.full_like(true, torch.nan).scatter(1, index, said[:, -mask.keep.shape[1] :])
+        predicted = torch.full_like(true, torch.nan).scatter(1, index, predicted[:, -mask.keep.shape[1] :])
     cosine = float((unit_length(predicted) * unit_length(true)).sum(-1).nanmean())
 
     colours, share = colours_of_tokens(np.concatenate([true.numpy(), predicted.numpy()]))  # [2B, N, 3]
@@ -213,7 +218,7 @@ def _tokens_beside(objective, store: StoreReader, targets: Targets, said: Tensor
         f"patch tokens of {store.teacher.name}, last block: three principal components as colours ({share:.0%} of the variance)"
     )
     yield f"teacher: {objective.kind}", about, _on_grid(theirs, grid)
-    where = "at every patch, from the visible ones" if says_all else "at the visible patches"
+    where = "at every patch, from the visible ones" if at_all else "at the visible patches"
     about = f"the same tokens as the student predicts them {where}, in the same colours; cosine {cosine:.2f} on average"
     yield f"predicted: {objective.kind}", about, _on_grid(own, grid)
 

@@ -1,7 +1,7 @@
 """The encoders. A backbone is a file here, a config class with its `kind`, and a line in BACKBONES.
 
 A backbone is a module `backbone(images, mask) -> Encoded` with `encode_all(images) -> [B, C+N, D]` for evaluation and
-`has_cls`, whether C is 1, and `behind_blocks`, the names of its parts that only `Encoded.tokens` goes through.
+`has_cls`, whether C is 1, and `behind_blocks`, the names of its submodules that only `Encoded.tokens` goes through.
 """
 
 from __future__ import annotations

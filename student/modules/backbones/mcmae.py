@@ -19,9 +19,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ...batch import Mask
+from ...batch import Mask, take
 from ...config import MCMAEConfig
-from ...masking.maskers import take
 from ..initial_weights import init_linear_and_norm
 from ..positions import sincos_positions
 from .encoded import Encoded
@@ -113,7 +112,7 @@ class MCMAE(nn.Module):
 
     def forward(self, images: Tensor, mask: Mask) -> Encoded:
         """Encode CLS and the visible patches of images [B, 3, H, W]."""
-        visible = (~mask.hidden).to(images.dtype).unflatten(1, self.grid)[:, None]  # [B, 1, rows, columns]
+        visible = (~mask.is_hidden).to(images.dtype).unflatten(1, self.grid)[:, None]  # [B, 1, rows, columns]
         patches, stages = self._convolve(images, visible)
         tokens, layers = self._attend(take(patches, mask.keep))
 

@@ -46,7 +46,7 @@ class Swin(SwinTransformer):
         """Encode images [B, 3, H, W]; the mask token replaces embedded patches that are hidden (SimMIM simmim.py:28-36)."""
         patches = self.patch_embed(images)  # [B, rows, columns, width of the first stage]
         scale = patches.shape[1] // self.grid[0]
-        hidden = mask.hidden.unflatten(1, self.grid).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        hidden = mask.is_hidden.unflatten(1, self.grid).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         return self._encode(torch.where(hidden[..., None], self.mask_token.to(patches.dtype), patches))
 
     def encode_all(self, images: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...batch import Mask
+from ...batch import Mask, take
 from ...config import ViTConfig
-from ...masking.maskers import take
 from ..initial_weights import init_linear_and_norm, init_narrow
 from ..positions import sincos_positions
 from .encoded import Encoded
@@ -70,7 +69,7 @@ class ViT(VisionTransformer):
         if self.mask_token is None:
             patches = take(patches + self.pos_embed[:, 1:], mask.keep)  # [B, n_keep, D]
         else:
-            patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.pos_embed[:, 1:]
+            patches = torch.where(mask.is_hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.pos_embed[:, 1:]
 
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([cls, patches], dim=1)  # [B, 1+n, D]

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import Batch, Mask, Needs
+from ...batch import Batch, Mask, Needs, take
 from ...config import BackboneConfig, ContrastConfig
 from ...devices.distributed import gathered, world_size
 from ...errors import ConfigError
-from ...masking.maskers import take
 from ..backbones import Encoded
 from ..batch_norm import BatchNorm
 from ..targets import final_norm
@@ -95,7 +94,7 @@ class Contrast(Objective):
     Queues and key projectors move on once a step.
     """
 
-    needs = Needs(layers=(-1,), hidden=True)
+    needs = Needs(layers=(-1,), hidden_tokens=True)
 
     def __init__(self, config: ContrastConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()
@@ -135,7 +134,7 @@ class Contrast(Objective):
     def after_step(self, step: int, total_steps: int) -> None:
         """Enqueue the keys of the whole step, and let the key projectors follow: momentum rises to 1 by half a cosine."""
         for branch, keys in zip((self.patch, self.image), zip(*self._waiting, strict=True), strict=True):
-            by_place = gathered(torch.stack(keys)).unflatten(0, (world_size(), -1)).transpose(0, 1)  # as one process has them
-            branch.enqueue(by_place.flatten(0, 2))
+            in_order = gathered(torch.stack(keys)).unflatten(0, (world_size(), -1)).transpose(0, 1)  # as one process has them
+            branch.enqueue(in_order.flatten(0, 2))
             branch.follow(1 - (1 - self.momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2)
         self._waiting.clear()

@@ -30,7 +30,7 @@ class Cosine(Objective):
     Public names: MILAN's decoder_pred and CAE's decoder.head are `head`; all the rest is `predictor` (see Predictor).
     """
 
-    needs = Needs(layers=(-1,), hidden=True)
+    needs = Needs(layers=(-1,), hidden_tokens=True)
 
     def __init__(self, config: CosineConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()

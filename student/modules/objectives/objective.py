@@ -21,7 +21,7 @@ class Objective(nn.Module):
 
     needs: Needs
     teacher: int | None
-    """Place of the teacher it reads among the run's teachers; None: it reads none."""
+    """Which of the run's teachers it reads, counted from 0; None: it reads none."""
     reads_final_norm = True
     """Whether it looks at `Encoded.tokens`; if none of a student's objectives does, what leads there is not trained."""
     no_decay: frozenset[str] = frozenset()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...batch import Batch, Mask, Needs
+from ...batch import Batch, Mask, Needs, take
 from ...config import BackboneConfig, ReconstructConfig
-from ...masking.maskers import take
 from ..backbones import Encoded
 from ..initial_weights import init_linear_and_norm
 from ..predictor import Predictor
@@ -36,7 +35,7 @@ class Reconstruct(Objective):
         self.head = nn.Linear(config.decoder.dim, 3 * self.patch_size**2)
 
         self.mimic = config.mimic
-        self.needs = Needs(layers=(-1,), hidden=True) if self.mimic else Needs()
+        self.needs = Needs(layers=(-1,), hidden_tokens=True) if self.mimic else Needs()
         self.teacher = config.teacher if self.mimic else None
         if self.mimic:
             self.mimic_head = nn.Linear(config.decoder.dim, require_teacher(config, backbone, teachers).dim)

@@ -1,0 +1,24 @@
+"""What is used of FFCV's package, which is imported here and nowhere else: its import does things that have to be undone."""
+
+from __future__ import annotations
+
+import sys
+
+from teacher_cache.kernels import pointers  # noqa: F401 - isort: skip - before numba, whose threading layer it chooses
+
+import numba
+import torch
+
+if sys.version_info >= (3, 12):
+    import setuptools  # noqa: F401 - it brings distutils, which ffcv 1.0.2 imports and Python has no more
+
+_torch_threads = torch.get_num_threads()
+from ffcv.loader.epoch_iterator import select_buffer as select_buffer  # noqa: E402
+from ffcv.pipeline import PipelineSpec as PipelineSpec  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery as AllocationQuery  # noqa: E402
+from ffcv.pipeline.graph import Graph as Graph  # noqa: E402
+from ffcv.pipeline.operation import Operation as Operation  # noqa: E402
+from ffcv.reader import Reader as Reader  # noqa: E402
+
+torch.set_num_threads(_torch_threads)  # importing ffcv leaves both torch and numba with one thread
+numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)

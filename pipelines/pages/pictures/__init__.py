@@ -1,1 +1,0 @@
-"""Looking at single crops: what the teacher saw, what it said, and what a student would see of it."""

@@ -1,0 +1,104 @@
+"""teacher-cache extract: a teacher's targets, and the crops before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..files.claims import taking_over
+from ..format.spec import DTYPES
+from ..terminal.command import one_line_errors, say
+from ..words import quoted
+from .options import (
+    CACHE,
+    CROP_OPTIONS,
+    DRY_RUN,
+    KEPT,
+    REPAIR,
+    SIDE,
+    TAKE_OVER,
+    ShardRange,
+    TokenChoice,
+    with_preset,
+)
+from .repair import refuse_beside_repair, repair_and_say
+
+
+@click.command()
+@CACHE
+@CROP_OPTIONS
+@click.option("--teacher", required=True, help="clip-b16, demo, timm:NAME ...: teacher-cache teachers lists them.")
+@click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
+@click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
+@click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--tokens", "visible", type=TokenChoice(), help="all; or visible:K, CLS and the K patches of each crop that its "
+              "attention draws first, for methods that learn from visible patches alone. [default: all]")  # fmt: skip
+@click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
+              "[default: 2048]")  # fmt: skip
+@click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
+@click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
+@click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+              help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="Run the teacher's blocks through torch.compile.")
+@REPAIR
+@TAKE_OVER
+@DRY_RUN
+def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: int | None, shard_rows,
+            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, take_over: bool,
+            dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
+    """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
+
+    On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
+    with it refuses and says which differ. What is not given is as in the store that is there. With --repair it first mends lists,
+    crops and the teacher's stores, then makes again exactly the shards that verify rejects.
+
+    \b
+    Example:
+      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE
+      teacher-cache extract --teacher timm:vit_tiny_patch16_224 --weights random:0 --layers last CACHE
+      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --repair CACHE
+
+    The GPUs of one machine share the work under torchrun, when the crops are there:
+
+    \b
+      torchrun --nproc-per-node 8 -m teacher_cache extract --teacher clip-b16 --weights ViT-B-16.pt CACHE
+
+    Many machines: make the crops with teacher-cache crop, see the number of shards with --dry-run, and start one process a range.
+    They may start at the same moment; whoever makes the last shard completes the store. A range that was interrupted is
+    started again. As a Slurm array of 16 tasks, with S shards a task:
+
+    \b
+      sbatch --array=0-15 task.sh, where task.sh has
+      I=$SLURM_ARRAY_TASK_ID
+      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
+    """
+    with one_line_errors(KEPT), taking_over(take_over):
+        from ..extraction.make import TargetRequest, plan_cache
+        from ..extraction.planning import CropRequest
+        from ..extraction.ranks import Process
+
+        process = Process.current(shards, repair)
+        process.require_own_device(device)
+        request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
+                                precision, compiled)  # fmt: skip
+        if repair:
+            refuse_beside_repair(cache, dry_run, shards)
+            repair_and_say(cache, crop_options["images"], request.store_name)
+        work = plan_cache(cache, CropRequest(**with_preset(crop_options)), request, shards, process)
+        if dry_run or work.is_idle:
+            return
+        from ..kernels import sigbus
+
+        sigbus.install()
+        made = work.make(skip_bad, workers)
+        if made.n_missing:
+            say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
+        elif made.is_news:
+            where = quoted(cache)
+            say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
+        else:
+            say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
