@@ -25,7 +25,7 @@ ROOMS = {
 """Package -> its rooms, folders and modules, from the lowest: a room imports from those before it. Beside them, programs."""
 APART = [("teacher_cache.store", "teacher_cache.crops")]
 """Rooms of which neither knows the other."""
-TORCH_ROOMS = ("extraction.extract", "extraction.encode", "estimating.trial", "device", "kernels.loops", "teachers")
+TORCH_ROOMS = ("extraction.extract", "extraction.encode", "estimating.trial", "device", "teachers")
 MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
 """In the package of the format; everything else there works where torch is not installed."""
 BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
@@ -145,7 +145,7 @@ def test_nothing_imports_the_edge():
 
 
 def test_the_format_needs_no_torch():
-    """Of teacher_cache, only the compiled loops, the device, extraction and the teachers import torch or what needs it."""
+    """Of teacher_cache, only the device, extraction and the teachers import torch or what needs it."""
     free = [m for m in IMPORTS if is_in(m, "teacher_cache") and not is_in(m, *MAY_IMPORT_TORCH)]
     assert {"teacher_cache.store.reader", "teacher_cache.store.manifest", "teacher_cache.checking.verify"} <= set(free)
     assert violations(free, "torch", "torchvision", "timm", "open_clip") == []

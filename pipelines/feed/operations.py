@@ -10,19 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from numba import carray
 
 from teacher_cache.crops.beton import CropReader
-from teacher_cache.kernels.loops import check_crops, check_rows, copy_rows, copy_tokens, decode_rows
-from teacher_cache.kernels.pointers import pointer_i32, pointer_i64, pointer_u8, pointer_u32, pointer_u64
+from teacher_cache.kernels import batch
+from teacher_cache.kernels.loops import check_crops, check_rows
 from teacher_cache.store.reader import CHECKS, StoreReader
 
 from .record import Field
 from .with_ffcv import AllocationQuery, Operation
-
-# Columns of the uint64 tables through which compiled code finds everything else: addresses, counts and flags.
-BASE, POINTERS, SIZES, CRCS, N_CROPS, IS_JPEG, CROP_ERRORS, N_CROP_COLUMNS = range(8)
-HANDLES, SHARD_SIZES, N_SHARDS, BY_PREAD, SHARD_ROWS, CHECKED, CHECK, OFFSET, FIELD_ERRORS, PLACES, N_FIELD_COLUMNS = range(11)
 
 
 class DecodeCrops(Operation):
@@ -35,16 +30,16 @@ class DecodeCrops(Operation):
     def __init__(self, size: int, max_batch: int):
         super().__init__()
         self.size = size
-        self.control = np.zeros(N_CROP_COLUMNS, "uint64")
+        self.control = np.zeros(batch.N_CROP_COLUMNS, "uint64")
         self.errors = np.zeros(max_batch, "int64")
-        self.control[CROP_ERRORS] = self.errors.ctypes.data
+        self.control[batch.CROP_ERRORS] = self.errors.ctypes.data
 
     def open(self, crops: CropReader) -> None:
         self.crops = crops  # keeps the tables alive
-        tables = {BASE: crops.bytes, POINTERS: crops.pointers, SIZES: crops.sizes, CRCS: crops.crcs}
+        tables = {batch.BASE: crops.bytes, batch.POINTERS: crops.pointers, batch.SIZES: crops.sizes, batch.CRCS: crops.crcs}
         for column, table in tables.items():
             self.control[column] = table.ctypes.data
-        self.control[N_CROPS], self.control[IS_JPEG] = len(crops), crops.is_jpeg
+        self.control[batch.N_CROPS], self.control[batch.IS_JPEG] = len(crops), crops.is_jpeg
 
     def require_sound(self, rows: np.ndarray) -> None:
         """Raise CacheCorruptError if a crop of the batch just decoded failed."""
@@ -58,13 +53,7 @@ class DecodeCrops(Operation):
         address = self.control.ctypes.data
 
         def decode(rows, out, metadata, storage_state):
-            control = carray(pointer_u64(np.uint64(address)), N_CROP_COLUMNS)
-            n_crops = control[N_CROPS]
-            pointers = carray(pointer_u64(control[POINTERS]), n_crops)
-            sizes = carray(pointer_u64(control[SIZES]), n_crops)
-            crcs = carray(pointer_u32(control[CRCS]), n_crops)
-            errors = carray(pointer_i64(control[CROP_ERRORS]), len(rows))
-            decode_rows(rows, out, control[BASE], pointers, sizes, crcs, control[IS_JPEG] == 1, errors)
+            batch.decode_batch(rows, out, address)
             return out[: len(rows)]
 
         return decode
@@ -80,7 +69,7 @@ class FetchTargets(Operation):
     def __init__(self, fields: list[Field], record_bytes: int, max_batch: int):
         super().__init__()
         self.fields, self.record_bytes = fields, record_bytes
-        self.control = np.zeros((len(fields), N_FIELD_COLUMNS), "uint64")
+        self.control = np.zeros((len(fields), batch.N_FIELD_COLUMNS), "uint64")
         self.errors = np.zeros((len(fields), max_batch), "int64")
         self.places = {field.store: np.zeros((max_batch, field.n_tokens), "int32") for field in fields if field.n_tokens}
 
@@ -89,11 +78,15 @@ class FetchTargets(Operation):
         for field, line, errors in zip(self.fields, self.control, self.errors, strict=True):
             store = stores[field.store]
             shards, column = store.shards, store.columns[field.array]
-            line[HANDLES], line[SHARD_SIZES] = shards.handles[column].ctypes.data, shards.sizes[column].ctypes.data
-            line[N_SHARDS], line[BY_PREAD], line[SHARD_ROWS] = store.spec.n_shards, shards.by_pread, store.spec.shard_rows
-            line[CHECKED], line[CHECK] = shards.checked[column].ctypes.data, CHECKS[store.check]
-            line[OFFSET], line[FIELD_ERRORS] = field.offset, errors.ctypes.data
-            line[PLACES] = self.places[field.store].ctypes.data if field.n_tokens else 0
+            line[batch.HANDLES], line[batch.SHARD_SIZES] = shards.handles[column].ctypes.data, shards.sizes[column].ctypes.data
+            line[batch.N_SHARDS], line[batch.SHARD_ROWS] = store.spec.n_shards, store.spec.shard_rows
+            line[batch.BY_PREAD] = shards.by_pread
+            line[batch.CHECKED], line[batch.CHECK] = shards.checked[column].ctypes.data, CHECKS[store.check]
+            line[batch.OFFSET], line[batch.FIELD_ERRORS] = field.offset, errors.ctypes.data
+            line[batch.ROW_BYTES], line[batch.N_ROWS] = field.n_bytes, len(store)
+            if field.n_tokens:
+                line[batch.PLACES], line[batch.N_CHOSEN] = self.places[field.store].ctypes.data, field.n_tokens
+                line[batch.N_PARTS : batch.TOKEN_BYTES + 1] = store.spec.token_layout(field.array, store.teacher)
 
     def choose(self, places: dict[int, np.ndarray]) -> None:
         """Of the batch that is fetched next, the places of the tokens that are wanted of each store: int32 [B, C+K]."""
@@ -119,35 +112,12 @@ class FetchTargets(Operation):
 
     def generate_code(self) -> Callable:
         address, n_fields, record_bytes = self.control.ctypes.data, len(self.fields), self.record_bytes
-        row_bytes = np.array([field.n_bytes for field in self.fields], "uint64")
-        n_chosen = np.array([field.n_tokens or 0 for field in self.fields], "int64")
-        layouts = np.array([self._layout(field) for field in self.fields], "uint64")
-        n_rows = np.int64(len(self.stores[0]))  # the same for all: they belong to one view
 
         def fetch(rows, out, metadata, storage_state):
-            control = carray(pointer_u64(np.uint64(address)), (n_fields, N_FIELD_COLUMNS))
-            for i in range(n_fields):
-                line = control[i]
-                handles = carray(pointer_u64(line[HANDLES]), line[N_SHARDS])
-                sizes = carray(pointer_u64(line[SHARD_SIZES]), line[N_SHARDS])
-                checked = carray(pointer_u8(line[CHECKED]), n_rows)
-                errors = carray(pointer_i64(line[FIELD_ERRORS]), len(rows))
-                start = np.uint64(out.ctypes.data) + line[OFFSET]
-                by_pread, shard_rows, check = line[BY_PREAD] == 1, np.int64(line[SHARD_ROWS]), np.int64(line[CHECK])
-                if n_chosen[i] == 0:
-                    copy_rows(rows, start, record_bytes, handles, sizes, by_pread, shard_rows, row_bytes[i], checked, check,
-                              errors)  # fmt: skip
-                else:
-                    places = carray(pointer_i32(line[PLACES]), (len(rows), n_chosen[i]))
-                    copy_tokens(rows, places, layouts[i, 0], layouts[i, 1], layouts[i, 2], start, record_bytes, handles, sizes,
-                                by_pread, shard_rows, checked, check, errors)  # fmt: skip
+            batch.fetch_batch(rows, out.ctypes.data, record_bytes, address, n_fields)
             return out[: len(rows)]
 
         return fetch
-
-    def _layout(self, field: Field) -> tuple[int, int, int]:
-        store = self.stores[field.store]
-        return store.spec.token_layout(field.array, store.teacher) if field.n_tokens else (0, 0, 0)
 
 
 class ReadTargets:

@@ -1,11 +1,11 @@
 """Compiled functions that are kept: compiled once on a machine, not once a process, which takes ten seconds.
 
-numba keeps machine code as pickle, and whoever can write it runs code as its reader. So it lies in a folder that is the user's own
-and nobody else's, and never inside a cache or a run: `$XDG_CACHE_HOME/teacher-cache/kernels`, by default below ~/.cache. It may be
-deleted at any time. Where there can be no such folder, every process compiles for itself, and says so once.
+numba keeps machine code as pickle, and whoever can write it runs code as its reader. So it lies in a folder that is the user's
+own and nobody else's, and never inside a cache or a run: `$XDG_CACHE_HOME/teacher-cache/kernels`, by default below ~/.cache. It
+may be deleted at any time. Where there can be no such folder, every process compiles for itself, and says so once.
 
-numba numbers its files without a lock: two processes that save two signatures of one function at once can leave an index that calls
-one of them by the other's name. So files are saved under a lock, and not at all where there are no locks.
+numba numbers its files without a lock: two processes that save two signatures of one function at once can leave an index that
+calls one of them by the other's name. So files are saved under a lock, and not at all where there are no locks.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def kernel_folder() -> Path | None:
 
 def _own_folder(folder: Path) -> None:
     """Make `folder` with mode 0700; raise PermissionError if one is there that others own or can write into."""
-    with_owner_alone = 0o700
     try:
-        folder.mkdir(with_owner_alone)
+        folder.mkdir(0o700)
     except FileExistsError:
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

@@ -1,4 +1,4 @@
-"""Functions of libc and of FFCV's library, as compiled code calls them: by name, because code that is kept may hold no address."""
+"""Functions of libc and of FFCV's library, as compiled code calls them: by name, for code that is kept can hold no address."""
 
 from __future__ import annotations
 
