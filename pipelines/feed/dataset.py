@@ -44,7 +44,7 @@ class CachedDataset(Dataset):
     some seconds first, once with persistent_workers. Where numba has no TBB (not x86-64) fork is no choice: take "spawn".
     A batch is fetched in one go (`__getitems__`). `labels` (int64 [len]) and `spec` (TeacherSpec) are there for samplers and
     heads. Raises NotInCacheError for a view, layer, attention or rows that are not there, MismatchError where crops decode to
-    other pixels than the teacher saw, and what `View.targets` does; when read, CacheCorruptError naming the row for damaged bytes.
+    other pixels than the teacher saw, and what `View.targets` does; CacheCorruptError for damage, naming the row.
     """
 
     def __init__(self, cache: Cache | str | os.PathLike, teacher: str | None = None, layers: Sequence[int] = (-1,), *,
