@@ -148,7 +148,7 @@ def test_reading(shared_cache, teacher):
     assert np.allclose(targets.attention(rows), said.attention.numpy(), atol=1e-3)
 
 
-def test_what_cannot_be_read(shared_cache):
+def test_what_cannot_be_read(shared_cache, tmp_path):
     """A store, block or row that is not there is an error that names those that are."""
     view = teacher_cache.open(shared_cache.path).view(0)
     with pytest.raises(UsageError, match="has targets of fake, fake-zstd, fake16. Choose"):
@@ -163,7 +163,7 @@ def test_what_cannot_be_read(shared_cache):
     with pytest.raises(NotInCacheError, match="it has 0 to 23"):
         view.pixels([-1])
     with pytest.raises(UsageError, match="is no cache"):
-        teacher_cache.open(shared_cache.path / "view-000" / "nothing")
+        teacher_cache.open(tmp_path)
 
 
 def test_verify(cache, capsys):

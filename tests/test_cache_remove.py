@@ -173,6 +173,17 @@ def test_a_writer_that_comes_in_between(cache, monkeypatch):
     remove_view(cache, 1)
 
 
+def test_a_cache_that_changed_while_it_was_asked(cache):
+    """What was agreed to is what goes: a view that came in between is noticed under the claims."""
+    planned = remove.plan_removal(cache, 1), remove.plan_removal(cache, 1, "fake")
+    shutil.copytree(cache.path / "view-001", cache.path / "view-002")
+    before = contents(cache.path)
+    for removal in planned:
+        with pytest.raises((MismatchError, UsageError), match="View 1 .* not the last one|View 2 .* has targets of fake too"):
+            removal.carry_out()
+    assert contents(cache.path) == before
+
+
 def test_beside_an_unfinished_crop_stage(cache):
     """While parts of a crop stage are waiting for the rest, no view is removed: they would not fit any more."""
     (cache.path / "crops.partial" / "view-002").mkdir(parents=True)

@@ -107,11 +107,14 @@ HELP = """
 import sys
 sys.modules.update(dict.fromkeys({blocked}))
 import click
-from teacher_cache.cli.commands import main
-from student.cli.commands import evaluate, report, train
-for group in (main, evaluate, report, train):
-    commands = {{group.name: group, **getattr(group, "commands", {{}})}}
-    for name, command in commands.items():
+from teacher_cache.terminal import signals
+programs = []
+signals.run_program = lambda load: programs.append(load())
+import student.__main__ as student, teacher_cache.__main__ as teacher_cache
+for program in (teacher_cache.main, student.train, student.evaluate, student.report):
+    program()
+for program in programs:
+    for name, command in {{program.name: program, **getattr(program, "commands", {{}})}}.items():
         text = command.get_help(click.Context(command, info_name=name))
         assert text.startswith("Usage: ") and "Example:" in text, name
         print(name)

@@ -42,10 +42,11 @@ class CachedDataset(Dataset):
     teacher's last block. view: which pass over the images.
     check: when the CRC-32C of a row is compared: `never`, `first` (time in this process), `always`.
 
-    For DataLoader's workers of any start method: each process opens its own files. A batch is fetched in one go
-    (`__getitems__`). `labels` (int64 [len]) and `spec` (TeacherSpec) are there for samplers and heads. Raises NotInCacheError for
-    a view, layer, attention or rows that are not there, and what `View.targets` does; when read, CacheCorruptError naming the row
-    for damaged bytes.
+    For DataLoader's workers of any start method: each process opens its own files. Forked ones begin at once; others compile for
+    some seconds first, once with persistent_workers. Where numba has no TBB (not x86-64) fork is no choice: take "spawn".
+    A batch is fetched in one go (`__getitems__`). `labels` (int64 [len]) and `spec` (TeacherSpec) are there for samplers and
+    heads. Raises NotInCacheError for a view, layer, attention or rows that are not there, MismatchError where crops decode to
+    other pixels than the teacher saw, and what `View.targets` does; CacheCorruptError for damage, naming the row.
     """
 
     def __init__(self, cache: Cache | str | os.PathLike, teacher: str | None = None, layers: Sequence[int] = (-1,), *,
@@ -58,9 +59,9 @@ class CachedDataset(Dataset):
         if not store.is_complete:
             command = extract_command(self.cache.path, self.name, store.manifest)
             raise NotInCacheError(f"{store.path} is not complete. Finish it: {command}")
-        StoredTargets(store, self.name, self.needs, self.cache, torch.device("cpu"))  # raises for what it does not hold
         self.labels = self.cache.images().labels
         self._opened: tuple[int, _Rows] | None = None
+        self[0]  # raises for what the store does not hold, and compiles what forked workers then have
 
     def __len__(self) -> int:
         return self.cache.n_images

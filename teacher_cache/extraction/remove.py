@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache import Cache, View
-from ..errors import NotInCacheError, UnknownNameError, UsageError
+from ..errors import MismatchError, NotInCacheError, UnknownNameError, UsageError
 from ..files.claims import ClaimHeldError, claimed, claimed_range, holder_of, taking_over
 from ..files.durable import ASIDE, clear_aside, link_fault, publish, remove_folder
 from ..format.layout import CROPS_CLAIM, VIEWS, WORK, owning_store, store_claim, store_claims, store_file_name, store_name
@@ -37,12 +37,15 @@ class Removal:
     stores: tuple[Path, ...]
     """The stores that go, or that a view has; of several views the last in front."""
     n_bytes: int
+    asked: tuple[int | None, str | None]
+    """Number of the view and name of the store, as they were given."""
 
     def in_words(self) -> list[str]:
         """What is going to happen, a line each."""
         return [
             f"remove   {self.what}: {human(self.n_bytes)}",
-            "         A run that trained from it can no longer be resumed: student-train refuses to go on with other batches.",
+            "         A run that reads it now will fail, and one that has trained from it can no longer be resumed: "
+            "student-train refuses to go on with other batches.",
         ]
 
     def carry_out(self) -> None:
@@ -56,8 +59,14 @@ class Removal:
         with ExitStack() as held:
             for store in self.stores:
                 held.enter_context(_store_claimed(store, self.cache.n_images))
+            self._require_unchanged()
             for store in self.stores:
                 _remove(store)
+
+    def _require_unchanged(self) -> None:
+        """Raise MismatchError if what would go is no longer what was said. To be asked when nobody else writes."""
+        if plan_removal(self.cache, *self.asked).what != self.what:
+            raise MismatchError(f"{self.cache.path} has changed since it was looked at. Run the same command again.")
 
     def _remove_view(self, view: View) -> None:
         with claimed(self.cache.path / CROPS_CLAIM, f"The crop stage of {self.cache.path}"):
@@ -66,6 +75,7 @@ class Removal:
             with ExitStack() as held:  # nobody writes there; the claims of the dead go
                 for store in self.stores:
                     held.enter_context(_store_claimed(store, self.cache.n_images))
+                self._require_unchanged()
             _remove(view.path)
 
 
@@ -127,7 +137,7 @@ def _plan_view(cache: Cache, views: dict[int, View], number: int) -> Removal:
     n_bytes = _bytes(view.path, *_left_of(view.path))
     with_targets = f" and its targets of {', '.join(stores)}" if stores else ""
     what = f"view {number} of {cache.path}: its crops{with_targets}" if number in views else f"what was left of view {number}"
-    return Removal(cache, what, view, tuple(view.path / folder for folder in folders), n_bytes)
+    return Removal(cache, what, view, tuple(view.path / folder for folder in folders), n_bytes, (number, None))
 
 
 def _plan_store(cache: Cache, views: dict[int, View], name: str, number: int | None) -> Removal:
@@ -152,7 +162,7 @@ def _plan_store(cache: Cache, views: dict[int, View], name: str, number: int | N
     numbers = ", ".join(map(str, sorted(there)))
     what = f"the targets of {name} in view{'s' * (len(there) > 1)} {numbers} of {cache.path}"
     return Removal(cache, what if there else f"what was left of the targets of {name}", None,
-                   tuple(asked[n] for n in sorted(asked, reverse=True)), n_bytes)  # fmt: skip
+                   tuple(asked[n] for n in sorted(asked, reverse=True)), n_bytes, (number, name))  # fmt: skip
 
 
 def _opened(cache: Cache | str | os.PathLike) -> Cache:
@@ -179,8 +189,11 @@ def _left_of(path: Path) -> list[Path]:
 
 def _bytes(*folders: Path) -> int:
     """Of all files below these folders; links are not followed."""
-    files = (Path(folder, name) for top in folders for folder, _, names in os.walk(top) for name in names)
-    return sum(file.lstat().st_size for file in files)
+    n_bytes = 0
+    for file in (Path(folder, name) for top in folders for folder, _, names in os.walk(top) for name in names):
+        with suppress(FileNotFoundError):  # a writer's, which the claims tell of
+            n_bytes += file.lstat().st_size
+    return n_bytes
 
 
 @contextmanager
