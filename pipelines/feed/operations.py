@@ -50,7 +50,7 @@ class DecodeCrops(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable:
-        address = self.control.ctypes.data
+        address = np.uint64(self.control.ctypes.data)  # a Python int would be frozen into machine code of its own
 
         def decode(rows, out, metadata, storage_state):
             batch.decode_batch(rows, out, address)
@@ -111,7 +111,8 @@ class FetchTargets(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable:
-        address, n_fields, record_bytes = self.control.ctypes.data, len(self.fields), self.record_bytes
+        address = np.uint64(self.control.ctypes.data)  # numpy's: see DecodeCrops
+        n_fields, record_bytes = np.int64(len(self.fields)), np.int64(self.record_bytes)
 
         def fetch(rows, out, metadata, storage_state):
             batch.fetch_batch(rows, out.ctypes.data, record_bytes, address, n_fields)

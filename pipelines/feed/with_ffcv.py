@@ -7,12 +7,14 @@ import sys
 from teacher_cache.kernels import pointers  # noqa: F401 - isort: skip - before numba, whose threading layer it chooses
 
 import numba
+import numba.typed
 import torch
 
 if sys.version_info >= (3, 12):
     import setuptools  # noqa: F401 - it brings distutils, which ffcv 1.0.2 imports and Python has no more
 
-_torch_threads = torch.get_num_threads()
+_torch_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict  # for FFCV's table of two image modes, which compiled code never sees: as a typed one it takes seconds
 from ffcv.loader.epoch_iterator import select_buffer as select_buffer  # noqa: E402
 from ffcv.pipeline import PipelineSpec as PipelineSpec  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery as AllocationQuery  # noqa: E402
@@ -20,5 +22,6 @@ from ffcv.pipeline.graph import Graph as Graph  # noqa: E402
 from ffcv.pipeline.operation import Operation as Operation  # noqa: E402
 from ffcv.reader import Reader as Reader  # noqa: E402
 
+numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)  # importing ffcv leaves both torch and numba with one thread
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
