@@ -17,7 +17,7 @@ _HOME_OF = {"CachedDataset": "feed.dataset"}
 __all__ = ["CachedDataset"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

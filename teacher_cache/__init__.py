@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
+from pathlib import Path
     from collections.abc import Callable
 
     from .cache import Cache as Cache
@@ -67,7 +68,7 @@ def open(path: str | os.PathLike) -> Cache:
     """The cache in the folder `path`. Reads small files only; raises as `Cache` does."""
     from .cache import Cache
 
-    return Cache(path)
+    return Cache(Path(path))
 
 
 def verify(
@@ -90,12 +91,11 @@ def verify(
     from .checking.check import check
     from .terminal.progress import told_to
 
-    path = getattr(cache, "path", cache)
     with told_to(say, progress):
-        return check(path, sample=sample, images=images, weights=weights, teacher=teacher).findings
+        return check(cache if isinstance(cache, str | os.PathLike) else cache.path, sample=sample, images=images, weights=weights, teacher=teacher).findings
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .crops.beton import CropReader, read_checksums
 from .crops.images import ImageList
@@ -185,7 +186,7 @@ class View:
         self.require_own(reader.manifest)
         return reader
 
-    def pixels(self, rows) -> np.ndarray:
+    def pixels(self, rows: ArrayLike) -> np.ndarray:
         """The crops of `rows`, decoded: uint8 [len(rows), size, size, 3], RGB, in that order. Raises as CropReader.read."""
         return self._crop_reader.read(rows)
 

@@ -184,14 +184,15 @@ def make_cache(
     what cannot be made, BadInputError for images or weights that cannot be used, NoSpaceError for a disk that is too small.
     """
     crops = CropRequest(
-        images=None if images is None else Path(images), views=views, preset=plan, seed=plan and plan.seed,
+        images=None if images is None else Path(images), views=views, preset=plan, seed=None if plan is None else plan.seed,
         crop_format=crop_format,
     )  # fmt: skip
     request = None
     if teacher is not None:
         numbers = layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers))
         request = TargetRequest(
-            teacher, None if weights is None else os.fspath(weights), name, numbers, dtype, tokens and n_visible(tokens),
+            teacher, None if weights is None else os.fspath(weights), name, numbers, dtype,
+            None if tokens is None else n_visible(tokens),
             shard_rows=shard_rows, image_size=image_size, batch_size=batch_size, device=device, precision=precision,
             compiled=compiled,
         )  # fmt: skip

@@ -105,12 +105,12 @@ def plan_removal(cache: Cache, view: int | None = None, store: str | None = None
 
     Also what an interrupted removal left of it. Raises as `remove_view` does.
     """
-    if view is None and store is None:
-        raise UsageError("Say what to remove: --view N, --store NAME, or both for the store of one view.")
     views = _views(cache)
-    if store is None:
-        return _plan_view(cache, views, view)
-    return _plan_store(cache, views, store_file_name(store), view)
+    if store is not None:
+        return _plan_store(cache, views, store_file_name(store), view)
+    if view is None:
+        raise UsageError("Say what to remove: --view N, --store NAME, or both for the store of one view.")
+    return _plan_view(cache, views, view)
 
 
 def _plan_view(cache: Cache, views: dict[int, View], number: int) -> Removal:

@@ -159,7 +159,7 @@ class StoreReader:
         scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
         return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)
 
-    def attention(self, rows) -> np.ndarray:
+    def attention(self, rows: ArrayLike) -> np.ndarray:
         """What CLS attends to among the patches in the last block, mean over heads: float32 [len(rows), N], 0..1. As `read`."""
         return self.read("attention", rows)
 
