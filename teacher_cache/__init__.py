@@ -14,12 +14,11 @@ The names below are imported when first used: torch takes seconds, and reading n
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import os
-from pathlib import Path
     from collections.abc import Callable
 
     from .cache import Cache as Cache
@@ -66,6 +65,8 @@ __all__ = [
 
 def open(path: str | os.PathLike) -> Cache:
     """The cache in the folder `path`. Reads small files only; raises as `Cache` does."""
+    from pathlib import Path
+
     from .cache import Cache
 
     return Cache(Path(path))
@@ -92,7 +93,8 @@ def verify(
     from .terminal.progress import told_to
 
     with told_to(say, progress):
-        return check(cache if isinstance(cache, str | os.PathLike) else cache.path, sample=sample, images=images, weights=weights, teacher=teacher).findings
+        path = cache if isinstance(cache, str | os.PathLike) else cache.path
+        return check(path, sample=sample, images=images, weights=weights, teacher=teacher).findings
 
 
 def __getattr__(name: str) -> object:
