@@ -484,7 +484,7 @@ def test_command_on_a_sound_cache(shared_cache):
     assert set(told.pop("rows").values()) == {3} and told.pop("when").endswith("+00:00")
     assert result.exit_code == 0 and told == {
         "path": str(shared_cache.path), "crops_id": shared_cache.crops_id, "sample": 3, "sound": True, "n_files": n_files,
-        "n_bytes": None, "again": {}, "mend": [], "findings": [],
+        "n_bytes": None, "again": {}, "not_made": {}, "mend": [], "findings": [],
     }  # fmt: skip
 
 

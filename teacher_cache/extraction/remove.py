@@ -20,7 +20,18 @@ from ..cache import Cache, View
 from ..errors import MismatchError, NotInCacheError, UnknownNameError, UsageError
 from ..files.claims import ClaimHeldError, claimed, claimed_range, holder_of, taking_over
 from ..files.durable import ASIDE, clear_aside, link_fault, publish, remove_folder
-from ..format.layout import CROPS_CLAIM, VIEWS, WORK, owning_store, store_claim, store_claims, store_file_name, store_name
+from ..format.layout import (
+    CLAIM_SUFFIX,
+    CLAIMS_SUFFIX,
+    CROPS_CLAIM,
+    VIEWS,
+    WORK,
+    owning_store,
+    store_claim,
+    store_claims,
+    store_file_name,
+    store_name,
+)
 from ..words import human, quoted
 from .parts import is_left_over
 
@@ -221,5 +232,5 @@ def _remove(folder: Path) -> None:
 
 def _holder_in(folder: Path) -> str | None:
     """Who began to write in a folder before it was renamed, in words; None if nobody did."""
-    claims = [claim for pattern in ("*.claim", "*.claims/*.claim") for claim in folder.glob(pattern)]
+    claims = [claim for pattern in (f"*{CLAIM_SUFFIX}", f"*{CLAIMS_SUFFIX}/*{CLAIM_SUFFIX}") for claim in folder.glob(pattern)]
     return next(filter(None, map(holder_of, claims)), None)
