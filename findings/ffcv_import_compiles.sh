@@ -13,7 +13,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install -q --disable-pip-version-check ffcv==1.0.2 numba==0.68.1 torch==2.15.0 opencv-python-headless
+"$work/venv/bin/python" -m pip install -q --disable-pip-version-check ffcv==1.0.2 numba==0.68.1 torch==2.15.0 opencv-python-headless pillow
 "$work/venv/bin/python" - <<'PYTHON'
 import time
 
