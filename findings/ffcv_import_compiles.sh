@@ -3,7 +3,7 @@
 #
 # Versions   ffcv 1.0.2, numba 0.68.1, torch 2.15.0, Python 3.11.
 # Guess      FFCV compiles its pipeline when a Loader is made; importing it costs what torch and numba cost, and compiles nothing.
-# Seen       `import ffcv` compiles 53 functions (5 to 6 s of CPU beside a busy program, more than torch and numba together):
+# Seen       `import ffcv` compiles 53 functions (5 to 7 s of CPU beside a busy program, more than torch and numba together):
 #            ffcv/fields/rgb_image.py fills a numba.typed.Dict, {'jpg': 0, 'raw': 1}, when it is imported. Its decoders look the
 #            two numbers up in Python, before they compile: a plain dict would do.
 # Bites      whoever starts many short processes that import ffcv: tests, sweeps, workers that are spawned.
