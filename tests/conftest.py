@@ -17,7 +17,9 @@ from teacher_cache.extraction.cropping import make_crops, plan_job
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.crop_plan import CropPlan
 
-torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+N_THREADS = max(1, (os.cpu_count() or 2) // 2)
+torch.set_num_threads(N_THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(N_THREADS))  # of the programs that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
