@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -257,9 +257,17 @@ class Cache:
 
     def views(self) -> list[View]:
         """The finished views, in order of their numbers."""
-        names = sorted(path.name for path in self.path.glob(layout.VIEWS) if path.is_dir())
-        views = [View(self, number) for number in map(view_number, names) if number is not None]
-        return [view for view in views if view.is_cropped]
+        folders = [path for path in self.path.glob(layout.VIEWS) if path.is_dir()]
+        return [view for view in self._views_of(folders) if view.is_cropped]
+
+    def views_on_disk(self) -> list[View]:
+        """Every view folder, in order, also one that has lost its checksums.json; none that is a link."""
+        folders = [path for path in self.path.glob(layout.VIEWS) if path.is_dir() and not path.is_symlink()]
+        return [view for view in self._views_of(folders) if view.path in folders]
+
+    def _views_of(self, folders: Iterable[Path]) -> list[View]:
+        numbers = (view_number(folder.name) for folder in folders)
+        return [View(self, number) for number in sorted(number for number in numbers if number is not None)]
 
     def finished_view(self, number: int) -> View:
         """View `number`, or NotInCacheError saying which there are."""

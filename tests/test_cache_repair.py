@@ -15,7 +15,7 @@ from teacher_cache.checking import advice
 from teacher_cache.checking.advice import mending_commands
 from teacher_cache.checking.findings import Finding
 from teacher_cache.checking.repair import repair_lists, repair_store, repair_view
-from teacher_cache.checking.verify import verify_folder, views_on_disk
+from teacher_cache.checking.verify import verify_folder
 from teacher_cache.crops import beton
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
@@ -64,7 +64,7 @@ def put(path, files: dict[str, bytes]) -> None:
 def mend(path, images, teacher, plan=PLAN) -> list[str]:
     """What `crop --repair` and then `extract --repair` do; returns what was mended."""
     lines = list(repair_lists(path))
-    for view in views_on_disk(Cache(path)):
+    for view in Cache(path).views_on_disk():
         lines += repair_view(view, images)
         for store in sorted(view.path.glob("*.zarr")):
             lines += repair_store(view, store.name.removesuffix(".zarr"))
@@ -154,7 +154,7 @@ def test_damage_everywhere_at_once(cache, image_folder, teacher):
     plans = {"fake": ExtractPlan(shard_rows=8, batch_size=5), "fake16": ExtractPlan(dtype="float16", shard_rows=8, batch_size=5),
              "fake-zstd": ExtractPlan(shard_rows=8, batch_size=5)}  # fmt: skip
     list(repair_lists(cache.path))
-    for view in views_on_disk(cache):
+    for view in cache.views_on_disk():
         list(repair_view(view, image_folder))
         for name, plan in plans.items():
             list(repair_store(view, name))

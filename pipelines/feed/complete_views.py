@@ -26,7 +26,7 @@ def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None
             f"{cache.path} has {len(present)} finished views, {wanted} are asked for. Make them: "
             f"teacher-cache crop --images DIR --views {wanted} {quoted(cache.path)}"
         )
-    views = present[:wanted]
+    views, shared = present[:wanted], {}
     for view, store_name in itertools.product(views, store_names):
         if store_name not in view.store_names():
             names = view.store_names()
@@ -42,7 +42,7 @@ def complete_views(cache: Cache, store_names: Sequence[str], n_views: int | None
                 f"there. Finish it: {extract_command(cache.path, store_name, reader.manifest)}"
             )
         view.require_own(reader.manifest)
-        if reader.store.shared_sha256 != views[0].store(store_name).shared_sha256:
+        if reader.store.shared_sha256 != shared.setdefault(store_name, reader.store.shared_sha256):  # of the first view
             raise CacheCorruptError(
                 f"View {view.number} of {cache.path} has targets of {store_name} that were quantised otherwise than view "
                 f"{views[0].number}'s. Delete {reader.path} and extract it again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 from teacher_cache.kernels import pointers  # noqa: F401 - isort: skip - before numba, whose threading layer it chooses
 
@@ -13,15 +14,15 @@ import torch
 if sys.version_info >= (3, 12):
     import setuptools  # noqa: F401 - it brings distutils, which ffcv 1.0.2 imports and Python has no more
 
-_torch_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
-numba.typed.Dict = dict  # for FFCV's table of two image modes, which compiled code never sees: as a typed one it takes seconds
-from ffcv.loader.epoch_iterator import select_buffer as select_buffer  # noqa: E402
-from ffcv.pipeline import PipelineSpec as PipelineSpec  # noqa: E402
-from ffcv.pipeline.allocation_query import AllocationQuery as AllocationQuery  # noqa: E402
-from ffcv.pipeline.graph import Graph as Graph  # noqa: E402
-from ffcv.pipeline.operation import Operation as Operation  # noqa: E402
-from ffcv.reader import Reader as Reader  # noqa: E402
+_torch_threads = torch.get_num_threads()
+# FFCV's table of two image modes, which compiled code never sees, takes seconds as a typed one.
+with mock.patch.object(numba.typed, "Dict", dict):
+    from ffcv.loader.epoch_iterator import select_buffer as select_buffer
+    from ffcv.pipeline import PipelineSpec as PipelineSpec
+    from ffcv.pipeline.allocation_query import AllocationQuery as AllocationQuery
+    from ffcv.pipeline.graph import Graph as Graph
+    from ffcv.pipeline.operation import Operation as Operation
+    from ffcv.reader import Reader as Reader
 
-numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)  # importing ffcv leaves both torch and numba with one thread
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)

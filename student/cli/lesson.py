@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from teacher_cache.cache import Cache
 from teacher_cache.errors import UnknownNameError
-from teacher_cache.store.manifest import store_file_name
+from teacher_cache.format.layout import store_file_name
 from teacher_cache.words import quoted
 
 

@@ -29,7 +29,6 @@ from ..store.reader import StoreReader
 from ..terminal.progress import progress
 from .findings import Checked, Finding
 from .policy import draw_rows, in_threads
-from .verify import views_on_disk
 
 DEFAULT_ROWS = 64
 BATCH = 16  # rows a forward pass of the teacher
@@ -67,7 +66,7 @@ def teach_views_again(cache: Cache, teacher, store_name: str, n_rows: int, check
 
 
 def _finished_views(cache: Cache) -> list[View]:
-    return [view for view in views_on_disk(cache) if view.is_cropped]
+    return [view for view in cache.views_on_disk() if view.is_cropped]
 
 
 def _or_unchecked(path: Path, findings: Iterator[Finding]) -> Iterator[Finding]:

@@ -30,7 +30,6 @@ from .policy import in_threads
 from .remake import cut_again
 from .small_files import SmallFiles
 from .store_check import judge_shards
-from .verify import views_on_disk
 from .view_check import damaged_crops, has_tables
 
 BLOCK_ROWS = 512
@@ -43,7 +42,7 @@ def repair_cache(cache_dir: Path, images_dir: Path | None = None, store: str | N
     images_dir: as for `repair_view`.
     """
     yield from repair_lists(cache_dir)
-    views = views_on_disk(Cache(cache_dir))
+    views = Cache(cache_dir).views_on_disk()
     for view in views:
         yield from repair_view(view, images_dir)
     for view in views:

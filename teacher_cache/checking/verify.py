@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import Cache, View
+from ..cache import Cache
 from ..errors import CacheCorruptError, NotAllowedError, TeacherCacheError, UsageError
 from ..files.claims import holder_of
 from ..files.durable import ASIDE, allowed_by, link_fault
 from ..format import layout
-from ..format.layout import CROPS_CLAIM, SPARE, WORK, store_name, view_number, view_path
+from ..format.layout import CROPS_CLAIM, SPARE, WORK, store_name, view_path
 from ..terminal.progress import progress
 from .advice import when_lost
 from .findings import Checked, Finding, without
@@ -106,18 +106,10 @@ def _checks(cache: Cache, sample: int | None, draws: np.random.Generator, checke
         labels = cache.images().labels
     except (CacheCorruptError, FileNotFoundError):  # a finding of _lists
         labels = None
-    for view in views_on_disk(cache):
+    for view in cache.views_on_disk():
         yield view.path, check_view(view, labels, sample, draws, checked)
         for store in sorted(path for path in view.path.glob(layout.STORES) if not path.is_symlink()):
             yield store, check_store(view, store, sample, draws, checked)
-
-
-def views_on_disk(cache: Cache) -> list[View]:
-    """Every view folder, also one that has lost its checksums.json; none that is a link."""
-    folders = sorted(path for path in cache.path.glob(layout.VIEWS) if path.is_dir() and not path.is_symlink())
-    numbers = (view_number(path.name) for path in folders)
-    views = [cache.view(number) for number in numbers if number is not None]
-    return [view for view in views if view.path in folders]
 
 
 def _unfinished(cache: Cache) -> Iterator[Finding]:
@@ -133,8 +125,9 @@ def _unfinished(cache: Cache) -> Iterator[Finding]:
 
 def _missing(cache: Cache) -> Iterator[Finding]:
     """The first view that is not there although a later one is, and stores that only some views have."""
-    views = {view.number: view.path for view in views_on_disk(cache)}
-    if not any(view.is_cropped for view in views_on_disk(cache)):
+    there = cache.views_on_disk()
+    views = {view.number: view.path for view in there}
+    if not any(view.is_cropped for view in there):
         yield Finding("unfinished", str(view_path(cache.path, 0)), "the cache has no finished view.")
         return
     gap = next(number for number in range(len(views) + 1) if number not in views)

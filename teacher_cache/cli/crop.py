@@ -42,5 +42,5 @@ def crop(cache: Path, repair: bool, take_over: bool, dry_run: bool, skip_bad: bo
             repair_and_say(cache, options["images"])
             return
         work = plan_cache(cache, CropRequest(**with_preset(options)))
-        if not dry_run and work.make(skip_bad, workers).is_news:
+        if not dry_run and work.make(skip_bad, workers).is_new:
             say(f"Done. Next: teacher-cache extract --teacher NAME {quoted(cache)}")

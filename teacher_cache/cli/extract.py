@@ -82,7 +82,6 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         from ..extraction.ranks import Process
 
         process = Process.current(shards, repair)
-        process.require_own_device(device)
         request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
                                 precision, compiled)  # fmt: skip
         if repair:
@@ -97,7 +96,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         made = work.make(skip_bad, workers)
         if made.n_missing:
             say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
-        elif made.is_news:
+        elif made.is_new:
             where = quoted(cache)
             say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
         else:

@@ -60,7 +60,3 @@ def _compare(cache, other, as_json: bool) -> None:
                     None: "Whether a student would be given the same cannot be told from the records."}[equal])  # fmt: skip
     if not equal:
         sys.exit(1)
-
-
-VIEW = click.option("--view", type=click.IntRange(0), default=0, show_default=True, help="Pass over the images, from 0.")
-STORE = click.option("--teacher", help="Which store, if there are several.")

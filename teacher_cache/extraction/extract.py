@@ -59,7 +59,7 @@ class _Job:
     plan: ExtractPlan
     path: Path
     spec: StoreSpec
-    """What the plan makes of this teacher and view; of a new store the codecs are chosen when it is begun."""
+    """What the plan makes of this teacher and view."""
 
     @classmethod
     def of(cls, view: View, name: str, teacher, plan: ExtractPlan) -> _Job:

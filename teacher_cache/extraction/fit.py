@@ -113,15 +113,14 @@ def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> 
     """What storing does to each of these tokens, float64 [n]; worked out in blocks, as it takes ten times their memory."""
     n_tokens = max(1, BLOCK_VALUES // tokens.shape[1])
     blocks = (tokens[start : start + n_tokens] for start in range(0, len(tokens), n_tokens))
-    return np.concatenate([token_errors(block, _round_trip(block, channel, spec)[1], channel) for block in blocks])
+    return np.concatenate([token_errors(block, _round_trip(block, channel, spec), channel) for block in blocks])
 
 
-def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [..., D] as they are stored, and as float32 [..., D] read back."""
+def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:
+    """Tokens [..., D], stored and read back: float32 [..., D]."""
     if not spec.is_quantised:
-        stored = tokens.astype("float16")
-        return stored, stored.astype("float32")
+        return tokens.astype("float16").astype("float32")
     from .encode import quantise_on_host  # needs torch
 
     stored, scale = quantise_on_host(tokens, channel, spec.dtype, spec.group)
-    return stored, dequantise(stored, scale, channel, spec.dtype, spec.group)
+    return dequantise(stored, scale, channel, spec.dtype, spec.group)

@@ -102,7 +102,7 @@ class TargetWork:
 class Made:
     """What came of it."""
 
-    is_news: bool
+    is_new: bool
     """Whether anything was made that was not there."""
     n_missing: int = 0
     """Shards, over all views, that other processes still have to make."""

@@ -21,10 +21,9 @@ from ..errors import MismatchError, NotInCacheError, UnknownNameError, UsageErro
 from ..files.claims import ClaimHeldError, claimed, claimed_range, holder_of, taking_over
 from ..files.durable import ASIDE, clear_aside, link_fault, publish, remove_folder
 from ..format.layout import (
-    CLAIM_SUFFIX,
-    CLAIMS_SUFFIX,
+    CLAIMS,
     CROPS_CLAIM,
-    VIEWS,
+    RANGE_CLAIMS,
     WORK,
     owning_store,
     store_claim,
@@ -116,7 +115,7 @@ def plan_removal(cache: Cache, view: int | None = None, store: str | None = None
 
     Also what an interrupted removal left of it. Raises as `remove_view` does.
     """
-    views = _views(cache)
+    views = {view.number: view for view in cache.views_on_disk()}
     if store is not None:
         return _plan_store(cache, views, store_file_name(store), view)
     if view is None:
@@ -180,14 +179,6 @@ def _opened(cache: Cache | str | os.PathLike) -> Cache:
     return cache if isinstance(cache, Cache) else Cache(Path(cache))
 
 
-def _views(cache: Cache) -> dict[int, View]:
-    """The views by their numbers, ascending; also those that are damaged, and none that is a link."""
-    folders = [path for path in cache.path.glob(VIEWS) if path.is_dir() and not path.is_symlink()]
-    numbers = [path.name.removeprefix("view-") for path in folders]
-    found = {int(number): cache.view(int(number)) for number in numbers if number.isascii() and number.isdecimal()}
-    return {number: found[number] for number in sorted(found) if found[number].path in folders}
-
-
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
@@ -232,5 +223,5 @@ def _remove(folder: Path) -> None:
 
 def _holder_in(folder: Path) -> str | None:
     """Who began to write in a folder before it was renamed, in words; None if nobody did."""
-    claims = [claim for pattern in (f"*{CLAIM_SUFFIX}", f"*{CLAIMS_SUFFIX}/*{CLAIM_SUFFIX}") for claim in folder.glob(pattern)]
+    claims = [claim for pattern in (CLAIMS, f"{RANGE_CLAIMS}/{CLAIMS}") for claim in folder.glob(pattern)]
     return next(filter(None, map(holder_of, claims)), None)

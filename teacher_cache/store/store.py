@@ -22,7 +22,7 @@ from ..format import layout
 from ..format.quantize import ChannelStatistics
 from ..format.spec import MAX_FP32_ROWS, StoreSpec, TeacherSpec
 from .commits import FILE_DTYPE, NO_ROWS, Commits, read_record, read_table, require_rows
-from .manifest import Manifest, manifest_of, row_array_json, small_array_json, small_array_shapes
+from .manifest import Manifest, manifest_of, small_array_json, small_array_shapes
 
 T = TypeVar("T")
 
@@ -120,7 +120,9 @@ class Store:
         shape = small_array_shapes(self.manifest)[name]
         n_bytes = 4 * math.prod(shape) + 4
         chunk = _read_listed(self.path, self.files, layout.only_chunk(name, len(shape)), n_bytes)
-        self._require_described(name, small_array_json(shape))
+        if not is_same_json(_read_listed(self.path, self.files, f"{name}/{layout.ZARR_JSON}"), small_array_json(shape)):
+            path = self.path / name / layout.ZARR_JSON
+            raise CacheCorruptError(f"{path}: does not describe the array that the store's manifest does.")
         if len(chunk) != n_bytes:
             raise CacheCorruptError(f"{self.path / name}: has {len(chunk)} bytes; the manifest asks for {shape} of float32.")
         values = np.frombuffer(chunk[:-4], "<f4").reshape(shape)
@@ -137,16 +139,6 @@ class Store:
         """Final norm (`gamma`, `beta` [D]) and `projection` [D, E] where the teacher has one. float32."""
         names = ["gamma", "beta"] + ["projection"] * (self.teacher.projection_dim is not None)
         return {name: self.small_array(layout.head_name(name)) for name in names}
-
-    def check_array_json(self, array: str) -> None:
-        """Raise CacheCorruptError if a row array's zarr.json is not what the manifest asks for: zarr would believe it."""
-        self._require_described(array, row_array_json(self.spec, self.teacher, array, dict(self.spec.codecs)[array]))
-
-    def _require_described(self, array: str, expected: bytes) -> None:
-        """Raise CacheCorruptError unless the zarr.json of an array is the value `expected`, however it is spelled."""
-        if not is_same_json(_read_listed(self.path, self.files, f"{array}/{layout.ZARR_JSON}"), expected):
-            path = self.path / array / layout.ZARR_JSON
-            raise CacheCorruptError(f"{path}: does not describe the array that the store's manifest does.")
 
     # --- which shards are finished
 

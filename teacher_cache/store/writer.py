@@ -25,7 +25,7 @@ from .store import Store, is_begun
 
 
 def encoder(codec: str) -> Callable[[bytes], bytes]:
-    """bytes -> compressed bytes, by numcodecs, readable by zarr's codec of store.COMPRESSION."""
+    """bytes -> compressed bytes, by numcodecs, readable by zarr's codec of manifest.COMPRESSION."""
     if codec == "none":
         return bytes
     import numcodecs

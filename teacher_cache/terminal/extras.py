@@ -11,7 +11,6 @@ BROUGHT_BY = {
     **dict.fromkeys(("tensorboard",), ("train",)),
     **dict.fromkeys(("jinja2", "markupsafe", "matplotlib", "sklearn"), ("pages",)),
     "mlxtend": ("demo",),
-    "zarr": ("all",),
 }
 """Module -> the extras that bring it (setup.cfg)."""
 TAKEN_BY = {

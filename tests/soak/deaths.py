@@ -23,6 +23,7 @@ import os
 import shutil
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -274,3 +275,20 @@ def absolute(path, folder: int | None) -> str:
     """path, relative to the open `folder` where one is given."""
     path = os.fsdecode(path)
     return os.path.abspath(path) if folder is None else os.path.join(path_of(folder), path)
+
+
+def counting(work: Callable, root: Path, *arguments) -> list[str]:
+    """The calls below `root` of `work(root, *arguments)`, which ends its process with code 0."""
+    mortal = Mortal(root)
+    mortal.install()
+    try:
+        work(root, *arguments)
+    except SystemExit as ended:
+        assert not ended.code
+    return mortal.calls
+
+
+def dying(work: Callable, root: Path, at: int, death: str, *arguments) -> None:
+    """`work(root, *arguments)`, dying at call `at`."""
+    Mortal(root, at, death).install()
+    work(root, *arguments)

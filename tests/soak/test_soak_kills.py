@@ -9,7 +9,7 @@ import shutil
 import pytest
 import warm
 from cache_fakes import contents
-from deaths import DIED, EXIT, Mortal
+from deaths import DIED, EXIT, counting, dying
 from forks import fork
 
 ARGUMENTS = ("--teacher", "fake", "--views", 2, "--layers", "last2", "--shard-rows", 8, "--batch-size", 5, "--workers", 1)
@@ -43,28 +43,11 @@ def extract(cache, images) -> None:
     warm.run_program("teacher-cache", "extract", "--images", images, *ARGUMENTS, cache)
 
 
-def extract_counting(cache, images) -> list[str]:
-    """The same; returns the calls that it made."""
-    mortal = Mortal(cache)
-    mortal.install()
-    try:
-        extract(cache, images)
-    except SystemExit as ended:
-        assert not ended.code
-    return mortal.calls
-
-
-def extract_dying(cache, images, at: int, death: str) -> None:
-    """The same, dying at call `at`."""
-    Mortal(cache, at, death).install()
-    extract(cache, images)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, image_folder):
     """The calls and the files of an extraction that nothing disturbs."""
     cache = tmp_path_factory.mktemp("undisturbed") / "c"
-    calls = fork(extract_counting, cache, image_folder).ok().value
+    calls = fork(counting, extract, cache, image_folder).ok().value
     assert {phase_of(call) for call in calls} == {phase for phase, _ in PHASES}
     return calls, contents(cache)
 
@@ -75,7 +58,7 @@ def die_and_resume(deaths: list[str], seed: int, n: int, undisturbed, image_fold
     cache, draw = tmp_path / "c", random.Random(f"{deaths} {seed}")
     points = [seed * len(calls) // n, *(draw.randrange(len(calls)) for _ in range(draw.randrange(3)))]
     for number, point in enumerate(points):
-        ended = fork(extract_dying, cache, image_folder, point, draw.choice(deaths))
+        ended = fork(dying, extract, cache, point, draw.choice(deaths), image_folder)
         shutil.rmtree(f"{cache}.stash", ignore_errors=True)
         if number and not ended.code:
             break  # there was less left to do than that

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import warm
 from cache_fakes import contents
-from deaths import EXIT, Mortal
+from deaths import EXIT, counting, dying
 from forks import fork
 
 from teacher_cache.cache import Cache
@@ -24,30 +24,13 @@ def remove(cache, what: str) -> None:
     warm.run_program("teacher-cache", "remove", *REMOVALS[what], "--yes", cache)
 
 
-def remove_counting(cache, what: str) -> int:
-    """The same; returns how many calls that change the disk it made."""
-    mortal = Mortal(cache)
-    mortal.install()
-    try:
-        remove(cache, what)
-    except SystemExit as ended:
-        assert not ended.code
-    return len(mortal.calls)
-
-
-def remove_dying(cache, what: str, at: int, death: str) -> None:
-    """The same, dying at call `at`."""
-    Mortal(cache, at, death).install()
-    remove(cache, what)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, shared_cache) -> dict[str, tuple[int, dict[str, bytes]]]:
     """By what is removed: the calls of a removal that nothing disturbs, and the files that it leaves."""
     found = {}
     for what in REMOVALS:
         cache = shutil.copytree(shared_cache.path, tmp_path_factory.mktemp("undisturbed") / "c")
-        n_calls = fork(remove_counting, cache, what).ok().value
+        n_calls = len(fork(counting, remove, cache, what).ok().value)
         found[what] = n_calls, contents(cache)
     return found
 
@@ -59,7 +42,7 @@ def test_removal_dies(seed, undisturbed, shared_cache, tmp_path, fell):
     what, death = list(REMOVALS)[seed % 3], ["kill", "power"][seed // 3 % 2]
     (n_calls, expected), whole = undisturbed[what], contents(shared_cache.path)
     cache = shutil.copytree(shared_cache.path, tmp_path / "c")
-    ended = fork(remove_dying, cache, what, seed * n_calls // 600, death)
+    ended = fork(dying, remove, cache, seed * n_calls // 600, death, what)
     shutil.rmtree(f"{cache}.stash", ignore_errors=True)
     assert ended.code == EXIT and "Traceback" not in ended.output, ended.output
 
