@@ -1,6 +1,6 @@
-"""FFCV's compiled pipeline over a cache: crops decoded and targets copied in one pass, without the GIL.
+"""FFCV's pipeline over a cache: crops decoded and targets copied in one pass, by compiled loops without the GIL.
 
-What is FFCV's: the file format, the graph that compiles operations into stages, the C decoder. What is ours, because FFCV 1.0.2
+What is FFCV's: the file format, the graph that makes stages of operations, the C decoder. What is ours, because FFCV 1.0.2
 hangs, leaks or corrupts there (docs/design/0003): the two operations, which check what they read, and the thread that runs the
 stages, which hands exceptions to the consumer and ends when the consumer leaves.
 """
@@ -29,7 +29,7 @@ from teacher_cache.store.reader import StoreReader
 from .operations import DecodeCrops, FetchTargets, ReadTargets
 from .record import Field, record_layout
 from .upload import Sent, Upload
-from .with_ffcv import Graph, PipelineSpec, Reader, select_buffer
+from .with_ffcv import Graph, PipelineSpec, Reader, select_buffer, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RawBatch:
 
 
 class JoinedLoader:
-    """One FFCV loader for a whole run: crops of any view joined with the rows of its stores. Compiled once.
+    """One FFCV loader for a whole run: crops of any view joined with the rows of its stores.
 
     arrays: those wanted of each store. batch_rows: rows a batch at most. workers: threads of the compiled loops. kept: of each
     store K, where not all tokens of a row are wanted but CLS and K patches (see `batches`), or 0; by default 0. device: where the
@@ -79,8 +79,7 @@ class JoinedLoader:
         self.metadata = reader.metadata
         ffcv_fields = {name: index for index, name in enumerate(reader.field_names)}
         self.graph = Graph(specs, reader.handlers, ffcv_fields, reader.metadata, None)
-        _, code = self.graph.collect_requirements()
-        self.stages, self.outputs = self.graph.codegen_all(code)
+        self.stages, self.outputs = stages_of(self.graph)
         # One ring for the whole run: FFCV would allocate and fault in a new one every epoch. One slot more than batches are
         # prepared ahead: the one that the consumer works on.
         self.n_slots = ahead + 1

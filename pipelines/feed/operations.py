@@ -1,6 +1,6 @@
 """The two operations of FFCV's pipeline that are ours: crops decoded, records copied; both check what they read.
 
-They are compiled into stages by FFCV's graph and run without the GIL; docs/design/0003 has why they are not FFCV's own.
+FFCV's graph joins them to stages. They call compiled loops, which run without the GIL; docs/design/0003 has why they are not FFCV's own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .with_ffcv import AllocationQuery, Operation
 class DecodeCrops(Operation):
     """FFCV operation: crops of the view that `open` named last, decoded and checked.
 
-    Output: uint8 [B, size, size, 3]. Tables are handed to compiled code by address through `control`, so that another view
-    needs no recompilation; FFCV would freeze arrays into the machine code.
+    Output: uint8 [B, size, size, 3]. Tables are handed to compiled code by address through `control`: one
+    machine code reads every view.
     """
 
     def __init__(self, size: int, max_batch: int):
@@ -50,7 +50,7 @@ class DecodeCrops(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable:
-        address = np.uint64(self.control.ctypes.data)  # a Python int would be frozen into machine code of its own
+        address = np.uint64(self.control.ctypes.data)
 
         def decode(rows, out, metadata, storage_state):
             batch.decode_batch(rows, out, address)
@@ -111,11 +111,10 @@ class FetchTargets(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable:
-        address = np.uint64(self.control.ctypes.data)  # numpy's: see DecodeCrops
-        n_fields, record_bytes = np.int64(len(self.fields)), np.int64(self.record_bytes)
+        address, n_fields = np.uint64(self.control.ctypes.data), len(self.fields)
 
         def fetch(rows, out, metadata, storage_state):
-            batch.fetch_batch(rows, out.ctypes.data, record_bytes, address, n_fields)
+            batch.fetch_batch(rows, np.uint64(out.ctypes.data), self.record_bytes, address, n_fields)
             return out[: len(rows)]
 
         return fetch

@@ -20,9 +20,18 @@ with mock.patch.object(numba.typed, "Dict", dict):
     from ffcv.loader.epoch_iterator import select_buffer as select_buffer
     from ffcv.pipeline import PipelineSpec as PipelineSpec
     from ffcv.pipeline.allocation_query import AllocationQuery as AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.graph import Graph as Graph
     from ffcv.pipeline.operation import Operation as Operation
     from ffcv.reader import Reader as Reader
 
 torch.set_num_threads(_torch_threads)  # importing ffcv leaves both torch and numba with one thread
 numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def stages_of(graph: Graph) -> tuple[list, list]:
+    """The stages of a graph and the nodes whose results come out, as its `codegen_all` gives them; nothing is compiled: our
+    operations only call loops that are compiled and kept already, and compiling the calls anew in each process gains nothing."""
+    _, code = graph.collect_requirements()
+    with mock.patch.object(Compiler, "is_enabled", False):
+        return graph.codegen_all(code)

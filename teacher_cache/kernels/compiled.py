@@ -25,6 +25,8 @@ import numba
 from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 log = logging.getLogger(__name__)
 _SOURCES = sorted(Path(pointers.__file__).parent.glob("*.py"))
@@ -35,15 +37,32 @@ def kernel(**options) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         compiled = njit(nogil=True, **options)(function)
-        if folder := kernel_folder():
-            before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read when a cache is made
-            try:
-                compiled._cache = _LockedCache(function)
-            finally:
-                config.CACHE_DIR = before
+        _keep(compiled, function)
         return compiled
 
     return decorate
+
+
+def callback(signature) -> Callable[[Callable], CFunc]:
+    """numba.cfunc, a function with an address for C, with its machine code kept. As for `kernel`; and it closes over nothing that
+    differs between processes."""
+
+    def decorate(function: Callable) -> CFunc:
+        compiled = CFunc(function, normalize_signature(signature), locals={}, options={"nopython": True})
+        _keep(compiled, function)
+        compiled.compile()
+        return compiled
+
+    return decorate
+
+
+def _keep(compiled, function: Callable) -> None:
+    if folder := kernel_folder():
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read when a cache is made
+        try:
+            compiled._cache = _LockedCache(function)
+        finally:
+            config.CACHE_DIR = before
 
 
 @functools.cache

@@ -62,3 +62,20 @@ def _pointer_to(kind):
 pointer_u8, pointer_u32 = _pointer_to(types.uint8), _pointer_to(types.uint32)
 pointer_u64, pointer_i64 = _pointer_to(types.uint64), _pointer_to(types.int64)
 pointer_i32 = _pointer_to(types.int32)
+
+
+N_SLOTS = 3
+
+
+@intrinsic
+def slots(typingctx):
+    """Address of N_SLOTS words of 64 bits that lie beside the machine code of the function that asks, zero at first: what a kept
+    function has to know of its process, which is nothing that can stand in its code."""
+
+    def codegen(context, builder, signature, arguments):
+        kind = ir.ArrayType(ir.IntType(64), N_SLOTS)
+        words = builder.module.globals.get("slots") or ir.GlobalVariable(builder.module, kind, "slots")
+        words.linkage, words.initializer = "internal", ir.Constant(kind, None)
+        return builder.ptrtoint(words, ir.IntType(64))
+
+    return types.uint64(), codegen

@@ -20,9 +20,9 @@ import numpy as np
 CAPACITY = 1 << 16
 """Maps on record; the kernel grants a process 65,530 by default. Any beyond stay unnamed."""
 
-# What the handler reads. It never moves: compiled code knows its address.
-_START, _LENGTH, _TEXT, _TEXT_LENGTH = range(4)
-_table = np.zeros((CAPACITY, 4), "uint64")
+# What the handler reads (sigbus_handler.py says how). It never moves: compiled code knows its address.
+START, LENGTH, TEXT, TEXT_LENGTH, N_COLUMNS = range(5)
+_table = np.zeros((CAPACITY, N_COLUMNS), "uint64")
 _free = list(range(CAPACITY - 1, -1, -1))
 _watched: dict[int, tuple[int, np.ndarray]] = {}
 """Address of a map -> its line of the table, and the sentence, which must stay alive."""
@@ -34,9 +34,9 @@ def watch(address: int, n_bytes: int, path: Path, *advice: str) -> int:
         text = f"Error: {path} was cut short, or its disk failed, while it was read. Run teacher-cache verify on this cache."
         sentence = np.frombuffer(os.fsencode(" ".join([text, *advice]) + "\n"), "u1")
         line = _free.pop()
-        _table[line, _TEXT], _table[line, _TEXT_LENGTH] = sentence.ctypes.data, len(sentence)
-        _table[line, _START] = address
-        _table[line, _LENGTH] = n_bytes  # last: the line counts from now on
+        _table[line, TEXT], _table[line, TEXT_LENGTH] = sentence.ctypes.data, len(sentence)
+        _table[line, START] = address
+        _table[line, LENGTH] = n_bytes  # last: the line counts from now on
         _watched[address] = line, sentence
     return address
 
@@ -45,7 +45,7 @@ def forget(address: int) -> None:
     """The map at `address` is about to be closed."""
     if address in _watched:
         line, _ = _watched.pop(address)
-        _table[line, _LENGTH] = 0
+        _table[line, LENGTH] = 0
         _free.append(line)
 
 
@@ -56,52 +56,26 @@ class _Action(ctypes.Structure):
                 ("restorer", ctypes.c_void_p)]  # fmt: skip
 
 
+SET_UP = 0
+"""To the handler in the place of a signal's number, of which none is 0: learn the addresses at `info`."""
 _SA_SIGINFO, _SA_ONSTACK = 0x4, 0x08000000
-_STDERR = 2
 _before = _Action()
 _said = np.zeros(1, "uint64")
 """1 once a thread has begun to say its sentence: others that fail at the same moment keep silent."""
-_handler = None
+_installed = False
 
 
 def install() -> None:
-    """Set the handler, once a process. Compiling it takes some tenths of a second."""
-    global _handler
-    if _handler is not None:
+    """Set the handler, once a process."""
+    global _installed
+    if _installed:
         return
-    _handler = _compile()
+    from .sigbus_handler import handler  # it imports numba
+
+    known = np.array([_table.ctypes.data, _said.ctypes.data, ctypes.addressof(_before)], "uint64")
+    ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(handler.address)(SET_UP, known.ctypes.data, None)
     libc = ctypes.CDLL(None, use_errno=True)
-    action = _Action(handler=_handler.address, flags=_SA_SIGINFO | _SA_ONSTACK)
+    action = _Action(handler=handler.address, flags=_SA_SIGINFO | _SA_ONSTACK)
     if libc.sigaction(int(signal.SIGBUS), ctypes.byref(action), ctypes.byref(_before)):
         raise OSError(ctypes.get_errno(), "the handler of SIGBUS cannot be set")
-
-
-def _compile():
-    """The handler, void (int signal, siginfo_t *, void *). It calls only what POSIX allows in a signal handler."""
-    from .pointers import exchange_u64, pointer_u64  # before numba
-
-    from numba import cfunc, types  # isort: skip
-
-    libc = ctypes.CDLL(None)
-    write, leave, pause, throw, sigaction = libc.write, libc._exit, libc.pause, getattr(libc, "raise"), libc.sigaction
-    write.argtypes, write.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_ssize_t
-    leave.argtypes, leave.restype = [ctypes.c_int], None
-    pause.argtypes, throw.argtypes = [], [ctypes.c_int]
-    sigaction.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-    table_address, said_address, before_address = _table.ctypes.data, _said.ctypes.data, ctypes.addressof(_before)
-
-    @cfunc(types.void(types.int32, types.CPointer(types.uint64), types.voidptr))
-    def handler(number, info, context):
-        address = info[2]  # si_addr, 16 bytes into siginfo_t
-        table = pointer_u64(np.uint64(table_address))
-        for i in range(0, 4 * CAPACITY, 4):
-            if address - table[i + _START] < table[i + _LENGTH]:  # unsigned: an address below the start is far above the length
-                if exchange_u64(np.uint64(said_address), np.uint64(1)) == 0:
-                    write(_STDERR, table[i + _TEXT], table[i + _TEXT_LENGTH])
-                    leave(1)
-                while True:
-                    pause()
-        sigaction(number, np.uint64(before_address), np.uint64(0))
-        throw(number)  # delivered when this handler returns
-
-    return handler
+    _installed = True
