@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from dataclasses import replace
@@ -9,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cache_fakes import crop_folder
+from cache_fakes import crop_folder, flip_bit
 from fakes import FakeTeacher
 from oracles import quantise
 
 from pipelines.feed.cached_source import CachedSource
 from pipelines.feed.crop_source import CropSource
 from pipelines.feed.dequantise import dequantise
+from pipelines.feed.loader import JoinedLoader
 from pipelines.feed.live_source import LiveSource
 from pipelines.feed.teacher_values import stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
@@ -331,3 +333,33 @@ def test_a_row_is_checked_once_a_run(shared_cache):
     assert len(stores) == 2 and all(store.shards.checked[store.columns["tokens/06"]].all() for store in stores)
     list(source.micro_batches(6, 12))
     assert [store for _, (store,) in source._opened.values()] == stores
+
+
+def test_the_next_epoch_is_prepared_before_it_is_asked_for(shared_cache, monkeypatch):
+    """While the last batch of an epoch is worked on, the first of the next one is made, of the other view."""
+    made, run = queue.Queue(), JoinedLoader.run
+    monkeypatch.setattr(JoinedLoader, "run", lambda loader, *given: (run(loader, *given), made.put(loader.decode.crops.path))[0])
+    source = CropSource(shared_cache, batch_size=8)
+    batches = source.micro_batches(0, 6)
+    next(batches)
+    views = [made.get(timeout=60).parent for _ in range(4)]
+    assert views == [shared_cache.view(number).path for number in (0, 0, 0, 1)]
+    assert [batch.rows.tolist() for batch in batches] == [source.rows_of(step)[1] for step in range(1, 6)]
+
+
+def test_what_is_wrong_with_the_next_view_is_said_when_it_is_its_turn(cache):
+    """All batches of the views before are given first."""
+    source, given = CachedSource(cache, ["fake"], [ALL], batch_size=8), []
+    (cache.view(1).store_path("fake") / "tokens/06/c.1.0.0").unlink()
+    with pytest.raises(CacheCorruptError, match="view-001/fake.zarr/tokens/06/c.1.0.0"):
+        for batch in source.micro_batches(0, 6):
+            given += batch.rows.tolist()
+    assert sorted(given[:24]) == list(range(24))
+
+
+def test_other_labels_than_the_caches_are_refused(cache):
+    """Labels come from the crops' file, and only if they are those of cache.json."""
+    path = cache.view(0).path / "crops.beton"
+    flip_bit(path, 8 * (2106 + 5 * 24 + 16))  # of row 5: docs/format.md has the table
+    with pytest.raises(CacheCorruptError, match="crops.beton has other labels than the cache"):
+        next(CropSource(cache, batch_size=8).micro_batches(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +19,7 @@ from teacher_cache.errors import CacheCorruptError, MismatchError, UsageError
 from teacher_cache.store.reader import StoreReader
 
 from .complete_views import complete_views
-from .loader import JoinedLoader, RawBatch, default_workers
+from .loader import JoinedLoader, RawBatch, Stretch, default_workers
 from .order import Order
 
 # B batch, N patches
@@ -60,7 +61,6 @@ class CropSource:
         self._workers = workers or max(1, default_workers() // local_processes())
         self._loader: JoinedLoader | None = None
         self._opened: dict[int, tuple[CropReader, list[StoreReader]]] = {}
-        self._labels = torch.from_numpy(cache.images().labels)
 
     def _open(self, view: View) -> tuple[CropReader, list[StoreReader]]:
         crops, crops_id = CropReader(view.path), read_checksums(view.path)["crops_id"]
@@ -69,7 +69,10 @@ class CropSource:
                 f"{view.path} holds {len(crops):,} crops of another cache ({crops_id[:12]}; this one is "
                 f"{self.cache.crops_id[:12]} with {self.cache.n_images:,}). Delete the folder and make the view again."
             )
+        if hashlib.sha256(crops.labels.astype("<i8").tobytes()).hexdigest() != self.cache.identity.labels_sha256:
+            raise CacheCorruptError(f"{crops.path} has other labels than the cache. Run teacher-cache verify on this cache.")
         crops.require_same_decoder()
+        self._labels = torch.from_numpy(crops.labels)
         return crops, []
 
     def _arrays(self) -> list[list[str]]:
@@ -81,7 +84,7 @@ class CropSource:
         return []
 
     def _patches_of(self, first_step: int, micro_rows: np.ndarray, stores: list[StoreReader]) -> Callable | None:
-        """JoinedLoader.batches' `patches_of` for micro-batches from step `first_step` on; None if all tokens are read."""
+        """`Stretch.patches_of` for micro-batches from step `first_step` on; None if all tokens are read."""
         return None
 
     def _targets(self, raw: RawBatch) -> tuple[Targets, ...]:
@@ -122,29 +125,30 @@ class CropSource:
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, last_step): `accumulate` each, on the device. Epoch e reads view e mod V."""
-        changing = {step for step, _ in self._views_from if first_step < step < last_step}
-        for first, last in itertools.pairwise(sorted({first_step, last_step} | changing)):
-            yield from self._batches(first, last)
-
-    def _batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """`micro_batches` of steps that have the same number of views."""
-        step = first_step
-        for _, rows in self.order.steps(first_step, last_step):
-            view = self._view(step)
-            if view.number not in self._opened:  # once a run: readers remember which rows they have checked
-                self._opened[view.number] = self._open(view)
-            crops, stores = self._opened[view.number]
-            by_number = rows.reshape(len(rows), self.accumulate * self.world, -1)
-            own = by_number[:, [number_in_step(index, self.rank, self.world) for index in range(self.accumulate)]]
-            micro_rows = own.reshape(-1, own.shape[2])
+        stretches = self._stretches(first_step, last_step)
+        for first in stretches:
             if self._loader is None:
-                self._loader = JoinedLoader(crops, stores, self._arrays(), micro_rows.shape[1], self._workers,
+                crops, stores = first.view
+                self._loader = JoinedLoader(crops, stores, self._arrays(), first.rows.shape[1], self._workers,
                                             kept=self._kept(), device=self.device)  # fmt: skip
-            else:
-                self._loader.open(crops, stores)
-            for raw in self._loader.batches(micro_rows, self._patches_of(step, micro_rows, stores)):
+            for raw in self._loader.stream(itertools.chain([first], stretches)):
                 yield self._batch(raw)
-            step += len(rows)
+
+    def _stretches(self, first_step: int, last_step: int) -> Iterator[Stretch]:
+        """The micro-batches of this process in steps [first_step, last_step), an epoch or less at a time."""
+        changing = {step for step, _ in self._views_from if first_step < step < last_step}
+        for begin, end in itertools.pairwise(sorted({first_step, last_step} | changing)):
+            step = begin
+            for _, rows in self.order.steps(begin, end):
+                view = self._view(step)
+                if view.number not in self._opened:  # once a run: readers remember which rows they have checked
+                    self._opened[view.number] = self._open(view)
+                opened = self._opened[view.number]
+                by_number = rows.reshape(len(rows), self.accumulate * self.world, -1)
+                own = by_number[:, [number_in_step(index, self.rank, self.world) for index in range(self.accumulate)]]
+                micro_rows = own.reshape(-1, own.shape[2])
+                yield Stretch(micro_rows, opened, self._patches_of(step, micro_rows, opened[1]))
+                step += len(rows)
 
     def _batch(self, raw: RawBatch) -> Batch:
         """Rows and labels stay on the CPU: no loss reads them, and copying them would make the host wait."""

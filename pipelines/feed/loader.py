@@ -12,7 +12,7 @@ import logging
 import queue
 import resource
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -42,7 +42,19 @@ class RawBatch:
     rows: np.ndarray  # int64 [B]
     images: Tensor  # uint8 [B, size, size, 3]
     records: Tensor | None  # uint8 [B, record bytes]
-    patches: Tensor | None  # int64 [B, N], as `patches_of` of `JoinedLoader.batches` gave them
+    patches: Tensor | None  # int64 [B, N], as `Stretch.patches_of` gave them
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Batches that follow one another and are of one view."""
+
+    rows: np.ndarray
+    """int64 [n, B], a batch a line."""
+    view: tuple[CropReader, list[StoreReader]] | None = None
+    """What is to be opened before; None: what is open already."""
+    patches_of: Callable[[int], np.ndarray] | None = None
+    """From the number of a batch to its patches, those to be read first: int64 [B, N]. Needed where a store has `kept`."""
 
 
 class JoinedLoader:
@@ -147,12 +159,16 @@ class JoinedLoader:
             store.announce([field.array for field in self.fields if field.store == number], rows)
 
     def batches(self, rows: np.ndarray, patches_of: Callable[[int], np.ndarray] | None = None) -> Iterator[RawBatch]:
-        """The batches whose rows are the lines of `rows` (int64 [n, B]), in order, prepared in the background.
+        """`stream` of what is open: rows and patches as in Stretch."""
+        return self.stream([Stretch(rows, patches_of=patches_of)])
 
-        patches_of: called there with the number of a batch, gives its patches, those to be read first: int64 [B, N]. Needed where
-        a store has `kept`. An exception in the background is raised here, with its cause. Leaving the loop early ends the thread.
+    def stream(self, stretches: Iterable[Stretch]) -> Iterator[RawBatch]:
+        """The batches of the stretches, in order, prepared in the background, also from one stretch to the next.
+
+        `stretches` is asked for the next one there, when the batches of the one before are prepared. An exception in the
+        background is raised here, behind the batches before it. Leaving the loop early ends the thread.
         """
-        thread = _Ahead(self, rows, patches_of)
+        thread = _Ahead(self, stretches)
         try:
             yield from thread.results()
         finally:
@@ -164,13 +180,13 @@ class _Ahead:
 
     _END = object()
 
-    def __init__(self, loader: JoinedLoader, rows: np.ndarray, patches_of: Callable[[int], np.ndarray] | None):
-        self.loader, self.rows, self.patches_of = loader, rows, patches_of
+    def __init__(self, loader: JoinedLoader, stretches: Iterable[Stretch]):
+        self.loader, self.stretches = loader, stretches
         self.ready: queue.Queue = queue.Queue()
         # a slot is free again when the consumer asks for the batch after the one that used it
         self.slots = threading.Semaphore(loader.n_slots)
         self.stopping = threading.Event()
-        self.n_announced, self.n_blocks_read = 0, -1
+        self.slot, self.n_blocks_read = 0, -1
         self.thread = threading.Thread(target=self._work, name="ffcv-ahead", daemon=True)
         self.thread.start()
 
@@ -178,44 +194,52 @@ class _Ahead:
         try:
             use_threads(self.loader.workers)  # numba's count is per thread
             self.loader.upload.enter()
-            for index, rows in enumerate(self.rows):
-                self.slots.acquire()
-                if self.stopping.is_set():
-                    return
-                self._announce(index)
-                self.ready.put((rows, self._send(index)))
+            for stretch in self.stretches:
+                if stretch.view is not None:
+                    self.loader.open(*stretch.view)
+                n_announced = 0
+                for index in range(len(stretch.rows)):
+                    self.slots.acquire()
+                    if self.stopping.is_set():
+                        return
+                    n_announced = self._announce(stretch.rows, index, n_announced)
+                    self.ready.put(self._send(stretch, index))
             self.ready.put(self._END)
         except BaseException as error:  # handed over, and raised where somebody listens
             self.ready.put(error)
 
-    def _send(self, index: int) -> Sent:
-        slot = index % self.loader.n_slots
+    def _send(self, stretch: Stretch, index: int) -> tuple[np.ndarray, bool, Sent]:
+        """A batch on its way: its rows, whether patches come first, the arrays."""
+        rows, slot = stretch.rows[index], self.slot
+        self.slot = (slot + 1) % self.loader.n_slots
         if done := self.loader.sent.pop(slot, None):
             done.synchronize()
-        patches = [] if self.patches_of is None else [self.patches_of(index)]
-        arrays = self.loader.run(self.rows[index], slot, *patches)
+        patches = [] if stretch.patches_of is None else [stretch.patches_of(index)]
+        arrays = self.loader.run(rows, slot, *patches)
         sent = self.loader.upload.send(patches + arrays)
         self.loader.sent[slot] = sent.done
-        return sent
+        return rows, bool(patches), sent
 
-    def _announce(self, index: int) -> None:
+    def _announce(self, rows: np.ndarray, index: int, n_announced: int) -> int:
         """Announce the batches that come soon, as long as this process reads from a disk; what is in memory needs no announcing,
-        which would cost a thirtieth of the loader's time. Announced reads count as the process's own."""
+        which would cost a thirtieth of the loader's time. Announced reads count as the process's own. Returns how many of the
+        stretch are announced now."""
         n_blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-        if self.loader.announced and n_blocks != self.n_blocks_read:
-            self.n_blocks_read = n_blocks
-            end = index + self.loader.announced + 1
-            for coming in self.rows[max(index, self.n_announced) : end]:
-                self.loader.announce(coming)
-            self.n_announced = end
+        if not self.loader.announced or n_blocks == self.n_blocks_read:
+            return n_announced
+        self.n_blocks_read = n_blocks
+        end = index + self.loader.announced + 1
+        for coming in rows[max(index, n_announced) : end]:
+            self.loader.announce(coming)
+        return end
 
     def results(self) -> Iterator[RawBatch]:
         while (result := self.ready.get()) is not self._END:
             if isinstance(result, BaseException):
                 raise result
-            rows, sent = result
+            rows, has_patches, sent = result
             tensors = list(sent.receive())
-            patches = tensors.pop(0) if self.patches_of else None
+            patches = tensors.pop(0) if has_patches else None
             yield RawBatch(rows, tensors[0], tensors[1] if len(tensors) > 1 else None, patches)
             sent.used()
             self.slots.release()

@@ -37,7 +37,10 @@ class Order:
         draws = np.random.Philox(key=np.array([self.seed, epoch], "uint64"))
 
         def shuffled(values: np.ndarray) -> np.ndarray:
-            return values[np.argsort(draws.random_raw(len(values)), kind="stable")]
+            keys = draws.random_raw(len(values))
+            order = np.argsort(keys)  # twice as fast as a stable sort, and the same unless two of 64 bits are equal
+            ordered = keys[order]
+            return values[order if (ordered[1:] != ordered[:-1]).all() else np.argsort(keys, kind="stable")]
 
         starts = shuffled(np.arange(0, self.n_rows, self.block_rows))
         blocks = [np.arange(start, min(start + self.block_rows, self.n_rows)) for start in starts]

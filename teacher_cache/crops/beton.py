@@ -179,10 +179,10 @@ class CropReader:
                 and np.array_equal(allocations["size"], self.crops["bytes"])
                 and (image["data_ptr"] < n_bytes).all()
                 and (allocations["size"] <= n_bytes - image["data_ptr"]).all()
-                and len(np.unique(image["mode"])) <= 1
-                and (image["mode"] <= _RAW).all()
+                and (image["mode"] == image["mode"][0]).all()
+                and image["mode"][0] <= _RAW
                 and (image["height"] == image["width"]).all()
-                and len(np.unique(image["height"])) <= 1
+                and (image["height"] == image["height"][0]).all()
                 and 1 <= int(image["height"][0]) <= LARGEST_SIZE
             ):
                 raise ValueError("tables")
