@@ -159,11 +159,15 @@ def test_teachers_stay_in_their_room():
 
 
 def test_what_is_loaded_at_run_time():
-    """Looking into a cache loads neither torch nor zarr; training from one loads no teacher and no open_clip."""
+    """Looking into a cache, and at the presets, loads neither torch nor zarr; training loads no teacher and no open_clip."""
     code = """
 import sys
+from click.testing import CliRunner
+from student.cli.train import train
+for asked in ["--list"], ["--show"], ["--show", "--rates"]:
+    assert CliRunner().invoke(train, ["--preset", "maskalign-b16", *asked]).exit_code == 0
 import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.checking.verify
-assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect and verify"
+assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect, verify, --list and --show"
 import pipelines.feed.cached_source, pipelines.presets, student.run.trainer
 assert {"torch", "timm", "ffcv"} <= set(sys.modules), "this test looks at the wrong modules"
 print([name for name in sys.modules if name.startswith(("teacher_cache.teachers", "open_clip"))])

@@ -17,7 +17,8 @@ from student.batch import Batch, Targets, TeacherHead, TeacherShape
 from student.config import ContrastConfig, TrainConfig
 from student.masking import draw_noise
 from student.modules.model import Student
-from student.run.optim import build_optimizer, learning_rate
+from student.run.optim import build_optimizer
+from student.run.rates import learning_rate
 from teacher_cache.format.crop_plan import CropPlan
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"

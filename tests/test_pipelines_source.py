@@ -17,8 +17,8 @@ from oracles import quantise
 from pipelines.feed.cached_source import CachedSource
 from pipelines.feed.crop_source import CropSource
 from pipelines.feed.dequantise import dequantise
-from pipelines.feed.loader import JoinedLoader
 from pipelines.feed.live_source import LiveSource
+from pipelines.feed.loader import JoinedLoader
 from pipelines.feed.teacher_values import stored_shape, teacher_shape
 from pipelines.presets import PRESETS, recipe
 from student.batch import Batch, Needs

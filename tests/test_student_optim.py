@@ -5,7 +5,8 @@ import torch
 from student_fakes import TEACHER, tiny_config
 
 from student import AlignConfig, OptimConfig, PredictorConfig, ReconstructConfig, Student
-from student.run.optim import build_optimizer, learning_rate
+from student.run.optim import build_optimizer
+from student.run.rates import learning_rate
 
 SCHEDULE = OptimConfig(1.5e-4, warmup_epochs=20, min_lr=1e-5)
 

@@ -14,7 +14,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from pipelines.presets import recipe
 from student import OptimConfig
 from student.cli.train import train
-from student.run.optim import learning_rate
+from student.run.rates import learning_rate
 
 
 def show_rates(*arguments) -> str:

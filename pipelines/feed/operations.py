@@ -1,6 +1,7 @@
 """The two operations of FFCV's pipeline that are ours: crops decoded, records copied; both check what they read.
 
-FFCV's graph joins them to stages. They call compiled loops, which run without the GIL; docs/design/0003 has why they are not FFCV's own.
+FFCV's graph joins them to stages. They call compiled loops, which run without the GIL; docs/design/0003 says
+why they are not FFCV's own.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def print_preset(preset: str, config, as_json: bool) -> None:
 
 def print_rates(preset: str, config, cache: Path | None, as_json: bool) -> None:
     """What --show --rates prints: step as in metrics.jsonl, epochs done by then, learning rate; a line each."""
-    from ..run.optim import learning_rates
+    from ..run.rates import learning_rates
 
     n_images = Cache(cache).n_images if cache else IMAGENET
     steps_per_epoch = n_images // config.batch_size

@@ -86,12 +86,8 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             raise UsageError("--json goes with --list or --show. Of a run, metrics.jsonl has a JSON line for each step.")
 
         from pipelines.presets import recipe
-        from teacher_cache.device import pick_device
 
         from ..config import with_overrides
-        from ..devices.distributed import processes, world_size
-        from ..devices.micro_batches import micro_batches
-        from ..files.begun import as_begun
 
         chosen, changes = recipe(preset), pairs_of("--set", overrides)
         config = with_overrides((chosen.tiny() if tiny else chosen).config, changes)  # complains before anything is opened
@@ -102,6 +98,12 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             if value is None:
                 raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
         _require_fitting_options(chosen, teachers, live, weights, reader, check)
+
+        from teacher_cache.device import pick_device
+
+        from ..devices.distributed import processes, world_size
+        from ..devices.micro_batches import micro_batches
+        from ..files.begun import as_begun
 
         with processes(device) as device:
             device, precision = pick_device(device, config.precision)

@@ -31,7 +31,7 @@ class OptimConfig(Section):
     clip_grad: float | None = None
     """Largest norm of the whole gradient; None: not clipped."""
     schedule: Literal["mae", "simmim", "beit"] = "mae"
-    """Whose law between these rates: see optim.learning_rate. MAE's, SimMIM's, or BEiT's, which CAE took over."""
+    """Whose law between these rates: see run/rates.py. MAE's, SimMIM's, or BEiT's, which CAE took over."""
     ema: float | None = None
     """Decay a step of an exponential moving average of the weights, kept beside them; None: none is kept."""
 

@@ -32,8 +32,9 @@ from ..modules.average import WeightAverage
 from ..modules.model import Student
 from ..seeds import position_seed
 from .interrupts import deferred_interrupts
-from .optim import build_optimizer, learning_rate, set_hyperparameters
+from .optim import build_optimizer, set_hyperparameters
 from .progress import StepDisplay
+from .rates import learning_rate
 from .rescue import StepState, rescue
 
 

@@ -11,7 +11,7 @@ from .pointers import N_SLOTS, exchange_u64, pointer_u64, slots
 from .sigbus import CAPACITY, LENGTH, N_COLUMNS, SET_UP, START, TEXT, TEXT_LENGTH
 
 TABLE, SAID, BEFORE = range(N_SLOTS)
-"""The handler's slots: addresses of the table of maps, of the word that is 1 once a thread speaks, and of the action of before."""
+"""The slots: addresses of the table of maps, of the word that is 1 once a thread speaks, and of the action of before."""
 _STDERR = 2
 
 
