@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from teacher_fakes import crops_u8
 
+from teacher_cache import device
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import POSITIONS, RESIZE, activation_name, resize_position_table, whiten
@@ -120,10 +121,23 @@ def test_layers_are_ascending_block_numbers(tiny, layers):
 
 
 @pytest.mark.parametrize("name", ["demo", "clip-b16", "timm:test_vit"])
-def test_bf16_on_a_cpu_is_refused_with_the_reason(name):
-    """bf16 is for CUDA; on a CPU the error says that it is four times slower."""
-    with pytest.raises(UsageError, match="four times slower"):
+def test_bf16_on_a_cpu_without_it_is_refused_with_the_reason(name, monkeypatch):
+    """Where the processor has no instruction for bf16 the error says which there are, and that it would be slower."""
+    monkeypatch.setattr(device, "cpu_bf16", lambda: None)
+    with pytest.raises(UsageError, match="no instruction for it .*avx512_bf16.*four times slower"):
         load_teacher(name, "random:0", precision="bf16")
+
+
+@pytest.mark.parametrize("name", ["demo", "timm:test_vit"])
+def test_bf16_on_a_cpu_that_has_it(name, monkeypatch):
+    """Tokens and attention are float32's to 3 %, and not equal; `fp32` of one batch is float32's exactly."""
+    monkeypatch.setattr(device, "cpu_bf16", lambda: "avx512_bf16")
+    rounded, exact = (load_teacher(name, "random:0", precision=precision) for precision in ("bf16", "fp32"))
+    crops, layers = crops_u8(2, exact.spec.image_size), (1, exact.spec.depth)
+    found, expected = rounded(crops, layers), exact(crops, layers)
+    for mine, theirs in ((found.tokens, expected.tokens), (found.attention, expected.attention)):
+        assert mine.dtype == torch.float32 and 1e-5 < ((mine - theirs).norm() / theirs.norm()).item() < 3e-2
+    assert torch.equal(rounded(crops, layers, "fp32").tokens, expected.tokens)
 
 
 def test_float16_does_not_exist():

@@ -228,11 +228,22 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
         f"{config.epochs / n_views:g} times in {config.epochs} epochs",
         f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
         *(f"note     {line} (accepted)" for line in mismatches),
+        *_bf16_offered(trainer),
     )
     _tell(*(f"changed  {change}" for change in trainer.changes))
     if trainer.directory and not trainer.is_new:
         _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))
     return trainer
+
+
+def _bf16_offered(trainer) -> list[str]:
+    """Of a new run on a CPU, that it could be faster."""
+    from teacher_cache.device import cpu_bf16
+
+    on_cpu = trainer.device.type == "cpu" and trainer.config.precision == "auto"
+    if not (on_cpu and trainer.is_new and (instruction := cpu_bf16())):
+        return []
+    return [f"note     this processor has {instruction}: --set precision=bf16 makes a run on it faster"]
 
 
 def _tell(*lines: str) -> None:

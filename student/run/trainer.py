@@ -364,10 +364,8 @@ class Trainer:
 
 
 def _autocasts(precision: str, device: torch.device) -> bool:
-    """Whether the forward pass runs in bfloat16 where that is safe."""
-    if precision == "bf16" and device.type != "cuda":
-        raise ConfigError(f"precision=bf16 needs a CUDA device; this run is on {device}. Use precision=auto or fp32.")
-    return precision != "fp32" and device.type == "cuda"
+    """Whether the forward pass runs in bfloat16 where that is safe. `auto` is float32 on a CPU."""
+    return precision == "bf16" or precision == "auto" and device.type == "cuda"
 
 
 def _require_same_history(checkpoint: Path, led_here: Sequence[Change], recorded: Sequence[Change]) -> None:

@@ -168,7 +168,7 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     there is only one.
     Raises UsageError if these are not the weights that the store was made with, or there is no such store.
     """
-    from ..device import pick_device
+    from ..device import cpu_bf16, pick_device
     from ..teachers import load_teacher
 
     views = _finished_views(cache)
@@ -180,8 +180,8 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
         raise UnknownNameError(f"{cache.path} has no store {name}; it has {', '.join(known) or 'none'}.")
     store = next(view.store(chosen) for view in views if chosen in view.store_names())
     manifest = store.manifest
-    device, precision = pick_device("auto", "auto")
-    precision = manifest.precision if device != "cpu" else precision
+    device, _ = pick_device("auto", "auto")
+    precision = manifest.precision if device != "cpu" or cpu_bf16() else "fp32"
     if weights == "built-in" and not come_by_themselves(manifest.teacher.weights):
         raise UsageError(f"--weights built-in: {store.path} was made with the weights {manifest.teacher.weights}. Give these.")
     try:

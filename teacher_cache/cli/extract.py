@@ -42,7 +42,7 @@ from .repair import refuse_beside_repair, repair_and_say
 @click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
-              help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU.")  # fmt: skip
+              help="Of the forward pass. auto: bf16 on a GPU, fp32 on a CPU, also on one that has bf16.")  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Run the teacher's blocks through torch.compile.")
 @REPAIR
 @TAKE_OVER

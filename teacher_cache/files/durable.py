@@ -68,11 +68,21 @@ def inside(root: Path, name: str) -> Path:
     path = root / name
     try:
         leads_out = not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks is a RuntimeError; surrogates are a ValueError
+        _require_no_loop(path)
+    except (OSError, RuntimeError, ValueError) as error:  # surrogates are a ValueError
         raise CacheCorruptError(f"{root}: {name!r} leads nowhere ({error}).") from error
     if leads_out:
         raise CacheCorruptError(f"{path} is, or lies behind, a symlink that leads out of {root}. Put the folder itself there.")
     return path
+
+
+def _require_no_loop(path: Path) -> None:
+    """Raise OSError for a loop of symlinks: of `Path.resolve` it is a RuntimeError before Python 3.13, and nothing since."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
 
 
 def link_fault(path: Path) -> str | None:

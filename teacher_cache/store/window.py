@@ -14,6 +14,7 @@ import heapq
 import os
 import resource
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +148,9 @@ class ShardWindow:
             for key in list(self._open):
                 self._close_one(key)
 
-    __del__ = close
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # numpy is half gone then, and the process takes its maps along
+            self.close()
 
     def _close_oldest(self, n_shards: int) -> None:
         """Close the `n_shards` used longest ago, but none that the present batch needs."""

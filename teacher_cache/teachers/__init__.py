@@ -207,7 +207,7 @@ def load_teacher(
     weights:    PATH of a weights file, PATH#KEY for a part of it (file_parts.py), or `random:SEED` for a trial without one;
                 None where they are built in, or for timm or open_clip to download
     image_size: side of the teacher's input, pixels; None is its own. Position tables follow (`TeacherSpec.positions`)
-    precision:  `fp32` or, on CUDA, `bf16`
+    precision:  `fp32` or, on a GPU or a CPU that has it, `bf16`
     as_begun:   run weights with the activation that the name's model has, also where they were trained with another: for stores
                 that were begun before that was refused
     Raises UnknownNameError, UsageError, or BadInputError for weights that cannot be used.

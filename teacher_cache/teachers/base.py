@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import require_bf16
 from ..errors import BadInputError, UsageError
 from ..format.spec import TeacherSpec
 from .float32 import full_float32
@@ -158,11 +159,8 @@ def check_precision(precision: str, device: torch.device | str) -> None:
             f"Teachers run in {' or '.join(PRECISIONS)}, not {precision!r}. float16 has not float32's range, and one overflow "
             "would spoil every block after it."
         )
-    if precision == "bf16" and torch.device(device).type != "cuda":
-        raise UsageError(
-            f"bf16 needs a CUDA device, and this is {device}: on a CPU it is about four times slower than fp32. "
-            "Use --precision fp32."
-        )
+    if precision == "bf16":
+        require_bf16(str(device))
 
 
 class Teacher:
@@ -175,8 +173,8 @@ class Teacher:
     head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
                        final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
-    precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (CUDA only), where the residual
-                       stream, the attention map and all outputs stay float32
+    precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (on a GPU, or a CPU
+                       that has it), where the residual stream, the attention map and all outputs stay float32
     weights_read:      what about the weights file is worth saying: the part that was taken, `stored as float16`; may be empty
     """
 
@@ -208,7 +206,7 @@ class Teacher:
         return f"Teacher({self.spec.name}, weights {self.spec.weights}, {self.precision} on {self.device})"
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Move the weights; returns the teacher itself. Raises UsageError for bf16 on a CPU."""
+        """Move the weights; returns the teacher itself. Raises UsageError for bf16 on a CPU without it."""
         self.device = torch.device(device)
         check_precision(self.precision, self.device)
         self._anatomy.model.to(self.device)
@@ -245,7 +243,7 @@ class Teacher:
 
         is_fp32 = precision == "fp32"
         exact = full_float32() if is_fp32 else nullcontext()
-        with exact, self._taps(layers) as tapped, torch.autocast("cuda", torch.bfloat16, enabled=not is_fp32):
+        with exact, self._taps(layers) as tapped, torch.autocast(self.device.type, torch.bfloat16, enabled=not is_fp32):
             self._anatomy.forward(images)
 
         tokens = torch.stack([tapped[number] for number in layers], dim=1)  # [B, L, T, D]
