@@ -148,8 +148,8 @@ class ShardWindow:
             for key in list(self._open):
                 self._close_one(key)
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # numpy is half gone then, and the process takes its maps along
+    def __del__(self, is_ending=sys.is_finalizing) -> None:
+        if not is_ending():  # then names of modules, as `sys`, mean nothing any more, and the process takes its maps along
             self.close()
 
     def _close_oldest(self, n_shards: int) -> None:
