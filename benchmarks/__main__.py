@@ -25,15 +25,18 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "fidelity-int8": ("fidelity", "--dtype", "int8"),
     "fidelity-int4": ("fidelity", "--dtype", "int4"),
     "opening": ("opening",),
+    "epoch-ends": ("epoch_ends",),
+    "starting": ("starting",),
+    "cpu-bf16": ("cpu_bf16",),
     "memory": ("memory",),
     "fit-memory": ("fit_memory",),
     "cold-disk": ("cold_disk",),
-    "student-step": ("student_step",),
     "cached-or-live": ("cached_or_live",),
+    "student-step": ("student_step",),
     "extraction-gpu": ("extraction", "--device", "cuda"),
     "step-parts": ("step_parts",),
 }
-"""Name -> module and options. The last four need a GPU."""
+"""Name -> module and options. The last three need a GPU."""
 
 
 def run(name: str, options: list[str]) -> dict | None:

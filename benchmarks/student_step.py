@@ -44,9 +44,9 @@ class Loop:
         self.batches = source.micro_batches(0, self.trainer.total_steps)
         self.device = torch.device(device)
 
-    def take(self, n_steps: int) -> float:
-        """Crops/s, negative (measure.take_turns), of `n_steps` after two that are not timed."""
-        for _ in range(2):
+    def take(self, n_steps: int, n_before: int = 2) -> float:
+        """Crops/s, negative (measure.take_turns), of `n_steps` after `n_before` that are not timed."""
+        for _ in range(n_before):
             self.trainer._take_step(self.batches, ())
         self._wait()
         started = time.perf_counter()
