@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,39 +30,48 @@ def run(cache_home: Path) -> tuple[int, str]:
     return int(done.stdout), done.stderr
 
 
-def kept(cache_home: Path, pattern: str) -> list[Path]:
-    return sorted(cache_home.glob(f"teacher-cache/kernels/*/*/{pattern}"))
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Where a first process has kept what it compiled; made once, for compiling takes seconds."""
+    path = tmp_path_factory.mktemp("home")
+    assert run(path) == (0, "")
+    return path
 
 
-def test_compiled_once_a_machine(tmp_path):
+def test_compiled_once_a_machine(home):
     """The second process compiles nothing, and nobody else may write where the machine code lies."""
-    assert run(tmp_path / "home") == (0, "") and run(tmp_path / "home") == (1, "")
-    folders = [path for path in (tmp_path / "home" / "teacher-cache").glob("**") if path.is_dir()][:3]
+    assert run(home) == (1, "")
+    folders = [path for path in (home / "teacher-cache").glob("**") if path.is_dir()][:3]
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700} and len(folders) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"\0" * len(data)])
+DAMAGES = {"empty": lambda data: b"", "cut short": lambda data: data[: len(data) // 2], "zeros": lambda data: b"\0" * len(data)}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
-def test_what_a_power_cut_left_is_compiled_anew(tmp_path, kind, damage):
-    """Files that are empty, cut short or zero are made again, in silence."""
-    run(tmp_path)
-    (file,) = kept(tmp_path, kind)
-    file.write_bytes(damage(file.read_bytes()))
-    assert run(tmp_path) == (0, "") and run(tmp_path) == (1, "")
+def test_what_a_power_cut_left_is_compiled_anew(tmp_path, home, kind, damage):
+    """Files that are empty, cut short or zero are made again, in silence: afterwards they are there as before."""
+    copied = shutil.copytree(home, tmp_path / "home")
+    (file,) = copied.glob(f"teacher-cache/kernels/*/*/{kind}")
+    n_bytes = file.stat().st_size
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert run(copied) == (0, "")
+    (file,) = copied.glob(f"teacher-cache/kernels/*/*/{kind}")
+    assert file.stat().st_size == n_bytes and file.read_bytes() != bytes(n_bytes)
 
 
 @pytest.mark.parametrize("what", ["a file", "open to others", "a link"])
-def test_without_a_folder_of_its_own(tmp_path, what):
+def test_without_a_folder_of_its_own(tmp_path, home, what):
     """Where there can be no safe folder nothing is kept or read, the loops work, and one line says so."""
-    run(tmp_path / "other")
     folder = tmp_path / "home" / "teacher-cache"
     folder.parent.mkdir()
     if what == "a file":
         folder.write_text("")
     elif what == "a link":
-        folder.symlink_to(tmp_path / "other" / "teacher-cache")
+        folder.symlink_to(home / "teacher-cache")
     else:
-        (tmp_path / "other" / "teacher-cache").rename(folder)
+        shutil.copytree(home / "teacher-cache", folder)
         folder.chmod(0o755)
     hits, said = run(tmp_path / "home")
     assert hits == 0 and len(said.splitlines()) == 1 and str(folder) in said and "XDG_CACHE_HOME" in said
