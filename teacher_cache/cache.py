@@ -111,7 +111,10 @@ def _no_cache(path: Path) -> UsageError | CacheCorruptError:
         return CacheCorruptError(f"{path} has lost its cache.json. Restore it with: teacher-cache crop --repair {quoted(path)}")
     if any(path.glob(f"{layout.VIEWS}/{layout.CHECKSUMS_JSON}")):
         return CacheCorruptError(f"{path} has lost its cache.json and {SPARE}, which had a copy. {BOTH_LOST['cache']}")
-    return UsageError(f"{path} is no cache: it has no cache.json.")
+    return UsageError(
+        f"{path} is no cache: it has no cache.json. Give the folder that teacher-cache crop or extract was given, or make a "
+        f"cache there: teacher-cache extract --teacher NAME --images DIR {quoted(path)}"
+    )
 
 
 def require_no_part(path: Path) -> None:

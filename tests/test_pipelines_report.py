@@ -170,11 +170,16 @@ def test_the_output_of_verify_is_taken_for_its_own_cache(shared_cache, tmp_path)
     assert "Sound and complete." in html and value["when"][:10] in html and "3 rows of each store and view" in html
     for change, words in [
         ({"crops_id": "0" * 64}, "about other crops"), ({"findings": 3}, "is not the output of verify"),
+        ({"not_made": {"view-000/crops.beton": "pip install <i>x</i>"}}, None), ({"not_made": 3}, "is not the output of verify"),
         ({"findings": [{"kind": "damaged", "path": "x", "message": "<b>broken"}]}, None),
     ]:  # fmt: skip
         verdict.write_text(json.dumps(value | change))
         code, said = run(*arguments)
         assert (code, said.count("Error")) == (0, 0) if words is None else code and words in said
+        if "not_made" in change and words is None:
+            html = (tmp_path / "a.html").read_text()
+            assert "Nothing wrong was found." in html and "Not checked: view-000/crops.beton." in html and "&lt;i&gt;x" in html
+            assert "Sound and complete." not in html
     assert "&lt;b&gt;broken" in (tmp_path / "a.html").read_text()
     verdict.write_text("[]")
     assert "is not the output of verify" in run(*arguments)[1]

@@ -25,12 +25,15 @@ class Verified:
     """Rows that were checked of each store and view; None: all."""
     findings: tuple[tuple[str, str, str], ...]
     """(kind, path in the cache, message)."""
+    not_made: tuple[tuple[str, str], ...]
+    """(path in the cache, why): checks that were left out where it was checked."""
 
 
 def verify_now(cache: Cache, sample: int | None, now: str) -> Verified:
     """Run verify on a cache."""
     findings, checked = verify(cache, sample)
-    return Verified(now, checked.n_files, sample, tuple(_finding(cache, f.kind, f.path, f.message) for f in findings))
+    found = tuple(_finding(cache, f.kind, f.path, f.message) for f in findings)
+    return Verified(now, checked.n_files, sample, found, tuple(checked.not_made.items()))
 
 
 def read_verified(path: Path, cache: Cache) -> Verified:
@@ -52,8 +55,9 @@ def read_verified(path: Path, cache: Cache) -> Verified:
             )
         findings = tuple(_finding(cache, *(str(item[key]) for key in ("kind", "path", "message"))) for item in value["findings"])
         sample = None if value["sample"] is None else int(value["sample"])
-        return Verified(str(value["when"]), int(value["n_files"]), sample, findings)
-    except (KeyError, TypeError, ValueError) as error:
+        not_made = tuple((str(path), str(why)) for path, why in value.get("not_made", {}).items())
+        return Verified(str(value["when"]), int(value["n_files"]), sample, findings, not_made)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, MismatchError):
             raise
         raise BadInputError(f"--verified {path}: is not the output of verify --json: {error!r}. {wanted}") from error
