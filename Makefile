@@ -19,7 +19,8 @@ bench: $(READY) ## every benchmark that fits this machine, into bench-out; 12 mi
 	@.venv/bin/python -m benchmarks --out bench-out
 
 soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full count (docs/reliability.md); hours
-	@.venv/bin/python -m pytest tests/soak --full --soak-report soak-out
+	@.venv/bin/python -m pytest -m hypothesis --hypothesis-profile many
+	@.venv/bin/python -m pytest tests/soak tests/test_docs.py --full --soak-report soak-out
 
 check: $(READY) ## style, and the types of the public names
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -84,10 +84,13 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
     figures = {}
     with measure.scratch_folder(scratch) as folder:
         plan = ExtractPlan(layers="last5", dtype=dtype, shard_rows=64, batch_size=16)
-        digits = write_digits(folder / "digits")
-        teachers = {"demo": (digits / "val", DEMO_PRESETS), "moco-v3-s16": (None, ("mimco-s16",))}
+        if tiny:
+            teachers = {"demo": (None, (DEMO_PRESETS[0], "mimco-s16"))}
+        else:
+            digits = write_digits(folder / "digits")
+            teachers = {"demo": (digits / "val", DEMO_PRESETS), "moco-v3-s16": (None, ("mimco-s16",))}
         for teacher_name, (images, presets) in teachers.items():
-            teacher = load_teacher(teacher_name, None if images else "random:0")
+            teacher = load_teacher(teacher_name, None if teacher_name == "demo" else "random:0")
             n_rows, size = (16 if tiny or not images else 256), teacher.spec.image_size
             cache = made_up.make_cache(folder / teacher_name, n_rows, size, images, CropPlan(size=size, scale=(0.5, 1.0)))
             extract_view(cache.view(0), teacher_name, teacher, plan)
@@ -98,7 +101,7 @@ def main(dtype: str, tiny: bool, rounds: int, scratch: Path | None):
             }  # fmt: skip
             medians = [layer.median for layer in layers]
             claims.append(measure.claim(f"error of a token, median, {teacher_name}", medians, most_error, at_most=True))
-            for preset in presets[:1] if tiny else presets:
+            for preset in presets:
                 losses, gradients = differences(preset, cache, teacher_name, teacher, rounds)
                 claims.append(measure.claim(f"loss, {preset}", losses, most_difference, at_most=True))
                 claims.append(measure.claim(f"gradient, {preset}", gradients, most_difference, at_most=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeTeacher, write_images
+from hypothesis import settings
 from store_fakes import compress
 
 from teacher_cache.cache import Cache
@@ -21,6 +22,10 @@ N_THREADS = max(1, (os.cpu_count() or 2) // 2)
 torch.set_num_threads(N_THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(N_THREADS))  # of the programs that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored
+
+settings.register_profile("some", max_examples=30, deadline=None)
+settings.register_profile("many", max_examples=300, deadline=None)  # --hypothesis-profile many: in `make soak`
+settings.load_profile("some")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLAN = CropPlan(size=32, scale=(0.3, 1.0))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as F
 from fakes import image_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -61,7 +61,6 @@ def test_draw_never_changes(case):
     assert draw(*arguments) == crop
 
 
-@settings(max_examples=150, deadline=None)
 @given(sides, sides, names, st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.floats(0.01, 1), st.floats(0.05, 20))
 def test_boxes_lie_inside(height, width, name, seed, view, low, ratio):
     """Whatever the image's size, name and plan, the box has at least one pixel and lies inside the image."""
@@ -365,7 +364,6 @@ def test_decompression_bombs(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of what is odd in a file
-@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]), st.data())
 def test_damaged_files_never_crash(kind, data):
     """Whatever byte of a file is changed and wherever it is cut: an RGB image or BadInputError."""

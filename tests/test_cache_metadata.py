@@ -121,7 +121,7 @@ class Malformed:
 
 
 @pytest.mark.parametrize("name", SEALED + BELIEVED)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_malformed_metadata(cache, name, data):
     """Any value anywhere in a sealed or vouched-for file: the cache reads as before, or raises one of our errors.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -44,7 +44,6 @@ def bound(tokens, scale, statistics, group):
 values = hnp.arrays("float32", st.tuples(st.integers(1, 6), st.integers(1, 40)), elements=st.floats(-64, 64, width=32))
 
 
-@settings(max_examples=150, deadline=None)
 @given(values, values, st.sampled_from([1, 3, 8, 128]))
 def test_error_bound(fitted, tokens, group):
     """For any tokens, also others than those it was fitted on, the error of every value is within the stated bound."""
@@ -72,7 +71,6 @@ def round_trip_4(tokens, statistics, group=GROUPS["int4"]):
     return stored, scale, dequantise(stored, scale, statistics, "int4", group)
 
 
-@settings(max_examples=150, deadline=None)
 @given(values, values, st.sampled_from([1, 2, 3, 16]))
 def test_error_bound_of_int4(fitted, tokens, group):
     """The error is at most half a step, or one for a value of the other sign beyond the last level; no row is all 0."""
@@ -114,7 +112,6 @@ def test_error_of_int4_on_gaussian_tokens():
 # --- on a device ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
 @given(values, values, st.sampled_from(["int8", "int4"]), st.sampled_from([1, 2, 3, 16, 128]))
 def test_on_the_device_it_is_the_same(fitted, tokens, dtype, group):
     """torch quantises to the very numbers that numpy does, so that a store's bytes do not depend on where it was done."""

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import zarr
 from cache_fakes import failing_at, flip_bit
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from store_fakes import CODECS, begin, fill, make_store, same, shard_of, spec_of, values_of
 from zarr_oracle import rows_by_zarr
@@ -76,7 +76,6 @@ def open_shards(store: Path) -> list[str]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["int8", "float16"]), st.sampled_from(CODECS), st.sampled_from([1, 3, 7]), st.sampled_from([(3,), (1, 2, 3)]),
     st.lists(st.integers(0, 6), max_size=12), st.sampled_from(["never", "first", "always"]), st.sampled_from([1, 2, None]),
@@ -90,7 +89,6 @@ def test_readers_are_equal(store_of, dtype, codec, shard_rows, layers, rows, che
             assert same(reader.read(array, rows), arrays[array][rows])
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["int8", "float16"]), st.sampled_from(CODECS), st.sampled_from([1, 3, 7]),
     st.lists(st.integers(0, 6), max_size=8), st.integers(0, 6), st.integers(0, 99), st.sampled_from(["never", "first", "always"]),
@@ -455,7 +453,6 @@ def test_decompression_bombs(tmp_path, monkeypatch, codec, name):
             StoreReader(path, reader).read("tokens/01", [1])
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["zstd", "lz4"]), st.integers(1, 70_000), st.integers(0, 255))
 def test_promised_bytes(codec, n_bytes, value):
     """What a chunk promises is what was encoded, at every length at which the header changes its form."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.feed.order import Order
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n_rows=st.integers(1, 500),
     block=st.integers(1, 64),

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from student_fakes import tiny_config
 
@@ -176,7 +176,6 @@ def places(tree, prefix=()):
 PLACES = places(tiny_config().to_json())
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JSON, st.sampled_from(["set", "delete", "add"])), min_size=1, max_size=3))
 @example([(("objectives", 0, "kind"), [], "set")])
 @example([(("optim", "base_lr"), 10**400, "set")])
@@ -206,7 +205,6 @@ def test_no_json_breaks_it(changes):
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(

@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from student_fakes import TEACHER, fake_batch
 
@@ -30,7 +30,6 @@ def attention_batch(attention: torch.Tensor) -> Batch:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), ratio=st.floats(0, 0.93))
-@settings(max_examples=30, deadline=None)
 def test_partition(kind, seed, step, ratio):
     """Every masker splits the patches of every image into n_keep visible and all other hidden ones, for any seed."""
     config = MaskConfig(kind, ratio if kind != "unit" else min(ratio, 0.75), min_block=2, unit=8)
