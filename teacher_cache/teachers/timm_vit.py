@@ -141,6 +141,8 @@ def as_teacher(
         resize=RESIZE,
         activation=activation_of(block.mlp for block in model.blocks),
         positions=NO_POSITIONS if model.pos_embed is None else POSITIONS,
+        attention_source="cls" if model.has_class_token else None,
+        head="layernorm",
     )
     anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts, projection)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
