@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from teacher_fakes import crops_u8
 
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
-from teacher_cache.teachers.base import RESIZE, activation_name, whiten
+from teacher_cache.teachers.base import RESIZE, Teacher, activation_name, whiten
 from teacher_cache.teachers.blocks.positions import OURS
 from teacher_cache.teachers.weights import load
 from teacher_cache.teachers.weights.files import STAND_INS
@@ -95,6 +96,25 @@ def test_a_compiled_teacher_says_the_same(name):
         again = teacher(images, layers)
         torch.testing.assert_close(again.tokens, expected.tokens, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(again.attention, expected.attention, atol=1e-6, rtol=1e-4)
+
+
+def test_attention_of_a_pooling_head_and_no_final_norm(tiny):
+    """`pool` asks for what the last block gives, in float32; a teacher without final norm has no head, and whitened tokens."""
+    seen = []
+
+    def pool_attention(stream):
+        seen.append(stream)
+        return stream[:, 1:].mean(2).softmax(1)
+
+    anatomy = replace(tiny._anatomy, final_norm=None, attention_parts=None, pool_attention=pool_attention)
+    teacher = Teacher(replace(tiny.spec, attention_source="pool", head="none"), anatomy)
+    images = crops_u8(2, 32)
+    output = teacher(images, [teacher.spec.depth])
+    assert teacher.head == {} and torch.equal(output.tokens, tiny(images, [6]).tokens)
+    (stream,) = seen
+    assert stream.dtype == torch.float32 and torch.equal(whiten(stream, teacher.spec.norm_eps), output.tokens[:, 0])
+    assert torch.equal(output.attention, stream[:, 1:].mean(2).softmax(1))
+    assert Teacher(replace(tiny.spec, attention_source=None), tiny._anatomy)(images, [6]).attention is None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from .planning import (
     CropWork,
     ExtractPlan,
     begun_teacher,
+    in_words_of,
     own_shards,
     plan_crops,
     plan_targets,
@@ -242,7 +243,7 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
         require_same_targets(view, name, teacher, plan)
     stores = tuple(view_path(path, number) / store_folder(name) for number in range(planned.n_views))
     n_bytes = _tell_crops(planned.job) if planned.job else 0
-    spec = plan.store_spec(teacher.spec, planned.n_images)
+    spec = plan.store_spec(in_words_of(path, name, teacher.spec), planned.n_images)
     shards = process.shards(shards, spec.n_shards)
     work = TargetWork(name, teacher, plan, shards, stores)
     if shards is not None and not shards:

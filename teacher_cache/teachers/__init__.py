@@ -67,6 +67,7 @@ class TeacherEntry:
             name=self.name, weights="", weights_sha256="", image_size=self.image_size, patch_size=self.patch_size, grid=self.grid,
             dim=self.dim, depth=self.depth, heads=self.heads, has_cls=self.has_cls, n_registers=0, mean=self.mean, std=self.std,
             norm_eps=self.norm_eps, projection_dim=self.projection_dim, resize="", activation="", positions="",
+            attention_source="cls" if self.has_cls else None, head="layernorm",
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..format.spec import TeacherSpec
-from .blocks.attention import CLS, POOL, AttentionParts, attention_map
+from .blocks.attention import AttentionParts, attention_map
 from .float32 import full_float32
 
 RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
@@ -38,8 +38,8 @@ class TeacherOutput:
     tokens: Tensor
     """float32 [B, L, C+N, D]: whitened block outputs, in the order of the layers asked for; CLS first where there is one."""
     attention: Tensor | None
-    """float32 [B, N], mean over heads: CLS to patches in the last block, or the weights of a head that pools by attention; the
-    softmax runs over all keys, so a row sums to 1 at most. None where the teacher has neither."""
+    """float32 [B, N]: of CLS to the patches in the last block, or of the pooling head to them (`TeacherSpec.attention_source`),
+    mean over heads; the softmax runs over all keys, so a row sums to at most 1. None where there is no source."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,14 @@ class Anatomy:
     blocks: Sequence[nn.Module]
     """The blocks 1 to `TeacherSpec.depth`; each gives [B, T, D], or on a grid without CLS [B, rows, columns, D]."""
     final_norm: nn.LayerNorm | None
-    """None where the model ends with its last block, or with a norm that the whitened tokens do not tell (RMSNorm)."""
+    """None where `TeacherSpec.head` is `none`."""
     attention_parts: Callable[[nn.Module], AttentionParts] | None
-    """Of the last block (CLS), or of the pooling head behind it (POOL); None where there is neither."""
-    attention_source: str | None = CLS
+    """Of one block; needed where `TeacherSpec.attention_source` is `cls`."""
     projection: Tensor | None = None
     """[D, E] behind the final norm (CLIP)."""
+    pool_attention: Callable[[Tensor], Tensor] | None = None
+    """From what the last block gives, float32 [B, T, D], the weights of the pooling head over the patches, float32 [B, N], mean
+    over its heads; needed where `TeacherSpec.attention_source` is `pool`."""
 
 
 def activation_name(module: nn.Module) -> str:
@@ -115,8 +117,8 @@ class Teacher:
     nor saves it.
 
     spec:              what the store keeps about it
-    head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
-                       final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection. Empty without a norm
+    head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E], each where there is one.
+                       final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
     precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (CUDA only), where the residual
                        stream, the attention map and all outputs stay float32
@@ -138,7 +140,16 @@ class Teacher:
         self.spec, self.precision, self.ignored_weights, self.weights_read = spec, precision, ignored_weights, weights_read
         self._anatomy = anatomy
         anatomy.model.eval().requires_grad_(False)
-        self.head = _head(anatomy, spec.dim)
+        norm, head = anatomy.final_norm, {"projection": anatomy.projection}
+        assert (norm is not None) == spec.has_final_norm, "anatomy and description agree on the final norm"
+        if norm is not None:
+            head = {"gamma": norm.weight, "beta": norm.bias, **head}
+        self.head: dict[str, np.ndarray] = {
+            name: tensor.detach().float().cpu().numpy().copy() for name, tensor in head.items() if tensor is not None
+        }
+        if norm is not None:
+            self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
+            self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
         self.to(device)
 
     def __repr__(self) -> str:
@@ -219,7 +230,8 @@ class Teacher:
     def _taps(self, layers: Sequence[int]):
         """Hooks that fill {block number: whitened output [B, T, D]} and, with a source, {"attention": [B, N]} on a forward."""
         tapped: dict = {}
-        blocks, spec, parts_of = self._anatomy.blocks, self.spec, self._anatomy.attention_parts
+        blocks, parts_of, spec = self._anatomy.blocks, self._anatomy.attention_parts, self.spec
+        pool_attention = self._anatomy.pool_attention
 
         def keep_stream_float32(block, inputs):  # open_clip rounds it to bf16 under autocast, timm does not
             return (inputs[0].float(), *inputs[1:])
@@ -236,28 +248,16 @@ class Teacher:
 
         def tap_pool(block, inputs, output):
             with torch.autocast(output.device.type, enabled=False):
-                tapped["attention"] = attention_map(output, parts_of(block))
+                tapped["attention"] = pool_attention(output.flatten(1, -2).float())
 
         handles = [blocks[0].register_forward_pre_hook(keep_stream_float32)]
         handles += [blocks[number - 1].register_forward_hook(tap_output(number)) for number in layers]
-        if parts_of is not None and self._anatomy.attention_source == CLS:
+        if spec.attention_source == "cls":
             handles.append(blocks[-1].register_forward_pre_hook(tap_cls, with_kwargs=True))
-        if parts_of is not None and self._anatomy.attention_source == POOL:
+        elif spec.attention_source == "pool":
             handles.append(blocks[-1].register_forward_hook(tap_pool))
         try:
             yield tapped
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _head(anatomy: Anatomy, dim: int) -> dict[str, np.ndarray]:
-    """`Teacher.head`."""
-    norm = anatomy.final_norm
-    if norm is None:
-        return {}
-    given = {"gamma": norm.weight, "beta": norm.bias, "projection": anatomy.projection}
-    head = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in given.items() if tensor is not None}
-    head.setdefault("gamma", np.ones(dim, "float32"))  # a norm without scale or shift
-    head.setdefault("beta", np.zeros(dim, "float32"))
-    return head

@@ -101,6 +101,8 @@ def load(
         resize=RESIZE,
         activation=activation_of(block.mlp for stage in model.layers for block in stage.blocks),
         positions=NO_POSITIONS,
+        attention_source=None,
+        head="layernorm",
     )
     anatomy = Anatomy(model, model.forward_features, model.layers[-1].blocks, model.norm, attention_parts=None)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)

@@ -86,6 +86,8 @@ def as_teacher(
         resize=RESIZE,
         activation=activation_of(block.mlp for block in tower.transformer.resblocks),
         positions=OURS.words,
+        attention_source="cls",
+        head="layernorm",
     )
     anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, projection=tower.proj)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)

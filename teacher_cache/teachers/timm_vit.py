@@ -85,7 +85,7 @@ def as_teacher(
     rule:       by which its position table was brought to that size
     """
     has_cls = model.cls_token is not None
-    source = timm_kinds.attention_source(model)
+    norm = timm_kinds.final_norm(model)
     spec = TeacherSpec(
         name=name,
         weights=loaded.source,
@@ -105,9 +105,11 @@ def as_teacher(
         resize=RESIZE,
         activation=activation_of(block.mlp for block in model.blocks),
         positions=in_words(rule, model.pos_embed is not None, timm_kinds.rotation_in_words(model)),
+        attention_source=timm_kinds.attention_source(model),
+        head="none" if norm is None else "layernorm",
     )
-    parts_of = None if source is None else partial(timm_kinds.attention_parts, model)
-    anatomy = Anatomy(model, model.forward_features, model.blocks, timm_kinds.final_norm(model), parts_of, source, projection)
+    parts_of, pool = partial(timm_kinds.attention_parts, model.num_prefix_tokens), partial(timm_kinds.pool_attention, model)
+    anatomy = Anatomy(model, model.forward_features, model.blocks, norm, parts_of, projection, pool)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 

@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLS, POOL = "cls", "pool"
-"""Sources: the CLS row of the last block, from the block's input; a pooling head's weights, from the block's output."""
-
 
 @dataclass(frozen=True)
 class AttentionParts:

@@ -15,7 +15,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from .attention import CLS, POOL, AttentionParts
+from .attention import AttentionParts, attention_map
 
 KINDS = {VisionTransformer: (Block, (Attention,)), Eva: (EvaBlock, (EvaAttention, AttentionRope))}
 """Class of a model -> the class of its blocks, those of their attention."""
@@ -72,22 +72,32 @@ def norm_eps(model: VisionTransformer | Eva) -> float:
 
 
 def attention_source(model: VisionTransformer | Eva) -> str | None:
-    """CLS where there is a CLS token, POOL where patches are pooled by attention instead, None where by their mean."""
+    """`TeacherSpec.attention_source`: `cls` where there is a CLS token, `pool` where patches are pooled by attention instead."""
     if model.cls_token is not None:
-        return CLS
+        return "cls"
     pool = model.attn_pool
-    return POOL if type(pool) is AttentionPoolLatent and pool.pos_embed is None and pool.latent_len == 1 else None
+    return "pool" if type(pool) is AttentionPoolLatent and pool.pos_embed is None and pool.latent_len == 1 else None
 
 
-def attention_parts(model: VisionTransformer | Eva, block: EvaBlock | Block) -> AttentionParts:
-    """Of the last block of a model with CLS, else of its pooling head."""
-    if attention_source(model) == POOL:
-        return _of_pool(model)
+def attention_parts(n_prefix: int, block: EvaBlock | Block) -> AttentionParts:
+    """Of one block. n_prefix: tokens before the patches."""
     attention = block.attn
     query, key = _query_and_key(attention)
     rotate = partial(apply_rot_embed_cat, half=getattr(attention, "rotate_half", False))
     norms = attention.q_norm, attention.k_norm
-    return AttentionParts(block.norm1, *query, *key, attention.num_heads, *norms, model.num_prefix_tokens, rotate)
+    return AttentionParts(block.norm1, *query, *key, attention.num_heads, *norms, n_prefix, rotate)
+
+
+def pool_attention(model: VisionTransformer | Eva, tokens: Tensor) -> Tensor:
+    """The weights of the pooling head over the patches, float32 [B, N], from what the last block gives, [B, T, D]."""
+    pool, n_prefix = model.attn_pool, model.num_prefix_tokens
+    skipped = 0 if getattr(model, "pool_include_prefix", True) else n_prefix
+    key_weight, key_bias = pool.kv.weight.chunk(2)[0], None if pool.kv.bias is None else pool.kv.bias.chunk(2)[0]
+    parts = AttentionParts(
+        model.norm, pool.q.weight, pool.q.bias, key_weight, key_bias, pool.num_heads, pool.q_norm, pool.k_norm,
+        n_prefix - skipped, latent=pool.latent,
+    )  # fmt: skip
+    return attention_map(tokens[:, skipped:], parts)
 
 
 def rotation_in_words(model: VisionTransformer | Eva) -> str | None:
@@ -113,18 +123,3 @@ def _query_and_key(attention: nn.Module) -> tuple[tuple[Tensor, Tensor | None], 
         return (query, attention.q_bias), (key, attention.k_bias)  # EVA's key bias is a buffer of zeros
     query_bias, key_bias, _ = (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
     return (query, query_bias), (key, key_bias)
-
-
-def _of_pool(model: VisionTransformer | Eva) -> AttentionParts:
-    pool, norm = model.attn_pool, model.norm
-    skipped = 0 if getattr(model, "pool_include_prefix", True) else model.num_prefix_tokens
-
-    def patches(tokens: Tensor) -> Tensor:
-        return norm(tokens)[:, skipped:]
-
-    key_weight, key_bias = pool.kv.weight.chunk(2)[0], None if pool.kv.bias is None else pool.kv.bias.chunk(2)[0]
-    n_prefix = model.num_prefix_tokens - skipped
-    return AttentionParts(
-        patches, pool.q.weight, pool.q.bias, key_weight, key_bias, pool.num_heads, pool.q_norm, pool.k_norm, n_prefix,
-        latent=pool.latent,
-    )  # fmt: skip
