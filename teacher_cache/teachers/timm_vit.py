@@ -144,7 +144,7 @@ def load_timm(
     else:
         classifier = config.get("classifier") or "head"
         layout = Layout(ignore=(f"{classifier}.*", *_NOT_IN_TIMM), inside=("state_dict", "model"))
-        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), f"Give {_in_timms_names(name)}.")
+        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), _expected(name))
     rule = as_begun(position_rule(model), begun)
     if image_size is not None:
         at_image_size(model, name, image_size, rule)
@@ -207,6 +207,14 @@ def _in_timms_names(name: str) -> str:
         f"safetensors.torch as s; s.save_file(timm.create_model('{wanted}', pretrained=True).state_dict(), "
         "'teacher.safetensors')\""
     )
+
+
+def _expected(name: str) -> str:
+    """Which file to give; and for which other name it would be, if biases of queries and values are all that differs."""
+    arch, dot, tag = name.removeprefix(TIMM_PREFIX).partition(".")
+    other, has = (arch.removesuffix("_qkvb"), "no") if arch.endswith("_qkvb") else (f"{arch}_qkvb", "")
+    known = f"A file with {has} biases of queries and values is {TIMM_PREFIX}{other}{dot}{tag}'s. ".replace("  ", " ")
+    return (known if timm.is_model(other) else "") + f"Give {_in_timms_names(name)}."
 
 
 def _download(name: str, config: dict) -> VisionTransformer:
