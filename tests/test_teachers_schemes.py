@@ -78,11 +78,18 @@ def metas_dinov2(state: dict) -> dict:
 def hfs_vit(state: dict) -> dict:
     state = renamed(
         state,
-        (r"blocks\.(\d+)\.", r"encoder.layer.\1."), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
-        (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"), (r"attn\.proj", "attention.output.dense"),
-        (r"^norm\.", "layernorm."), (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
-        ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"), (r"attn\.qkv", "attention.attention.qkv"),
-    )  # fmt: skip
+        (r"blocks\.(\d+)\.", r"encoder.layer.\1."),
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
+        (r"mlp\.fc1", "intermediate.dense"),
+        (r"mlp\.fc2", "output.dense"),
+        (r"attn\.proj", "attention.output.dense"),
+        (r"^norm\.", "layernorm."),
+        (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        ("cls_token", "embeddings.cls_token"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        (r"attn\.qkv", "attention.attention.qkv"),
+    )
     state = apart(state, "query", "key", "value", r"encoder\.layer\.\d+\.attention\.attention\.qkv\.")
     return prefixed("vit.", state) | noise("classifier.weight")
 
@@ -92,11 +99,15 @@ def hfs_dinov2(state: dict) -> dict:
     state = state | {"cls_token": state["cls_token"] - row, "pos_embed": torch.cat([row, state["pos_embed"]], 1)}
     state = renamed(
         state,
-        (r"blocks\.(\d+)\.", r"encoder.layer.\1."), (r"ls([12])\.gamma", r"layer_scale\1.lambda1"), (r"attn\.proj", "attention.output.dense"),
-        (r"^norm\.", "layernorm."), (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        (r"blocks\.(\d+)\.", r"encoder.layer.\1."),
+        (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
+        (r"attn\.proj", "attention.output.dense"),
+        (r"^norm\.", "layernorm."),
+        (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
         ("(cls|reg)_token", lambda match: f"embeddings.{'register_tokens' if match[1] == 'reg' else 'cls_token'}"),
-        ("pos_embed", "embeddings.position_embeddings"), (r"attn\.qkv", "attention.attention.qkv"),
-    )  # fmt: skip
+        ("pos_embed", "embeddings.position_embeddings"),
+        (r"attn\.qkv", "attention.attention.qkv"),
+    )
     state = apart(state, "query", "key", "value", r"encoder\.layer\.\d+\.attention\.attention\.qkv\.")
     return state | {"embeddings.mask_token": torch.ones(1, 64)}
 
@@ -104,12 +115,19 @@ def hfs_dinov2(state: dict) -> dict:
 def hfs_dinov3(state: dict) -> dict:
     state = renamed(
         state,
-        (r"blocks\.(\d+)\.", r"layer.\1."), (r"gamma_([12])", r"layer_scale\1.lambda1"), (r"attn\.proj", "attention.o_proj"),
-        (r"attn\.q_bias", "attention.q_proj.bias"), (r"attn\.v_bias", "attention.v_proj.bias"),
-        (r"patch_embed\.proj", "embeddings.patch_embeddings"), ("cls_token", "embeddings.cls_token"),
-        ("reg_token", "embeddings.register_tokens"), ("fc1_g", "gate_proj"), ("fc1_x|fc1", "up_proj"), ("fc2", "down_proj"),
+        (r"blocks\.(\d+)\.", r"layer.\1."),
+        (r"gamma_([12])", r"layer_scale\1.lambda1"),
+        (r"attn\.proj", "attention.o_proj"),
+        (r"attn\.q_bias", "attention.q_proj.bias"),
+        (r"attn\.v_bias", "attention.v_proj.bias"),
+        (r"patch_embed\.proj", "embeddings.patch_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("reg_token", "embeddings.register_tokens"),
+        ("fc1_g", "gate_proj"),
+        ("fc1_x|fc1", "up_proj"),
+        ("fc2", "down_proj"),
         (r"attn\.qkv", "attention.qkv"),
-    )  # fmt: skip
+    )
     return apart(state, "q_proj", "k_proj", "v_proj", r"layer\.\d+\.attention\.qkv\.") | {
         "embeddings.mask_token": torch.ones(1, 1, 64)
     }
@@ -119,12 +137,20 @@ def hfs_clip(state: dict) -> dict:
     """Of CLIP and SigLIP, whole: with a text tower beside."""
     state = renamed(
         state,
-        (r"blocks\.(\d+)\.", r"encoder.layers.\1."), (r"\.norm([12])", r".layer_norm\1"), (r"attn\.proj\.", "self_attn.out_proj."),
-        (r"^norm_pre", "pre_layrnorm"), (r"^norm\.", "post_layernorm."), (r"patch_embed\.proj", "embeddings.patch_embedding"),
-        ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding.weight"), (r"attn\.qkv", "self_attn.qkv"),
-        (r"attn_pool\.latent", "head.probe"), (r"attn_pool\.proj", "head.attention.out_proj"), (r"attn_pool\.norm", "head.layernorm"),
+        (r"blocks\.(\d+)\.", r"encoder.layers.\1."),
+        (r"\.norm([12])", r".layer_norm\1"),
+        (r"attn\.proj\.", "self_attn.out_proj."),
+        (r"^norm_pre", "pre_layrnorm"),
+        (r"^norm\.", "post_layernorm."),
+        (r"patch_embed\.proj", "embeddings.patch_embedding"),
+        ("cls_token", "embeddings.class_embedding"),
+        ("pos_embed", "embeddings.position_embedding.weight"),
+        (r"attn\.qkv", "self_attn.qkv"),
+        (r"attn_pool\.latent", "head.probe"),
+        (r"attn_pool\.proj", "head.attention.out_proj"),
+        (r"attn_pool\.norm", "head.layernorm"),
         (r"attn_pool\.mlp", "head.mlp"),
-    )  # fmt: skip
+    )
     for name in ("embeddings.class_embedding", "embeddings.position_embedding.weight"):
         if name in state:
             state[name] = state[name].flatten(0, 1).squeeze(0)
@@ -172,7 +198,7 @@ def test_a_file_in_other_names_is_read_strictly(layout, tmp_path):
     state = official(filled(name)[1])
     lost = next(key for key in state if re.search(r"1\.(attn\.qkv|.*(key|k_proj))\.weight", key))
     save_file({key: tensor.contiguous() for key, tensor in state.items() if key != lost}, tmp_path / "lost.safetensors")
-    with pytest.raises(BadInputError, match=r"missing \(blocks\.1\.attn\.qkv\.weight.*read as (Meta|Hugging Face)'s"):
+    with pytest.raises(BadInputError, match=r"missing \((vit\.)?blocks\.1\.attn\.qkv\.weight.*read as (Meta|Hugging Face)'s"):
         load_teacher(f"timm:{name}", tmp_path / "lost.safetensors")
     first = next(iter(state))
     start = first[: first.index(".") + 1] if first.startswith(("vit.", "vision_model.")) else ""
@@ -226,11 +252,18 @@ def test_hugging_faces_clip_fills_open_clips_tower(tmp_path):
     own = {key: tensor.detach().clone() for key, tensor in tower.state_dict().items()}
     state = renamed(
         {key: tensor for key, tensor in own.items() if key != "proj"},
-        (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."), (r"attn\.in_proj_", "self_attn.qkv."), (r"\.ln_([12])", r".layer_norm\1"),
-        (r"attn\.out_proj", "self_attn.out_proj"), ("c_fc", "fc1"), ("c_proj", "fc2"), ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"),
-        ("conv1", "embeddings.patch_embedding"), ("class_embedding", "embeddings.class_embedding"),
+        (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+        (r"attn\.in_proj_", "self_attn.qkv."),
+        (r"\.ln_([12])", r".layer_norm\1"),
+        (r"attn\.out_proj", "self_attn.out_proj"),
+        ("c_fc", "fc1"),
+        ("c_proj", "fc2"),
+        ("ln_pre", "pre_layrnorm"),
+        ("ln_post", "post_layernorm"),
+        ("conv1", "embeddings.patch_embedding"),
+        ("class_embedding", "embeddings.class_embedding"),
         ("positional_embedding", "embeddings.position_embedding.weight"),
-    )  # fmt: skip
+    )
     state = prefixed("vision_model.", apart(state, "q_proj", "k_proj", "v_proj", r"encoder\.layers\.\d+\.self_attn\.qkv\."))
     state |= {"visual_projection.weight": own["proj"].T.contiguous()} | noise("text_model.embeddings.token_embedding.weight")
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "clip.safetensors")

@@ -172,8 +172,10 @@ def choose(found: dict, key: str | None, layouts: Sequence[Layout], own: dict[st
         hint = f"To take a part of it alone: {options}. "
     elif foreign := next((name for name in map(str, dict.keys(closest.node)) if _TRANSFORMERS.search(name)), None):
         known = ", ".join(sorted(map(layouts[0].name_in_file, own))[:2])
-        hint = (f"It has the layout of Hugging Face's transformers ({foreign}), which is read of whole ViTs, DINOv2, DINOv3, "
-                f"CLIP and SigLIP; else names must be like {known}, in one dictionary and behind one prefix at most. ")  # fmt: skip
+        hint = (
+            f"It has the layout of Hugging Face's transformers ({foreign}), which is read of whole ViTs, DINOv2, DINOv3, CLIP "
+            f"and SigLIP; other names must be like {known}, in one dictionary and behind one prefix at most. "
+        )
     hint += _of_another_grid(closest, own)
     raise BadInputError(f"--weights {given} does not fit this teacher: {faults}. {hint}{expected}")
 
