@@ -554,8 +554,8 @@ def test_inspect(cache):
     """inspect says what a person wants to know, and --json the same as values."""
     text = run("inspect", cache.path).stdout
     for words in ("24 in 3 classes", "random, 32 px, jpeg95, bicubic, seed 0, scale 0.3 to 1, flip 0.5", "view 1: crops.beton",
-                  "24 of 24 (100%)  3 of 3", f"{32 * '█'}  complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none, attention",
-                  "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
+                  "24 of 24 (100%)  3 of 3", f"{32 * '█'}  complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none",
+                  ", CLS attention", "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
         assert words in text
     assert not any(line != line.rstrip() for line in text.splitlines())
     described = json.loads(run("inspect", "--json", cache.path).stdout)

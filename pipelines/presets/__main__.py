@@ -8,13 +8,13 @@ from student.batch import TeacherShape
 from student.modules.model import Student
 from teacher_cache.teachers import TEACHERS
 
+from ..feed.teacher_values import teacher_shape
 from . import PRESETS, recipe
 
 
 def shape_of(name: str) -> TeacherShape:
     """What a student must know of a teacher of the table."""
-    entry = TEACHERS[name]
-    return TeacherShape(name, entry.grid, entry.dim, entry.depth, entry.has_cls, entry.has_cls, entry.projection_dim)
+    return teacher_shape(TEACHERS[name].spec())
 
 
 def line(preset: str) -> str:
