@@ -27,7 +27,7 @@ TEACHERS = {"vit-8": (32, 8), "vit-14": (28, 14), "vit-16": (32, 16), "vit-32": 
 """Name -> (side of the input, side of a patch)."""
 
 
-def load_tiny(name, weights=None, image_size=None, device="cpu", precision="fp32", as_begun=False):
+def load_tiny(name, weights=None, image_size=None, device="cpu", precision="fp32", begun=None):
     """A ViT of two narrow blocks, as `timm:NAME` would be one."""
     side, patch = TEACHERS[name]
     model = VisionTransformer(img_size=side, patch_size=patch, embed_dim=24, depth=2, num_heads=2, num_classes=0).eval()

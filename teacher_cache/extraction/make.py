@@ -31,8 +31,8 @@ from .planning import (
     CropRequest,
     CropWork,
     ExtractPlan,
+    begun_teacher,
     in_words_of,
-    is_of_before,
     own_shards,
     plan_crops,
     plan_targets,
@@ -236,7 +236,7 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
 
     name = request.store_name
     plan, image_size = plan_targets(path, name, request.image_size, **request.given)
-    teacher = _teacher(request, image_size, process, is_of_before(path, name))
+    teacher = _teacher(request, image_size, process, begun_teacher(path, name))
     may_make = shards is None and process.world_size == 1
     planned = plan_crops(path, crops, default_size=crop_size(request.teacher_name, teacher.spec), may_make=may_make)
     for view in Cache(path).views() if (path / CACHE_JSON).exists() else []:
@@ -255,7 +255,7 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
     return CacheWork(path, planned, work, may_make)
 
 
-def _teacher(request: TargetRequest, image_size: int | None, process: Process, as_begun: bool) -> Teacher:
+def _teacher(request: TargetRequest, image_size: int | None, process: Process, begun: TeacherSpec | None) -> Teacher:
     """The teacher that is asked for, loaded; says what was loaded."""
     from .. import teachers
     from ..device import pick_device
@@ -265,7 +265,7 @@ def _teacher(request: TargetRequest, image_size: int | None, process: Process, a
             raise UsageError("A teacher that is loaded has its weights and its image size: give neither.")
         return request.teacher
     device, precision = pick_device(request.device, request.precision, process.local_rank)
-    loaded = teachers.load_teacher(request.teacher, request.weights, image_size, device, precision, as_begun)
+    loaded = teachers.load_teacher(request.teacher, request.weights, image_size, device, precision, begun)
     note(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
          f"{loaded.precision} on {device}")  # fmt: skip
     if loaded.weights_read:

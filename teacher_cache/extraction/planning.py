@@ -145,9 +145,9 @@ def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) ->
     return plan, image_size
 
 
-def is_of_before(cache_dir: Path, name: str) -> bool:
-    """Whether a store `name` was begun by a version that did not put the teacher's activation on record, and refused none."""
-    return any(store.teacher.activation is None for store in _begun(cache_dir, name))
+def begun_teacher(cache_dir: Path, name: str) -> TeacherSpec | None:
+    """The teacher of the stores `name`, as the one that says least describes it; None if there are none."""
+    return min((store.teacher for store in _begun(cache_dir, name)), key=lambda spec: spec.activation is not None, default=None)
 
 
 def in_words_of(cache_dir: Path, name: str, teacher: TeacherSpec) -> TeacherSpec:

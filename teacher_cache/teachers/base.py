@@ -1,11 +1,11 @@
 """What every teacher does the same way, whichever library its blocks come from.
 
-A teacher takes uint8 crops and gives whitened block outputs and the CLS attention of its last block.
-Preprocessing, taps, whitening and attention stand here once; the files beside this one only say where a
-library keeps its parts.
+A teacher takes uint8 crops and gives whitened block outputs and one map of attention over the patches.
+Preprocessing, taps and whitening stand here once; the files beside this one only say where a library keeps its parts, and
+`blocks/` what a kind of block does.
 
 Gives up: blocks of several widths or grids (of a Swin only those of the last stage can be asked for), post-norm blocks,
-hybrids, rotary positions.
+hybrids.
 """
 
 # B batch, N patches, C 1 with CLS else 0, T all tokens (CLS, registers, patches), D width, L layers, H heads
@@ -21,18 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import BadInputError, UsageError
+from ..errors import UsageError
 from ..format.spec import TeacherSpec
+from .blocks.attention import AttentionParts, attention_map
 from .float32 import full_float32
 
 RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
 """`TeacherSpec.resize` of every teacher."""
-POSITIONS = "bicubic, align_corners=False, no antialias, in float32"
-"""`TeacherSpec.positions`. Code bases follow at least four different rules; this one is MaskAlign's (and Hugging Face's), and it
-is the same for pixels and positions."""
-NO_POSITIONS = "none: there is no table of absolute positions"
-"""The same of a teacher whose blocks know them by other means, if at all."""
-
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -45,21 +40,6 @@ class TeacherOutput:
     attention: Tensor | None
     """float32 [B, N]: of CLS to the patches in the last block, or of the pooling head to them (`TeacherSpec.attention_source`),
     mean over heads; the softmax runs over all keys, so a row sums to at most 1. None where there is no source."""
-
-
-@dataclass(frozen=True)
-class AttentionParts:
-    """The parameters of one self-attention, as they stand in its block."""
-
-    norm: nn.Module
-    """The LayerNorm before the attention."""
-    qkv_weight: Tensor
-    """[3 * H * head width, D]: rows of queries, then keys, then values."""
-    qkv_bias: Tensor | None
-    heads: int
-    query_norm: Callable[[Tensor], Tensor]
-    """Applied to each head's query (timm's qk-norm); the identity for most."""
-    key_norm: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,45 +83,6 @@ def activation_of(mlps: Iterable[nn.Module]) -> str:
 def whiten(tokens: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine over the last axis, per token, in float32: (x - mean) / sqrt(biased variance + eps)."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
-
-
-def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> Tensor:
-    """What the CLS token (the first) attends to among the patches, float32 [B, N], mean over heads.
-
-    block_input: [B, T, D], what enters the block. a = mean_h softmax(q_cls . k / sqrt(head width)) over all T keys;
-    the `n_prefix` columns of CLS and registers are then dropped: the map by which MILAN and MaskAlign sample what
-    stays visible. Only the CLS query and the keys are computed, so this costs one projection, and it does not
-    matter whether the block itself uses a fused attention that never shows its map.
-    """
-    normed = parts.norm(block_input.float())
-    query_weight, key_weight, _ = parts.qkv_weight.float().chunk(3)
-    query_bias, key_bias, _ = (None,) * 3 if parts.qkv_bias is None else parts.qkv_bias.float().chunk(3)
-
-    query = F.linear(normed[:, :1], query_weight, query_bias)  # [B, 1, H * head width]
-    keys = F.linear(normed, key_weight, key_bias)  # [B, T, H * head width]
-    query, keys = (x.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, H, ., head width]
-    query, keys = parts.query_norm(query), parts.key_norm(keys)
-
-    logits = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, H, 1, T]
-    return logits.softmax(-1).mean(1)[:, 0, n_prefix:]
-
-
-def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid, by POSITIONS' rule; returned unchanged when the grid is the same.
-
-    table: [..., n_prefix + rows, D] with a square grid; the first `n_prefix` rows (CLS, registers) are kept
-    as they are.
-    """
-    prefix, patches = table.float().split([n_prefix, table.shape[-2] - n_prefix], dim=-2)
-    side = round(patches.shape[-2] ** 0.5)
-    if side * side != patches.shape[-2]:
-        raise BadInputError(f"The position table has {patches.shape[-2]} patch rows, which is no square grid.")
-    if grid == (side, side):
-        return table
-    image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
-    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid[0] * grid[1], -1)
-    return torch.cat([prefix, patches], dim=-2)
 
 
 def grid_for(name: str, image_size: int, patch_size: int) -> tuple[int, int]:
@@ -245,6 +186,7 @@ class Teacher:
         Raises UsageError for anything else.
         """
         images = self.preprocess(images_u8)  # [B, 3, H, W]
+        assert not any(module.training for module in self._anatomy.model.modules()), "a teacher in train mode"
         if precision is not None:
             check_precision(precision, self.device)
         layers, precision = self._check_layers(layers), precision or self.precision
@@ -300,9 +242,9 @@ class Teacher:
 
             return hook
 
-        def tap_attention(block, inputs):
+        def tap_cls(block, inputs, named):
             with torch.autocast(inputs[0].device.type, enabled=False):
-                tapped["attention"] = cls_attention(inputs[0], parts_of(block), 1 + spec.n_registers)
+                tapped["attention"] = attention_map(inputs[0], parts_of(block), named.get("rope"))
 
         def tap_pool(block, inputs, output):
             with torch.autocast(output.device.type, enabled=False):
@@ -311,7 +253,7 @@ class Teacher:
         handles = [blocks[0].register_forward_pre_hook(keep_stream_float32)]
         handles += [blocks[number - 1].register_forward_hook(tap_output(number)) for number in layers]
         if spec.attention_source == "cls":
-            handles.append(blocks[-1].register_forward_pre_hook(tap_attention))
+            handles.append(blocks[-1].register_forward_pre_hook(tap_cls, with_kwargs=True))
         elif spec.attention_source == "pool":
             handles.append(blocks[-1].register_forward_hook(tap_pool))
         try:

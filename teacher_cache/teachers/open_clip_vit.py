@@ -23,17 +23,9 @@ from torch import nn
 from ..errors import UnknownNameError, UsageError
 from ..format.spec import TeacherSpec
 from . import OPEN_CLIP_PREFIX
-from .base import (
-    POSITIONS,
-    RESIZE,
-    Anatomy,
-    AttentionParts,
-    Teacher,
-    activation_of,
-    check_precision,
-    grid_for,
-    resize_position_table,
-)
+from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision, grid_for
+from .blocks.attention import AttentionParts
+from .blocks.positions import OURS
 from .weights.load import Layout, LoadedWeights, load_weights
 from .weights.offline import downloaded
 
@@ -59,16 +51,9 @@ LAYOUTS = (
 
 def attention_parts(block: nn.Module) -> AttentionParts:
     """Of one of open_clip's residual blocks."""
-    attention = block.attn
-    same = nn.Identity()
-    return AttentionParts(
-        block.ln_1,
-        attention.in_proj_weight,
-        attention.in_proj_bias,
-        attention.num_heads,
-        query_norm=same,
-        key_norm=same,
-    )
+    attention, same = block.attn, nn.Identity()
+    (query, key, _), (query_bias, key_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    return AttentionParts(block.ln_1, query, query_bias, key, key_bias, attention.num_heads, same, same, n_prefix=1)
 
 
 def as_teacher(
@@ -100,11 +85,11 @@ def as_teacher(
         projection_dim=tower.proj.shape[1],
         resize=RESIZE,
         activation=activation_of(block.mlp for block in tower.transformer.resblocks),
-        positions=POSITIONS,
+        positions=OURS.words,
         attention_source="cls",
         head="layernorm",
     )
-    anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, tower.proj)
+    anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, projection=tower.proj)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 
@@ -113,7 +98,7 @@ def at_image_size(tower: VisionTransformer, name: str, image_size: int) -> None:
     grid = grid_for(name, image_size, tower.patch_size[0])
     if grid != tower.grid_size:
         tower.image_size, tower.grid_size = (image_size, image_size), grid
-        tower.positional_embedding = nn.Parameter(resize_position_table(tower.positional_embedding.detach(), 1, grid))
+        tower.positional_embedding = nn.Parameter(OURS.resize(tower.positional_embedding.detach(), 1, grid))
 
 
 def why_not_plain(vision: CLIPVisionCfg) -> str | None:
@@ -139,7 +124,7 @@ def load_open_clip(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
-    as_begun: bool = False,
+    begun: TeacherSpec | None = None,
 ) -> Teacher:
     """The teacher `open_clip:ARCH/TAG`; see `load_teacher`.
 
@@ -165,7 +150,7 @@ def load_open_clip(
         of_tag = f", such as the file of {source}" if source else ""
         expected = f"Give a file with the names that open_clip gives to its {arch}{of_tag}."
         loaded = load_weights(tower, weights, LAYOUTS, expected=expected)
-    if not as_begun:
+    if begun is None or begun.activation is not None:
         _require_not_openais(name, arch, tag, weights, loaded)
     at_image_size(tower, name, image_size or vision.image_size)
     mean, std = published.get("mean", open_clip.OPENAI_DATASET_MEAN), published.get("std", open_clip.OPENAI_DATASET_STD)
