@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..format.spec import TeacherSpec
-from . import _IMAGENET, _OPENAI, OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX
+from . import _IMAGENET, _OPENAI, OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
 
 NON_COMMERCIAL = ("CC-BY-NC-4.0", "FAIR Noncommercial Research License")
 LICENCES = {
@@ -225,3 +225,21 @@ def in_the_table(name: str) -> KnownTeacher:
 def known_teachers() -> dict[str, KnownTeacher]:
     """All lines of the table by name: the project's own names first."""
     return {known.name: known for known in (*map(in_the_table, TEACHERS), *ON_REQUEST)}
+
+
+def image_size_for(name: str, grid: tuple[int, int]) -> int | None:
+    """The side of its input, pixels, at which a teacher has this square grid of patches.
+
+    None where its own size has, where it takes no other, and for a teacher that is not in the table.
+    """
+    known = known_teachers().get(name)
+    if known is None or known.is_fixed:
+        return None
+    side = grid[0] * known.patch_size
+    return None if side == known.image_size else side
+
+
+def options_for(name: str, grid: tuple[int, int] | None = None) -> str:
+    """What a suggested `extract --teacher NAME` needs besides: ` --weights PATH`, and ` --image-size N` for a grid."""
+    size = None if grid is None else image_size_for(name, grid)
+    return weights_option(name) + (f" --image-size {size}" if size else "")
