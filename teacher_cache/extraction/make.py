@@ -65,6 +65,8 @@ class TargetRequest:
     device: str = "auto"
     precision: str = "auto"
     compiled: bool = False
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of patches of the student that the targets are for. None: any."""
 
     @property
     def teacher_name(self) -> str:
@@ -237,6 +239,8 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
     name = request.store_name
     plan, image_size = plan_targets(path, name, request.image_size, **request.given)
     teacher = _teacher(request, image_size, process, begun_teacher(path, name))
+    if image_size is None:
+        _require_grid(teacher.spec, request.grid)
     may_make = shards is None and process.world_size == 1
     planned = plan_crops(path, crops, default_size=crop_size(request.teacher_name, teacher.spec), may_make=may_make)
     for view in Cache(path).views() if (path / CACHE_JSON).exists() else []:
@@ -276,6 +280,17 @@ def _teacher(request: TargetRequest, image_size: int | None, process: Process, b
     if request.compiled:
         loaded.compile()
     return loaded
+
+
+def _require_grid(teacher: TeacherSpec, grid: tuple[int, int] | None) -> None:
+    """Raise UsageError if a teacher at its own size has another grid than the student that the targets are for."""
+    if grid in (None, teacher.grid):
+        return
+    raise UsageError(
+        f"The preset's student has {grid[0]} x {grid[1]} patches, and {teacher.name} at its own {teacher.image_size} px "
+        f"{teacher.grid[0]} x {teacher.grid[1]}; a student learns from teachers of its own grid. Give --image-size "
+        f"{grid[0] * teacher.patch_size}; or, for a student of another grid, --image-size {teacher.image_size}."
+    )
 
 
 def _make_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None) -> None:

@@ -64,7 +64,8 @@ NOT_BEFORE_3 = ("activation", "positions")
 """What of a teacher stores of versions 1 and 2 do not say."""
 NOT_BEFORE_4 = ("attention_source", "head")
 """What of a teacher stores of versions 1 to 3 do not say, because it followed from `has_cls`."""
-ATTENTION_SOURCES = ("cls", "pool")
+ATTENTION_SOURCES = {"cls": "CLS", "pool": "pooling"}
+"""`TeacherSpec.attention_source` -> which attention that is, for people: `CLS attention`, `pooling attention`."""
 HEADS = ("layernorm", "none")
 LIKEWISE = "; position table likewise"
 """How `resize` of these ends, where the rule for pixels was the one for positions."""
