@@ -1,13 +1,18 @@
 """Each kind of timm's blocks equals timm's own forward, at its native size and another: tokens, attention, head."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from teacher_fakes import crops_u8
 from torch import nn
 
-from teacher_cache.teachers import load_teacher
+from teacher_cache import CropPlan, make_cache
+from teacher_cache.teachers import load_teacher, timm_vit
 from teacher_cache.teachers.base import whiten
+from teacher_cache.teachers.blocks.positions import DINOV2 as RULE_OF_DINOV2
+from teacher_cache.teachers.blocks.positions import DINOV2_REGISTERS, OURS
 
 FAMILIES = {
     "DINOv3": "vit_small_patch16_dinov3",
@@ -114,3 +119,74 @@ def test_a_family_equals_timms_own_forward(family, size, narrow, softmaxes):
         gamma, beta = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta"))
         expected = reference.fc_norm(torch.cat([features[:, :n_cls], features[:, n_prefix:]], 1))
         assert close(output.tokens[:, -1] * gamma + beta, expected)
+
+
+# --- position tables -------------------------------------------------------------------------------------------------------
+
+DINOV2 = {
+    "vit_small_patch14_dinov2": (1, {"scale_factor": 5.1 / 37}, False),
+    "vit_small_patch14_reg4_dinov2": (0, {"size": 5}, True),
+}
+"""Name -> rows before the patches, and what Meta's code gives to torch for 70 pixels."""
+
+
+@pytest.mark.parametrize("name", DINOV2)
+def test_dinov2s_table_follows_metas_rule(name, narrow):
+    """At another size the table is what Meta's code makes of it, which differs by register tokens, and the rule is on record."""
+    n_prefix, how, antialias = DINOV2[name]
+    native, small = (load_teacher(f"timm:{name}", "random:0", size) for size in (None, 70))
+    table, resized = native._anatomy.model.pos_embed, small._anatomy.model.pos_embed
+    image = table[:, n_prefix:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
+    how = {key: (value, value) for key, value in how.items()}
+    expected = nn.functional.interpolate(image, mode="bicubic", antialias=antialias, **how).permute(0, 2, 3, 1).view(1, 25, 64)
+    assert torch.equal(resized[:, n_prefix:], expected) and torch.equal(resized[:, :n_prefix], table[:, :n_prefix])
+    assert small.spec.positions == native.spec.positions == (DINOV2_REGISTERS if antialias else RULE_OF_DINOV2).words
+
+
+@pytest.mark.parametrize("said", [OURS.words, None])
+def test_a_store_of_dinov2_goes_on_under_the_rule_that_it_was_begun_with(said, narrow):
+    """A store that says the former rule, or is of before rules were on record, keeps that rule and its tokens."""
+    name = "timm:vit_small_patch14_dinov2"
+    now = load_teacher(name, "random:0", 70)
+    begun = replace(now.spec, positions=said)
+    teacher = load_teacher(name, "random:0", 70, begun=begun)
+    assert teacher.spec == replace(now.spec, positions=OURS.words)
+    native = load_teacher(name, "random:0")._anatomy.model.pos_embed
+    assert torch.equal(teacher._anatomy.model.pos_embed, OURS.resize(native, 1, (5, 5)))
+    assert not torch.allclose(teacher(crops_u8(1, 70), [2]).tokens, now(crops_u8(1, 70), [2]).tokens, atol=1e-3)
+    assert load_teacher(name, "random:0", 70, begun=now.spec).spec == now.spec
+
+
+def test_a_cache_begun_under_the_former_rule_is_finished_under_it(narrow, tmp_path, image_folder, monkeypatch):
+    """A second view of a cache whose first was made with the former rule has that rule on record too; a new cache has the new."""
+    request = dict(
+        images=image_folder, teacher="timm:vit_small_patch14_dinov2", weights="random:0", image_size=70, plan=CropPlan(size=70),
+        device="cpu", layers="last",
+    )  # fmt: skip
+    with monkeypatch.context() as former:
+        former.setattr(timm_vit, "position_rule", lambda model: OURS)
+        make_cache(tmp_path / "old", **request)
+    for name, rule in (("old", OURS), ("new", RULE_OF_DINOV2)):
+        cache = make_cache(tmp_path / name, views=2, **request)
+        assert [view.store("timm_vit_small_patch14_dinov2").manifest.teacher.positions for view in cache.views()] == [
+            rule.words
+        ] * 2
+
+
+def test_rotations_are_on_record(narrow):
+    """What the blocks rotate by stands beside the rule for the table, if there is one."""
+    said = {
+        family: load_teacher(f"timm:{FAMILIES[family]}", "random:0").spec.positions
+        for family in ("DINOv3", "PE core", "EVA02-CLIP")
+    }
+    assert said["DINOv3"] == "RoPE DinoV3 on patches alone, ij, temperature 100"
+    assert said["PE core"] == f"{OURS.words}; RoPE Cat on patches alone, xy, temperature 10000, offset 1, as in a grid of 14 x 14"
+    assert said["EVA02-CLIP"] == f"{OURS.words}; RoPE Cat on patches alone, ij, temperature 10000, as in a grid of 16 x 16"
+
+
+def test_a_teacher_in_train_mode_gives_nothing(narrow):
+    """RoPE is augmented in train mode: a teacher that something has switched to it stops, and says so."""
+    teacher = load_teacher("timm:vit_small_patch16_dinov3", "random:0", 80)
+    teacher._anatomy.model.rope.train()
+    with pytest.raises(AssertionError, match="train mode"):
+        teacher(crops_u8(1, 80), [1])

@@ -184,8 +184,10 @@ def _load_trunk(
     with torch.device("meta"):
         reason = timm_kinds.why_not(trunk())
     if reason:
-        raise UsageError(f"{name} cannot be a teacher: its image tower is timm's {vision.timm_model_name}, and {reason}. Towers that "
-                         f"can: {OPEN_CLIP_PREFIX}ViT-B-16/laion2b_s34b_b88k, {OPEN_CLIP_PREFIX}ViT-B-16-SigLIP2/webli.")  # fmt: skip
+        raise UsageError(
+            f"{name} cannot be a teacher: its image tower is timm's {vision.timm_model_name}, and {reason}. Towers that can: "
+            f"{OPEN_CLIP_PREFIX}ViT-B-16/laion2b_s34b_b88k, {OPEN_CLIP_PREFIX}ViT-B-16-SigLIP2/webli."
+        )
     model = trunk()
     loaded = _fill(model, name, arch, tag, published, weights, TRUNK_LAYOUTS)
     timm_vit.at_image_size(model, name, image_size or vision.image_size)
