@@ -11,8 +11,7 @@ from torch import nn
 from teacher_cache import CropPlan, make_cache
 from teacher_cache.teachers import load_teacher, timm_vit
 from teacher_cache.teachers.base import whiten
-from teacher_cache.teachers.blocks.positions import DINOV2 as RULE_OF_DINOV2
-from teacher_cache.teachers.blocks.positions import DINOV2_REGISTERS, OURS
+from teacher_cache.teachers.blocks.positions import BILINEAR, DINOV2, OURS
 
 FAMILIES = {
     "DINOv3": "vit_small_patch16_dinov3",
@@ -123,24 +122,28 @@ def test_a_family_equals_timms_own_forward(family, size, narrow, softmaxes):
 
 # --- position tables -------------------------------------------------------------------------------------------------------
 
-DINOV2 = {
-    "vit_small_patch14_dinov2": (1, {"scale_factor": 5.1 / 37}, False),
-    "vit_small_patch14_reg4_dinov2": (0, {"size": 5}, True),
+TABLES = {
+    "vit_small_patch14_dinov2": (1, {"mode": "bicubic", "scale_factor": (5.1 / 37, 5.1 / 37)}),
+    "vit_small_patch14_reg4_dinov2": (0, {"mode": "bicubic", "size": (5, 5), "antialias": True}),
+    "vit_base_patch14_reg1_tipsv2": (0, {"mode": "bilinear", "scale_factor": (5.1 / 32, 5.1 / 32)}),
+    "vit_pe_core_base_patch16_224": (1, {"mode": "bilinear", "size": (5, 5)}),
+    "vit_base_patch16_siglip_224": (0, {"mode": "bicubic", "size": (5, 5)}),
 }
-"""Name -> rows before the patches, and what Meta's code gives to torch for 70 pixels."""
+"""Name -> rows before the patches, and what the family's own code gives to torch for a grid of 5 x 5."""
 
 
-@pytest.mark.parametrize("name", DINOV2)
-def test_dinov2s_table_follows_metas_rule(name, narrow):
-    """At another size the table is what Meta's code makes of it, which differs by register tokens, and the rule is on record."""
-    n_prefix, how, antialias = DINOV2[name]
-    native, small = (load_teacher(f"timm:{name}", "random:0", size) for size in (None, 70))
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_follows_its_familys_own_rule(name, narrow):
+    """At another size the table is what the family's own code makes of it, and the rule on record is the same at both sizes."""
+    n_prefix, how = TABLES[name]
+    native = load_teacher(f"timm:{name}", "random:0")
+    small = load_teacher(f"timm:{name}", "random:0", 5 * native.spec.patch_size)
     table, resized = native._anatomy.model.pos_embed, small._anatomy.model.pos_embed
-    image = table[:, n_prefix:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
-    how = {key: (value, value) for key, value in how.items()}
-    expected = nn.functional.interpolate(image, mode="bicubic", antialias=antialias, **how).permute(0, 2, 3, 1).view(1, 25, 64)
+    image = table[:, n_prefix:].unflatten(1, native.spec.grid).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(image, **how).permute(0, 2, 3, 1).view(1, 25, 64)
     assert torch.equal(resized[:, n_prefix:], expected) and torch.equal(resized[:, :n_prefix], table[:, :n_prefix])
-    assert small.spec.positions == native.spec.positions == (DINOV2_REGISTERS if antialias else RULE_OF_DINOV2).words
+    assert small.spec.positions == native.spec.positions
+    assert how["mode"] in small.spec.positions and ("no antialias" not in small.spec.positions) == ("antialias" in how)
 
 
 @pytest.mark.parametrize("said", [OURS.words, None])
@@ -166,7 +169,7 @@ def test_a_cache_begun_under_the_former_rule_is_finished_under_it(narrow, tmp_pa
     with monkeypatch.context() as former:
         former.setattr(timm_vit, "position_rule", lambda model: OURS)
         make_cache(tmp_path / "old", **request)
-    for name, rule in (("old", OURS), ("new", RULE_OF_DINOV2)):
+    for name, rule in (("old", OURS), ("new", DINOV2)):
         cache = make_cache(tmp_path / name, views=2, **request)
         assert [view.store("timm_vit_small_patch14_dinov2").manifest.teacher.positions for view in cache.views()] == [
             rule.words
@@ -180,7 +183,10 @@ def test_rotations_are_on_record(narrow):
         for family in ("DINOv3", "PE core", "EVA02-CLIP")
     }
     assert said["DINOv3"] == "RoPE DinoV3 on patches alone, ij, temperature 100"
-    assert said["PE core"] == f"{OURS.words}; RoPE Cat on patches alone, xy, temperature 10000, offset 1, as in a grid of 14 x 14"
+    assert (
+        said["PE core"]
+        == f"{BILINEAR.words}; RoPE Cat on patches alone, xy, temperature 10000, offset 1, as in a grid of 14 x 14"
+    )
     assert said["EVA02-CLIP"] == f"{OURS.words}; RoPE Cat on patches alone, ij, temperature 10000, as in a grid of 16 x 16"
 
 

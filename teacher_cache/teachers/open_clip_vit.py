@@ -30,7 +30,7 @@ from . import OPEN_CLIP_PREFIX, timm_vit
 from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision, grid_for
 from .blocks import timm_kinds
 from .blocks.attention import AttentionParts
-from .blocks.positions import OURS
+from .blocks.positions import OURS, as_begun
 from .weights.load import Layout, LoadedWeights, load_weights
 from .weights.offline import downloaded
 
@@ -145,7 +145,7 @@ def load_open_clip(
     config, published = _config_of(name, arch, tag)
     vision = CLIPVisionCfg(**config["vision_cfg"])
     if vision.timm_model_name:
-        return _load_trunk(name, arch, tag, vision, published, weights, image_size, device, precision)
+        return _load_trunk(name, arch, tag, vision, published, weights, image_size, device, precision, begun)
     if reason := why_not_plain(vision):
         raise UsageError(
             f"{name} cannot be a teacher: {reason}. Only open_clip's plain ViTs can, such as {OPEN_CLIP_PREFIX}"
@@ -171,6 +171,7 @@ def _load_trunk(
     image_size: int | None,
     device: str,
     precision: str,
+    begun: TeacherSpec | None,
 ) -> Teacher:
     """The teacher of an architecture whose image tower is a model of timm's, without what open_clip puts behind its pooling.
 
@@ -190,12 +191,13 @@ def _load_trunk(
         )
     model = trunk()
     loaded = _fill(model, name, arch, tag, published, weights, TRUNK_LAYOUTS)
-    timm_vit.at_image_size(model, name, image_size or vision.image_size)
+    rule = as_begun(timm_vit.position_rule(model), begun)
+    timm_vit.at_image_size(model, name, image_size or vision.image_size, rule)
     tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(arch)
     known = [open_clip.get_pretrained_cfg(arch, each) for each in tags]
     means = {(tuple(each["mean"]), tuple(each["std"])) for each in known if "mean" in each and "std" in each}
     mean, std = means.pop() if len(means) == 1 else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return timm_vit.as_teacher(name, model, loaded, mean, std, device, precision)
+    return timm_vit.as_teacher(name, model, loaded, mean, std, device, precision, rule=rule)
 
 
 def _fill(

@@ -23,7 +23,7 @@ from ..format.spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
 from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision, grid_for
 from .blocks import timm_kinds
-from .blocks.positions import DINOV2, DINOV2_REGISTERS, OURS, PositionRule, as_begun, in_words
+from .blocks.positions import OURS, PositionRule, as_begun, in_words, of_family
 from .weights.load import Layout, LoadedWeights, load_weights, sha256_tensors
 from .weights.offline import downloaded
 
@@ -48,11 +48,8 @@ def build_vit(entry: TeacherEntry, weight_init: str = "") -> VisionTransformer:
 
 
 def position_rule(model: VisionTransformer | Eva) -> PositionRule:
-    """How the family of these weights was published to resize its table; told by timm's name for the architecture."""
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
-    if architecture.endswith("_dinov2"):
-        return DINOV2_REGISTERS if "_reg" in architecture else DINOV2
-    return OURS
+    """How the family of this model of timm's resizes its table."""
+    return of_family(model.pretrained_cfg["architecture"])
 
 
 def at_image_size(model: VisionTransformer | Eva, name: str, image_size: int, rule: PositionRule = OURS) -> None:

@@ -6,6 +6,7 @@ Code bases follow at least four rules, and a trained table tells them apart: the
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +52,30 @@ class PositionRule:
 
 OURS = PositionRule("bicubic, align_corners=False, no antialias, in float32")
 """MaskAlign's (and Hugging Face's), the same for pixels and positions: of all families without a line below."""
-DINOV2 = PositionRule(
-    "bicubic, align_corners=False, no antialias, by the factor (grid + 0.1) / native grid, in float32", offset=0.1
-)
+_BY_FACTOR = "align_corners=False, no antialias, by the factor (grid + 0.1) / native grid, in float32"
+DINOV2 = PositionRule(f"bicubic, {_BY_FACTOR}", offset=0.1)
 DINOV2_REGISTERS = PositionRule("bicubic, align_corners=False, antialias, in float32", antialias=True)
-RULES = {rule.words: rule for rule in (OURS, DINOV2, DINOV2_REGISTERS)}
+TIPS = PositionRule(f"bilinear, {_BY_FACTOR}", mode="bilinear", offset=0.1)
+BILINEAR = PositionRule("bilinear, align_corners=False, no antialias, in float32", mode="bilinear")
+RULES = {rule.words: rule for rule in (OURS, DINOV2, DINOV2_REGISTERS, TIPS, BILINEAR)}
+FAMILIES = (
+    ("*_reg?_dinov2", DINOV2_REGISTERS),
+    ("*_dinov2", DINOV2),
+    ("*_tipsv2", TIPS),
+    ("vit_pe_*", BILINEAR),
+    ("*_radio_v?", BILINEAR),
+)
+"""timm's names for architectures, as shell patterns -> the rule that this family's own code follows."""
 
 NO_POSITIONS = "none: there is no table of absolute positions"
 """`TeacherSpec.positions` of a teacher whose blocks know them by other means, if at all."""
 _AND = "; "
 """Between the rule for a table and what is said of a rotation."""
+
+
+def of_family(architecture: str) -> PositionRule:
+    """How the family of these weights was published to resize its table; told by timm's name for the architecture."""
+    return next((rule for pattern, rule in FAMILIES if fnmatch.fnmatchcase(architecture, pattern)), OURS)
 
 
 def in_words(rule: PositionRule, has_table: bool, rotation: str | None) -> str:
