@@ -24,12 +24,12 @@ NAME = "made-up"
 VIT_B16 = TeacherSpec(
     name=NAME, weights="random:0", weights_sha256="0" * 64, image_size=224, patch_size=16, grid=(14, 14), dim=768, depth=12,
     heads=12, has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=512, resize="none",
-    activation="gelu", positions="none",
+    activation="gelu", positions="none", attention_source="cls", head="layernorm",
 )  # fmt: skip
 SMALL = TeacherSpec(
     name=NAME, weights="random:0", weights_sha256="0" * 64, image_size=28, patch_size=7, grid=(4, 4), dim=32, depth=12, heads=2,
     has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=8, resize="none",
-    activation="gelu", positions="none",
+    activation="gelu", positions="none", attention_source="cls", head="layernorm",
 )  # fmt: skip
 """For `--tiny`."""
 

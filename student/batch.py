@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .config import BackboneConfig
 from .errors import RunError
 
 
@@ -60,8 +61,8 @@ class Targets:
     tokens: Tensor  # float [B, L, C+N, D], in the order of `layers`
     layers: tuple[int, ...]  # counted from the end: -1 is the teacher's last block; ascending
     has_cls: bool  # C = 1: row 0 of the token axis is CLS
-    attention: Tensor | None  # float32 [B, N], CLS to patches, last block, mean over heads; 0..1
-    head: TeacherHead
+    attention: Tensor | None  # float32 [B, N], of CLS or a pooling head to the patches, mean over heads; 0..1
+    head: TeacherHead | None  # None where the teacher has no final norm that follows from whitened tokens
     index: Tensor | None = None  # int64 [B, K]: the patches whose tokens these are, K for N above; None: all, row by row
 
     def layer(self, which: int) -> Tensor:
@@ -132,6 +133,22 @@ class TeacherShape:
     projection_dim: int | None
     n_visible: int | None = None
     """K, where only tokens of visible patches are stored: the first of an attention race, one a crop and view; None: all."""
+    has_final_norm: bool = True
+    """Whether its targets come with a `TeacherHead`."""
+    patch_size: int | None = None
+    """Side of what one token stands for, pixels of the teacher's input; None: not known."""
+
+    def how_to_meet(self, backbone: BackboneConfig) -> str:
+        """For a message: the sizes at which this teacher and a student of `backbone` have one grid."""
+        side, ways = backbone.grid[0], []
+        if self.patch_size is not None:
+            extract = f"teacher-cache extract --image-size {side * self.patch_size}"
+            ways.append(f"With {extract}, under another --name, {self.name} has {side} x {side} patches.")
+        if self.grid[0] == self.grid[1]:
+            size = self.grid[0] * backbone.stride
+            student = f"A student of {size} px (--set backbone.image_size={size}, on crops of that size)"
+            ways.append(f"{student} has {self.grid[0]} x {self.grid[1]}.")
+        return " ".join(ways) or "Choose another teacher."
 
 
 class BatchSource(Protocol):

@@ -37,9 +37,11 @@ class FakeTeacher:
     """A teacher without weights: each block is a fixed random projection of the pixels of a patch. Deterministic and fast.
 
     32 px, patches of 8: a grid of 4 x 4. Width 24, 6 blocks, CLS = mean of the patches, projection to 10.
+
+    pools: attention is that of a pooling head, and not of CLS. has_head: else there is neither final norm nor projection.
     """
 
-    def __init__(self, seed: int = 0, has_cls: bool = True):
+    def __init__(self, seed: int = 0, has_cls: bool = True, pools: bool = False, has_head: bool = True):
         generator = torch.Generator().manual_seed(seed)
         self.blocks = torch.randn(6, 192, 24, generator=generator) / 192**0.5
         self.gamma, self.beta = (torch.randn(24, generator=generator) for _ in range(2))
@@ -47,10 +49,15 @@ class FakeTeacher:
         digest = hashlib.sha256(self.blocks.numpy().tobytes()).hexdigest()
         self.spec = TeacherSpec(
             name="fake", weights=f"random:{seed}", weights_sha256=digest, image_size=32, patch_size=8, grid=(4, 4), dim=24,
-            depth=6, heads=2, has_cls=has_cls, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=10,
-            resize="none", activation="none", positions="none",
+            depth=6, heads=2, has_cls=has_cls, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5,
+            projection_dim=10 if has_head else None, resize="none", activation="none", positions="none",
+            attention_source="pool" if pools else "cls" if has_cls else None, head="layernorm" if has_head else "none",
         )  # fmt: skip
-        self.head = {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
+        self.head = (
+            {}
+            if not has_head
+            else {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
+        )
         self.device, self.precision = torch.device("cpu"), "fp32"
         self.ignored_weights, self.weights_read, self.is_compiled = (), "", False
         self.n_calls = 0
@@ -61,7 +68,8 @@ class FakeTeacher:
         patches = images_u8.reshape(-1, 4, 8, 4, 8, 3).transpose(2, 3).reshape(-1, 16, 192).float() / 127.5 - 1  # [B, N, 192]
         tokens = torch.einsum("bnp,lpd->blnd", patches, self.blocks[[layer - 1 for layer in layers]])
         tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], 2) if self.spec.has_cls else tokens
-        attention = patches.mean(2).mul(4).softmax(1) if self.spec.has_cls else None
+        sharpness = {"cls": 4, "pool": 2, None: 0}[self.spec.attention_source]
+        attention = patches.mean(2).mul(sharpness).softmax(1) if sharpness else None
         return TeacherOutput(whiten(tokens, self.spec.norm_eps), attention)
 
 

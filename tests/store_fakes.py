@@ -19,7 +19,7 @@ from teacher_cache.store.writer import ShardWriter
 TEACHER = TeacherSpec(
     name="t", weights="random:0", weights_sha256="0" * 64, image_size=16, patch_size=8, grid=(2, 2), dim=6, depth=3, heads=1,
     has_cls=True, n_registers=0, mean=(0.5,) * 3, std=(0.5,) * 3, norm_eps=1e-5, projection_dim=4, resize="none",
-    activation="gelu", positions="none",
+    activation="gelu", positions="none", attention_source="cls", head="layernorm",
 )  # fmt: skip
 MADE = MadeWith(2, False, "cpu")
 CODECS = ("none", "zstd", "lz4")

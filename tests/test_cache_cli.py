@@ -554,8 +554,8 @@ def test_inspect(cache):
     """inspect says what a person wants to know, and --json the same as values."""
     text = run("inspect", cache.path).stdout
     for words in ("24 in 3 classes", "random, 32 px, jpeg95, bicubic, seed 0, scale 0.3 to 1, flip 0.5", "view 1: crops.beton",
-                  "24 of 24 (100%)  3 of 3", f"{32 * '█'}  complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none, attention",
-                  "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
+                  "24 of 24 (100%)  3 of 3", f"{32 * '█'}  complete", "layers 2, 3, 4, 5, 6 of 6, int8, codec none",
+                  ", CLS attention", "codec zstd", "as float16 ->", "standardised error of a token"):  # fmt: skip
         assert words in text
     assert not any(line != line.rstrip() for line in text.splitlines())
     described = json.loads(run("inspect", "--json", cache.path).stdout)
@@ -600,7 +600,7 @@ def test_verify(cache):
 def test_teachers():
     """teachers lists every teacher by name, for people and as JSON."""
     text, values = run("teachers").stdout, json.loads(run("teachers", "--json").stdout)
-    assert [entry["name"] for entry in values] == list(teachers.TEACHERS)
+    assert [entry["name"] for entry in values][: len(teachers.TEACHERS)] == list(teachers.TEACHERS)
     assert all(entry["name"] in text for entry in values) and "timm:NAME" in text
     assert issubclass(UnknownNameError, ValueError)
 

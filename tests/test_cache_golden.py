@@ -1,6 +1,6 @@
 """A cache of format version 1, committed: this project and a reader that knows docs/format.md alone must read it for ever.
 
-Nothing makes it any more. test_cache_golden_v3.py makes its like in the version of today.
+Nothing makes it any more. test_cache_golden_v4.py makes its like in the version of today.
 """
 
 from __future__ import annotations

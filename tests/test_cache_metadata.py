@@ -162,6 +162,9 @@ BAD_TEACHERS = {
     "a mean that is no number": {"mean": (0.5, float("nan"), 0.5)},
     "an eps of zero": {"norm_eps": 0.0},
     "a number for a name": {"name": 7},
+    "an unknown source of attention": {"attention_source": "register"},
+    "a head of another kind": {"head": "rmsnorm"},
+    "a list for a head": {"head": []},
 }
 BAD_STORES = {
     "no rows": {"n_rows": 0},
@@ -187,6 +190,26 @@ def test_teachers_that_cannot_be(case):
         dataclasses.replace(TEACHER, **BAD_TEACHERS[case])
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"has_cls": False}, "attention_source is cls, and the teacher has no CLS token"),
+     ({"head": "none"}, "projection_dim is 4, and there is no final norm")],
+)  # fmt: skip
+def test_teachers_that_contradict_themselves(values, words):
+    """Attention of a CLS token that is not there, and a projection behind a norm that is not there, are refused."""
+    with pytest.raises(UsageError, match=words):
+        dataclasses.replace(TEACHER, **values)
+
+
+@pytest.mark.parametrize("values", [{"attention_source": "pool"}, {"head": "none", "projection_dim": None}])
+def test_what_older_versions_cannot_say(values):
+    """A store of version 3 has no words for a pooling head's attention, or a teacher without final norm."""
+    teacher = dataclasses.replace(TEACHER, **values)
+    assert Manifest(teacher, spec_of(), 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE).format_version == 4
+    with pytest.raises(ValueError, match="in version 3, which has no words for it"):
+        Manifest(teacher, spec_of(), 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE, 3)
+
+
 @pytest.mark.parametrize("case", BAD_STORES)
 def test_stores_that_cannot_be(case):
     """A description of a store with a value that no store has is refused."""
@@ -196,11 +219,11 @@ def test_stores_that_cannot_be(case):
 
 @pytest.mark.parametrize(
     "store, teacher, reason",
-    [(spec_of(layers=(1, 4)), {}, "3 blocks"), (spec_of(), {"has_cls": False}, "without CLS"),
+    [(spec_of(layers=(1, 4)), {}, "3 blocks"), (spec_of(), {"attention_source": None}, "attention of a teacher that gives none"),
      (spec_of(dtype="float16"), {"grid": (1 << 10, 1 << 10), "dim": 1 << 10}, "at most 1,073,741,824 are allowed")],
 )  # fmt: skip
 def test_stores_that_do_not_fit_their_teacher(store, teacher, reason):
-    """Blocks that the teacher does not have, attention without CLS, and rows of gigabytes are refused by the manifest."""
+    """Blocks that the teacher does not have, attention that it does not give, and rows of gigabytes are refused."""
     with pytest.raises(UsageError, match=reason):
         Manifest(dataclasses.replace(TEACHER, **teacher), store, 0, "c" * 64, "d" * 64, "fp32", (), "e" * 64, {}, MADE)
 

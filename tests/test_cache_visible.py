@@ -231,7 +231,7 @@ def test_versions(cache):
     """Before version 3, a store that says nothing new was of version 1; int4 and visible tokens made version 2, nothing else."""
     for name in STORES:
         new = cache.view(0).store(name).manifest
-        assert new.to_json()["format_version"] == 3
+        assert new.to_json()["format_version"] == 4
         teacher = dataclasses.replace(new.teacher, activation=None, positions=None)
         manifest = dataclasses.replace(new, teacher=teacher, format_version=new.store.least_version, made=None)
         value = json.loads(json.dumps(manifest.to_json()))
@@ -264,7 +264,7 @@ def test_extraction_goes_on(image_folder, tmp_path, cache):
 
 @pytest.mark.parametrize(
     ("visible", "has_cls", "words"),
-    [(17, True, "--tokens visible:17: fake has 16 patches"), (4, False, "fake has no CLS token, so there is no attention")],
+    [(17, True, "--tokens visible:17: fake has 16 patches"), (4, False, "fake gives no attention to choose by")],
 )
 def test_what_cannot_be_kept(visible, has_cls, words):
     """More patches than there are, or a choice by attention where there is none, are refused."""

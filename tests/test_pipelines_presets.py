@@ -20,6 +20,7 @@ from student.modules.model import Student
 from student.run.optim import build_optimizer
 from student.run.rates import learning_rate
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.teachers.families import known_teachers
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
 METHODS = ["mae-b16", "mr-mae-b16", "mr-mcmae-b", "mimco-b16", "mimco-swin-t", "cae-v2-b16", "maskalign-b16", "milan-b16"]
@@ -27,8 +28,9 @@ METHODS = ["mae-b16", "mr-mae-b16", "mr-mcmae-b", "mimco-b16", "mimco-swin-t", "
 
 def small_teacher(name: str) -> TeacherShape:
     """A narrow teacher on 4 x 4 patches with what the real one of that name has."""
-    has_cls = not name.startswith("moby")
-    return TeacherShape(name, (4, 4), 24, 6, has_cls, has_cls, 10 if name.startswith("clip") else None)
+    known = known_teachers()[name]
+    has_attention = known.attention_source is not None
+    return TeacherShape(name, (4, 4), 24, 6, known.has_cls, has_attention, 10 if name.startswith("clip") else None)
 
 
 def batch_of(rows: range, teachers: tuple[TeacherShape, ...], layers: list[tuple[int, ...]]) -> Batch:
@@ -156,7 +158,7 @@ def test_compiles_whole(name):
 def test_full_size(name):
     """The full-size student makes one forward and backward pass on random targets of its real teacher's shape."""
     made = recipe(name)
-    teachers = [shape_of(teacher) for teacher in made.teachers]
+    teachers = [shape_of(teacher, made.config.backbone.grid) for teacher in made.teachers]
     student = Student(made.config, tuple(teachers))
     targets = []
     for teacher, needs in zip(teachers, student.needs, strict=True):
@@ -214,6 +216,17 @@ def test_mismatches_are_named():
         "crop plan jitter: 0.0 in the cache, 0.4 in the preset",
         "teacher: dino-b16 in the cache, clip-b16 in the preset",
     ]
+
+
+def test_variants_of_no_paper():
+    """A preset that no paper has says so, has no number, and is its base but for the teacher."""
+    for base, name in [("maskalign-b16", "maskalign-b16-dinov3"), ("milan-b16", "milan-b16-dinov3"),
+                       ("mr-mae-b16", "mr-mae-b16-dinov3"), ("maskalign-b16", "maskalign-b16-siglip2")]:  # fmt: skip
+        made, text = recipe(name), PRESETS[name].__doc__
+        assert "a variant that no paper has" in text and "no number is known" in text and "Carried over:" in text
+        assert f"--teacher {made.teachers[0]}" in text
+        same = replace(made.config, preset=base, teachers=recipe(base).teachers)
+        assert replace(made, config=same) == recipe(base)
 
 
 def test_queues_hold_whole_batches():

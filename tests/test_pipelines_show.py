@@ -206,7 +206,7 @@ def test_a_teacher_without_attention(shared_cache, tmp_path):
     (crop,) = look(cache.view(0), store, [0])
     assert crop.attention is None and crop.tokens[6].shape == (16, 24) and not teacher_shape(store.teacher).has_attention
     code, said = run(cache.path, "--teacher", "plain", "-o", tmp_path / "a.png")
-    assert code == 0 and "fake keeps no CLS attention" in said
+    assert code == 0 and "The store of fake has no attention" in said
 
 
 def test_a_store_of_visible_tokens(shared_cache, teacher, tmp_path):

@@ -27,7 +27,7 @@ TEACHERS = {"vit-8": (32, 8), "vit-14": (28, 14), "vit-16": (32, 16), "vit-32": 
 """Name -> (side of the input, side of a patch)."""
 
 
-def load_tiny(name, weights=None, image_size=None, device="cpu", precision="fp32", as_begun=False):
+def load_tiny(name, weights=None, image_size=None, device="cpu", precision="fp32", begun=None):
     """A ViT of two narrow blocks, as `timm:NAME` would be one."""
     side, patch = TEACHERS[name]
     model = VisionTransformer(img_size=side, patch_size=patch, embed_dim=24, depth=2, num_heads=2, num_classes=0).eval()
@@ -108,6 +108,35 @@ def test_a_teacher_that_patches_do_not_fill(tmp_path, images):
     """A teacher's input that its patches do not fill is refused with the sizes beside it, before anything is cut."""
     said = extract(tmp_path / "cache", images, "vit-16", "--image-size", 257, code=2)
     assert "--image-size 256 or 272" in said and not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_of_another_grid_than_the_presets_student(tmp_path, images):
+    """extract --preset refuses a grid that its student does not have, with the size that gives it; one that is given is taken."""
+    cache = tmp_path / "cache"
+    said = extract(cache, images, "vit-14", "--preset", "maskalign-b16", code=2)
+    assert "student has 14 x 14 patches, and vit-14 at its own 28 px 2 x 2" in said and not cache.exists()
+    assert "Give --image-size 196; or, for a student of another grid, --image-size 28." in said
+    extract(cache, images, "vit-14", "--preset", "maskalign-b16", "--image-size", 28, "--name", "tiny")
+    arguments = ["--preset", "maskalign-b16", "--teacher", "tiny", "--accept-mismatch", "--out", tmp_path / "run"]
+    said = run(train, "--cache", cache, *arguments, code=2)
+    assert "needs attention on the student's 14 x 14 patches (224 pixels, 16 a patch); the teacher vit-14 has 2 x 2" in said
+    assert "With teacher-cache extract --image-size 196, under another --name, vit-14 has 14 x 14 patches." in said
+    assert "A student of 32 px (--set backbone.image_size=32, on crops of that size) has 2 x 2." in said
+    extract(cache, images, "vit-14", "--preset", "maskalign-b16", "--name", "tiny")  # as it was begun
+    extract(cache, images, "vit-16", "--preset", "mae-b16", "--name", "other", "--dry-run")
+
+
+def test_two_teachers_of_different_grids(tmp_path, images):
+    """Of two teachers over one crop the one whose grid is another is named, with the size at which the grids are equal."""
+    cache = tmp_path / "cache"
+    extract(cache, images, "vit-14", "--name", "tiny", "--image-size", 56)
+    extract(cache, images, "vit-16", "--name", "other")
+    arguments = ["--preset", "mr-mae-b16-clip-dino", "--tiny", "--set", f"batch_size={BATCH}", "--teacher", "tiny"]
+    said = run(train, "--cache", cache, *arguments, "--teacher", "other", "--out", tmp_path / "run", code=2)
+    assert "mimic-2 compares patch by patch: the student has 4 x 4 patches" in said and "vit-16 has 2 x 2" in said
+    assert "With teacher-cache extract --image-size 64, under another --name, vit-16 has 4 x 4 patches." in said
+    extract(cache, images, "vit-16", "--name", "equal", "--image-size", 64)
+    run(train, "--cache", cache, *arguments, "--teacher", "equal", "--max-steps", 1, "--out", tmp_path / "run")
 
 
 def test_the_students_own_size(tmp_path, images):

@@ -38,19 +38,19 @@ BOUND = {"fake16": (2e-4, 2e-3), "fake": (1e-2, 5e-2)}
 class Unlike(FakeTeacher):
     """A FakeTeacher with something left out, for methods whose teachers lack it."""
 
-    def __init__(self, has_cls: bool):
-        super().__init__(has_cls=has_cls)
+    def __init__(self, has_cls: bool, pools: bool = False):
+        super().__init__(has_cls=has_cls, pools=pools)
         self.spec = replace(self.spec, projection_dim=None)
         del self.head["projection"]
 
 
-TEACHERS = {"fake": FakeTeacher(), "plain": Unlike(True), "gap": Unlike(False)}
-"""With projection and CLS, as CLIP; with CLS alone, as DINO; with neither, as a Swin."""
+TEACHERS = {"fake": FakeTeacher(), "plain": Unlike(True), "gap": Unlike(False), "pooled": Unlike(False, pools=True)}
+"""With projection and CLS, as CLIP; with CLS alone, as DINO; with neither, as a Swin; with a pooling head instead, as SigLIP."""
 
 
 def stand_in(name: str) -> str:
     """Which of the fake teachers has what a preset's real one has."""
-    return "gap" if name.startswith("moby") else "fake" if name.startswith("clip") else "plain"
+    return next((like for part, like in {"moby": "gap", "clip-": "fake", "siglip": "pooled"}.items() if part in name), "plain")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def batches(tmp_path_factory, image_folder):
             plan = ExtractPlan(layers="last6", dtype=dtype, shard_rows=8, batch_size=5)
             extract_view(cache.view(0), name + suffix, teacher, plan)
     every = tuple(range(-6, 0))
-    needs = [Needs(every, attention=teacher.spec.has_cls) for teacher in TEACHERS.values()]
+    needs = [Needs(every, attention=teacher.spec.attention_source is not None) for teacher in TEACHERS.values()]
     sources = {"live": LiveSource(cache, list(TEACHERS.values()), needs, batch_size=8)}
     for suffix in ("", "16"):
         sources["fake" + suffix] = CachedSource(cache, [name + suffix for name in TEACHERS], needs, batch_size=8)

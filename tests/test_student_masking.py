@@ -181,8 +181,8 @@ def test_noise_is_a_function_of_seed_and_step():
     "teachers, words",
     [
         ((), "no teacher"),
-        ((TeacherShape("gap", (4, 4), 12, 3, False, False, None),), "gap does not have"),
-        ((TeacherShape("fine", (8, 8), 12, 3, True, True, None),), r"fine has \(8, 8\)"),
+        ((TeacherShape("gap", (4, 4), 12, 3, False, False, None),), "gap gives none"),
+        ((TeacherShape("fine", (8, 8), 12, 3, True, True, None),), r"4 x 4 patches \(.*fine has 8 x 8\. A student of 32 px"),
     ],
     ids=["no teacher", "no attention", "other grid"],
 )

@@ -23,7 +23,7 @@ from student import (
     ViTConfig,
 )
 from student.batch import Mask
-from student.config import ObjectiveConfig
+from student.config import ContrastConfig, ObjectiveConfig
 from student.modules.backbones import Encoded
 from student.modules.objectives import OBJECTIVES, build_objective
 from student.modules.objectives.align import _initial_mixing
@@ -493,7 +493,10 @@ NEW_SIZE = TeacherShape("l14", (16, 16), 1024, 24, True, True, 768)
         (CosineConfig(), (), "cosine learns from the tokens of teacher 1, and this run has none"),
         (ReconstructConfig(mimic=1.0), (), "reconstruct learns from the tokens of teacher 1, and this run has none"),
         (MimicConfig(teacher=1), (WITH_CLS,), "mimic-2 learns from the tokens of teacher 2, and this run has 1: with CLS"),
-        (MimicConfig(), (NEW_SIZE,), r"\(2, 2\).*l14 has \(16, 16\)"),
+        (MimicConfig(), (NEW_SIZE,), r"the student has 2 x 2 .*l14 has 16 x 16\. A student of 64 px"),
+        (AlignConfig(), (replace(NEW_SIZE, patch_size=14),), r"--image-size 28, under another --name, l14 has 2 x 2 patches"),
+        (ContrastConfig(), (replace(WITH_CLS, dim=8, has_final_norm=False),), "contrast learns from the output of the .* norm"),
+        (CosineConfig(), (replace(WITH_CLS, has_final_norm=False),), "with CLS has none .* align, mimic and reconstruct.mimic"),
         (AlignConfig(levels=5), (WITH_CLS,), "levels=5 asks for more blocks than the teacher with CLS has: 4"),
         (AlignConfig(levels=4, mixing="layer-wise"), (WITH_CLS,), "more blocks than the backbone has: 3"),
         (CosineConfig(predictor=MILAN), (NO_CLS,), "counts CLS, which the teacher no CLS does not have"),

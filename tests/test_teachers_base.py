@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from teacher_fakes import crops_u8
 from teacher_cache import device
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
-from teacher_cache.teachers.base import POSITIONS, RESIZE, activation_name, resize_position_table, whiten
+from teacher_cache.teachers.base import RESIZE, Teacher, activation_name, whiten
+from teacher_cache.teachers.blocks.positions import OURS
 from teacher_cache.teachers.weights import load
 from teacher_cache.teachers.weights.files import STAND_INS
 
@@ -37,18 +39,18 @@ def test_whitening_is_per_token_with_biased_variance_and_eps():
 def test_position_table_keeps_its_prefix_and_follows_the_recorded_rule():
     """A resized table has its first rows untouched and its patch rows interpolated bicubically without antialias."""
     table = torch.randn(1, 2 + 16, 3, generator=torch.Generator().manual_seed(0))
-    resized = resize_position_table(table, 2, (3, 3))
+    resized = OURS.resize(table, 2, (3, 3))
     assert torch.equal(resized[:, :2], table[:, :2])
     as_image = table[:, 2:].reshape(1, 4, 4, 3).permute(0, 3, 1, 2)
     expected = F.interpolate(as_image, (3, 3), mode="bicubic", align_corners=False, antialias=False)
     assert torch.equal(resized[:, 2:], expected.permute(0, 2, 3, 1).reshape(1, 9, 3))
     antialiased = F.interpolate(as_image, (3, 3), mode="bicubic", align_corners=False, antialias=True)
     assert not torch.allclose(expected, antialiased, atol=1e-3)
-    assert all("bicubic" in rule and "no antialias" in rule for rule in (RESIZE, POSITIONS))
-    assert resize_position_table(table, 2, (4, 4)) is table
-    assert resize_position_table(table[0], 2, (3, 3)).shape == (11, 3)
+    assert all("bicubic" in rule and "no antialias" in rule for rule in (RESIZE, OURS.words))
+    assert OURS.resize(table, 2, (4, 4)) is table
+    assert OURS.resize(table[0], 2, (3, 3)).shape == (11, 3)
     with pytest.raises(BadInputError, match="15 patch rows"):
-        resize_position_table(table[:, 1:], 2, (3, 3))
+        OURS.resize(table[:, 1:], 2, (3, 3))
 
 
 def test_output_has_the_shape_and_order_of_the_layers_asked_for(tiny):
@@ -95,6 +97,25 @@ def test_a_compiled_teacher_says_the_same(name):
         again = teacher(images, layers)
         torch.testing.assert_close(again.tokens, expected.tokens, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(again.attention, expected.attention, atol=1e-6, rtol=1e-4)
+
+
+def test_attention_of_a_pooling_head_and_no_final_norm(tiny):
+    """`pool` asks for what the last block gives, in float32; a teacher without final norm has no head, and whitened tokens."""
+    seen = []
+
+    def pool_attention(stream):
+        seen.append(stream)
+        return stream[:, 1:].mean(2).softmax(1)
+
+    anatomy = replace(tiny._anatomy, final_norm=None, attention_parts=None, pool_attention=pool_attention)
+    teacher = Teacher(replace(tiny.spec, attention_source="pool", head="none"), anatomy)
+    images = crops_u8(2, 32)
+    output = teacher(images, [teacher.spec.depth])
+    assert teacher.head == {} and torch.equal(output.tokens, tiny(images, [6]).tokens)
+    (stream,) = seen
+    assert stream.dtype == torch.float32 and torch.equal(whiten(stream, teacher.spec.norm_eps), output.tokens[:, 0])
+    assert torch.equal(output.attention, stream[:, 1:].mean(2).softmax(1))
+    assert Teacher(replace(tiny.spec, attention_source=None), tiny._anatomy)(images, [6]).attention is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch import nn
 
 from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.teachers import TEACHERS, load_teacher
-from teacher_cache.teachers.base import resize_position_table, whiten
+from teacher_cache.teachers.base import whiten
+from teacher_cache.teachers.blocks.positions import OURS
 from teacher_cache.teachers.clip import build_tower, load
 from teacher_cache.teachers.weights.load import random_weights
 
@@ -158,7 +159,7 @@ def test_l14_is_filled_at_its_native_size_and_used_at_another(tmp_path):
     assert (teacher.spec.image_size, teacher.spec.grid) == (24, (3, 3)) == (entry.image_size, entry.grid)
 
     reference = build_tower(dataclasses.replace(entry, native_size=None)).eval()
-    table = resize_position_table(native.positional_embedding, 1, (3, 3))
+    table = OURS.resize(native.positional_embedding, 1, (3, 3))
     reference.load_state_dict({**native.state_dict(), "positional_embedding": table})
     check_against_open_clip(teacher, reference, crops_u8(2, 32), [1, 3])
     assert load(entry, tmp_path / "ViT-L-14.pt", image_size=32).spec.grid == (4, 4)
@@ -230,7 +231,7 @@ def test_another_image_size_resizes_the_position_table():
     native = build_tower(TINY)
     random_weights(native, 0)
     reference = build_tower(dataclasses.replace(TINY, image_size=48)).eval()
-    table = resize_position_table(native.positional_embedding, 1, (6, 6))
+    table = OURS.resize(native.positional_embedding, 1, (6, 6))
     reference.load_state_dict({**native.state_dict(), "positional_embedding": table})
     check_against_open_clip(teacher, reference, crops_u8(2, 32), [1, 3])
     assert teacher(crops_u8(2, 32), [3]).tokens.shape == (2, 1, 37, 48)

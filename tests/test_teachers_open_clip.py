@@ -4,8 +4,10 @@ import json
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip import pretrained
+from open_clip.timm_model import TimmModel
 from safetensors.torch import save_file
 from teacher_fakes import crops_u8
 from torch import nn
@@ -137,7 +139,8 @@ def test_weights_trained_with_another_activation_are_refused():
         ("RN50-quickgelu/openai", "a ResNet"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "pools by attention"),
         ("ViT-H-14-CLIPA/datacomp1b", "its embedding is the avg of its patches"),
-        ("ViT-B-16-SigLIP/webli", r"timm's vit_base_patch16_siglip_224 \(try timm:vit_base_patch16_siglip_224\)"),
+        ("convnext_base/laion400m_s13b_b51k", r"timm's convnext_base, and its class is ConvNeXt"),
+        ("MobileCLIP2-B/dfndr2b", r"timm's vit_base_mci_224, and its patches come out of a HybridEmbed"),
     ],
 )
 def test_a_tower_that_is_not_plain_is_refused_by_what_it_is(name, says):
@@ -193,3 +196,52 @@ def test_a_refusal_does_not_advise_what_it_refuses():
     with pytest.raises(UsageError, match="open_clip:roberta-ViT-B-32 --weights PATH") as caught:
         load_teacher("open_clip:roberta-ViT-B-32/laion2b_s12b_b32k", "random:0")
     assert "Ask for" not in str(caught.value)
+
+
+TIMM_TOWERS = {
+    "ViT-B-16-SigLIP2/webli": (0.5, 0.5, 0.5),
+    "ViT-B-16-SigLIP2": (0.5, 0.5, 0.5),
+    "PE-Core-B-16/meta": (0.5, 0.5, 0.5),
+    "EVA02-B-16/merged2b_s8b_b131k": open_clip.OPENAI_DATASET_MEAN,
+    "EVA01-g-14": open_clip.OPENAI_DATASET_MEAN,
+}
+"""Name -> mean of its pixels."""
+
+
+@pytest.mark.parametrize("name", TIMM_TOWERS)
+@torch.no_grad()
+def test_towers_that_are_timms_are_read_as_such(name, tmp_path, monkeypatch):
+    """A file in open_clip's names fills timm's trunk; tokens and attention are its own tower's; text is left out."""
+    create, narrow = timm.create_model, dict(depth=2, embed_dim=64, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", lambda model, **options: create(model, **narrow, **options))
+    config = open_clip.get_model_config(name.partition("/")[0])["vision_cfg"]
+    pool, proj = config["timm_pool"], config["timm_proj"]
+    tower = TimmModel(config["timm_model_name"], 64, config["image_size"], pool=pool, proj=proj).eval()
+    random_weights(tower, 0)
+    state = {f"visual.{key}": tensor for key, tensor in tower.state_dict().items()}
+    save_file(
+        state | {"text.token_embedding.weight": torch.ones(2, 3), "logit_scale": torch.ones(1)}, tmp_path / "clip.safetensors"
+    )
+    teacher = load_teacher(f"open_clip:{name}", tmp_path / "clip.safetensors")
+    spec = teacher.spec
+    assert spec.mean == TIMM_TOWERS[name] and spec.image_size == config["image_size"]
+    assert {"logit_scale", "text.token_embedding.weight"} <= set(teacher.ignored_weights)
+
+    images = crops_u8(2, spec.image_size)
+    output, normalised = teacher(images, [1, 2]), teacher.preprocess(images)
+    softmaxes, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda x, *args, **named: softmaxes.append(softmax(x, *args, **named)) or softmaxes[-1]
+    )
+    for module in tower.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    tower(normalised)
+    taps = tower.trunk.forward_intermediates(
+        normalised, return_prefix_tokens=spec.has_cls, output_fmt="NLC", intermediates_only=True
+    )
+    for position, tap in enumerate(taps):
+        expected = whiten(torch.cat([tap[1], tap[0]], 1) if spec.has_cls else tap, spec.norm_eps)
+        assert (output.tokens[:, position] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    row = softmaxes[1][:, :, :1, 1:] if spec.has_cls else softmaxes[2]
+    assert (output.attention - row.mean(1)[:, 0]).abs().max() <= 1e-5 * row.max()

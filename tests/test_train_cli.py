@@ -476,14 +476,28 @@ def test_a_miniature_takes_the_only_store(cache, tmp_path):
     assert f"teacher  fake, the only one in {cache.path}; the preset's is clip-b16" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "command"), [("nope", None), ("clip-b16", "--teacher clip-b16 --weights PATH "),
-                                               ("demo", "--teacher demo ")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("nope", None), ("clip-b16", "--teacher clip-b16 --weights PATH --image-size 128 "), ("demo", "--teacher demo "),
+     ("moby-swin-t", "--teacher moby-swin-t --weights PATH "), ("timm:any", "--teacher timm:any ")],
+)  # fmt: skip
 def test_only_teachers_that_exist_are_advised(shared_cache, tmp_path, name, command):
-    """A missing store is answered with the command that makes it, whole, if there is such a teacher."""
+    """A missing store is answered with the command that makes it, whole, on the student's grid, if there is such a teacher."""
     arguments = ["--cache", str(shared_cache.path), "--preset", "maskalign-demo", "--teacher", name, "--out", str(tmp_path / "r")]
     said = CliRunner().invoke(train, arguments).stderr
     assert f"has no targets of {name}; it has" in said and (" Make them: " in said) == (command is not None)
     assert command is None or f"teacher-cache extract {command}{shared_cache.path}" in said
+
+
+def test_a_preset_names_the_size_of_its_teacher(shared_cache, tmp_path):
+    """A teacher of another native grid is advised at the size that gives it the student's."""
+    arguments = ["--cache", str(shared_cache.path), "--preset", "maskalign-b16-dinov3", "--out", str(tmp_path / "r")]
+    said = CliRunner().invoke(train, arguments).stderr
+    assert f"extract --teacher timm:vit_base_patch16_dinov3.lvd1689m --image-size 224 {shared_cache.path}" in said
+    said = CliRunner().invoke(train, [*arguments, "--teacher", "fake"]).stderr
+    assert (
+        "--preset maskalign-b16-dinov3 --teacher timm:vit_base_patch16_dinov3.lvd1689m --image-size 224 --images DIR NEW" in said
+    )
 
 
 def test_an_out_that_cannot_be_made(shared_cache):

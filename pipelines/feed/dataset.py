@@ -34,7 +34,8 @@ class CachedDataset(Dataset):
 
         crop        uint8 [3, H, W], RGB; with `normalised` float32, by ImageNet's mean and standard deviation
         tokens      float32 [L, C+N, D], whitened, of `layers` in their order; CLS first where there is one
-        attention   float32 [N], CLS to patches in the last block, mean over heads, 0..1; with `attention`
+        attention   float32 [N], of CLS in the last block or of a pooling head to the patches, mean over heads, 0..1; with
+                    `attention`
         index       int64 [K], the patches whose tokens these are; only of a store that keeps visible tokens alone
         label, row  int64; a label is -1 where the images have no classes
 

@@ -43,7 +43,7 @@ class LiveSource(CropSource):
         )
 
     @staticmethod
-    def _targets_of(teacher, needs: Needs, head: TeacherHead, images_u8: Tensor) -> Targets:
+    def _targets_of(teacher, needs: Needs, head: TeacherHead | None, images_u8: Tensor) -> Targets:
         layers = block_numbers(needs, teacher.spec)
         output = teacher(images_u8, layers or [teacher.spec.depth])
         attention = output.attention if needs.attention else None

@@ -15,13 +15,15 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     for function in (
         mae.mae_s16, mae.mae_b16, mae.mae_l16,
         mr_mae.mr_mae_b16, mr_mae.mr_mae_b16_random, mr_mae.mr_mae_b16_no_fusion, mr_mae.mr_mae_b16_mimic_only,
-        mr_mae.mr_mae_b16_joint_decoder, mr_mae.mr_mae_b16_dino, mr_mae.mr_mae_b16_clip_dino,
+        mr_mae.mr_mae_b16_joint_decoder, mr_mae.mr_mae_b16_dino, mr_mae.mr_mae_b16_clip_dino, mr_mae.mr_mae_b16_dinov3,
         mr_mcmae.mr_mcmae_s, mr_mcmae.mr_mcmae_b,
         mimco.mimco_s16, mimco.mimco_b16, mimco.mimco_swin_t, mimco.mimco_swin_b,
         cae_v2.cae_v2_ti16, cae_v2.cae_v2_s16, cae_v2.cae_v2_b16, cae_v2.cae_v2_l16,
         maskalign.maskalign_b16, maskalign.maskalign_l16, maskalign.maskalign_b16_dino, maskalign.maskalign_b16_layer_wise,
-        maskalign.maskalign_b16_top1, maskalign.maskalign_b16_random,
+        maskalign.maskalign_b16_top1, maskalign.maskalign_b16_random, maskalign.maskalign_b16_dinov3,
+        maskalign.maskalign_b16_siglip2,
         milan.milan_b16, milan.milan_l16, milan.milan_b16_random, milan.milan_b16_plain,
+        milan.milan_b16_dinov3,
         mae.mae_demo, mr_mae.mr_mae_demo, maskalign.maskalign_demo,
     )
 }  # fmt: skip

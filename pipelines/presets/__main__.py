@@ -6,21 +6,22 @@ import torch
 
 from student.batch import TeacherShape
 from student.modules.model import Student
-from teacher_cache.teachers import TEACHERS
+from teacher_cache.teachers.families import known_teachers
 
+from ..feed.teacher_values import teacher_shape
 from . import PRESETS, recipe
 
 
-def shape_of(name: str) -> TeacherShape:
-    """What a student must know of a teacher of the table."""
-    entry = TEACHERS[name]
-    return TeacherShape(name, entry.grid, entry.dim, entry.depth, entry.has_cls, entry.has_cls, entry.projection_dim)
+def shape_of(name: str, grid: tuple[int, int]) -> TeacherShape:
+    """What a student of a grid must know of a teacher of the table, at the image size that gives it this grid."""
+    known = known_teachers()[name]
+    return teacher_shape(known.spec(grid[0] * known.patch_size))
 
 
 def line(preset: str) -> str:
     config = recipe(preset).config
     with torch.device("meta"):
-        student = Student(config, tuple(map(shape_of, config.teachers)))
+        student = Student(config, tuple(shape_of(name, config.backbone.grid) for name in config.teachers))
     encoder, everything = (
         sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         for module in (student.backbone, student)

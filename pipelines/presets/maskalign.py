@@ -12,7 +12,7 @@ from teacher_cache.format.crop_plan import CropPlan
 
 from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 from .recipe import Recipe
-from .sizes import VIT_B, VIT_L
+from .sizes import DINOV3_B16, SIGLIP2_B16, VIT_B, VIT_L
 
 
 def maskalign_b16() -> Recipe:
@@ -64,6 +64,34 @@ def maskalign_b16_dino() -> Recipe:
     Deviations: as maskalign-b16; eps 1e-6 of DINO's own code in its norms and in the whitening of targets.
     """
     return _variant("b16-dino", teachers=("dino-b16",))
+
+
+def maskalign_b16_dinov3() -> Recipe:
+    """MaskAlign ViT-B/16 under DINOv3 ViT-B/16: a variant that no paper has.
+
+    Command:    student-train --cache CACHE --preset maskalign-b16-dinov3 --out RUN
+    Needs:      last 5 layers and attention of DINOv3 at 224 px, which is 14 x 14 patches (its own 256 px are 16 x 16):
+                teacher-cache extract --teacher timm:vit_base_patch16_dinov3.lvd1689m --image-size 224
+    Expected:   no number is known: neither MaskAlign nor DINOv3 reports this pair.
+    Carried over: all of maskalign-b16, its settings for CLIP; masks by the CLS attention of the last block, over spatial patches,
+                with registers among the keys; the 4 registers are dropped.
+    Deviations: as maskalign-b16; eps 1e-5 of DINOv3's norms in the whitening of targets.
+    """
+    return _variant("b16-dinov3", teachers=(DINOV3_B16,))
+
+
+def maskalign_b16_siglip2() -> Recipe:
+    """MaskAlign ViT-B/16 under SigLIP 2 ViT-B/16: a variant that no paper has.
+
+    Command:    student-train --cache CACHE --preset maskalign-b16-siglip2 --out RUN
+    Needs:      last 5 layers and attention of SigLIP 2 at 224 px:
+                teacher-cache extract --teacher timm:vit_base_patch16_siglip_224.v2_webli
+    Expected:   no number is known: neither MaskAlign nor SigLIP 2 reports this pair.
+    Carried over: all of maskalign-b16, its settings for CLIP. SigLIP has no CLS token: masks are drawn by the attention of its
+                pooling head, and the loss is on patches alone; the student keeps its own CLS.
+    Deviations: as maskalign-b16, without CLS in the loss; eps 1e-6 of SigLIP's norms in the whitening of targets.
+    """
+    return _variant("b16-siglip2", teachers=(SIGLIP2_B16,))
 
 
 def maskalign_b16_layer_wise() -> Recipe:

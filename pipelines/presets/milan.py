@@ -11,7 +11,7 @@ from student.config import CosineConfig, MaskConfig, OptimConfig, PredictorConfi
 from teacher_cache.format.crop_plan import CropPlan
 
 from .recipe import Recipe
-from .sizes import VIT_B, VIT_L
+from .sizes import DINOV3_B16, VIT_B, VIT_L
 
 
 def milan_b16() -> Recipe:
@@ -53,6 +53,20 @@ def milan_l16() -> Recipe:
                 its released script would load CLIP ViT-B/16 for every student.
     """
     return _variant("l16", teachers=("clip-l14",), backbone=VIT_L)
+
+
+def milan_b16_dinov3() -> Recipe:
+    """MILAN ViT-B/16 under DINOv3 ViT-B/16: a variant that no paper has.
+
+    Command:    student-train --cache CACHE --preset milan-b16-dinov3 --out RUN
+    Needs:      last layer and attention of DINOv3 at 224 px, which is 14 x 14 patches (its own 256 px are 16 x 16): teacher-cache
+                extract --teacher timm:vit_base_patch16_dinov3.lvd1689m --image-size 224 --layers last
+    Expected:   no number is known: neither MILAN nor DINOv3 reports this pair.
+    Carried over: all of milan-b16, its settings for CLIP. DINOv3 has no projection: the decoder predicts the tokens behind its
+                final norm, of CLS and of patches; masks by the CLS attention of the last block.
+    Deviations: as milan-b16; nothing of the target is guided by language, which is MILAN's point.
+    """
+    return _variant("b16-dinov3", teachers=(DINOV3_B16,))
 
 
 def milan_b16_random() -> Recipe:

@@ -15,7 +15,7 @@ from teacher_cache.format.crop_plan import CropPlan
 
 from .demo import DEMO_BACKBONE, DEMO_DECODER, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 from .recipe import Recipe
-from .sizes import VIT_B
+from .sizes import DINOV3_B16, VIT_B
 
 BOTH = (MimicConfig(weight=0.5), ReconstructConfig(weight=0.5))
 """L = .5 L_M + .5 L_R (its implementation details)."""
@@ -105,6 +105,20 @@ def mr_mae_b16_dino() -> Recipe:
                 targets are whitened with the eps 1e-6 of DINO's norms.
     """
     return _variant("dino", teachers=("dino-b16",))
+
+
+def mr_mae_b16_dinov3() -> Recipe:
+    """MR-MAE ViT-B/16 under DINOv3 ViT-B/16: a variant that no paper has.
+
+    Command:    student-train --cache CACHE --preset mr-mae-b16-dinov3 --out RUN
+    Needs:      last layer and attention of DINOv3 at 224 px, which is 14 x 14 patches (its own 256 px are 16 x 16): teacher-cache
+                extract --teacher timm:vit_base_patch16_dinov3.lvd1689m --image-size 224 --layers last
+    Expected:   no number is known: neither MR-MAE nor DINOv3 reports this pair.
+    Carried over: all of mr-mae-b16, its settings for CLIP; masks by the CLS attention of the last block, with registers among the
+                keys; the 4 registers are dropped.
+    Deviations: as mr-mae-b16; targets are whitened with the eps 1e-5 of DINOv3's norms.
+    """
+    return _variant("dinov3", teachers=(DINOV3_B16,))
 
 
 def mr_mae_b16_clip_dino() -> Recipe:

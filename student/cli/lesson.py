@@ -21,27 +21,34 @@ class Lesson:
     """(cache, needs, reading options with the run's masks, other options) -> student.batch.BatchSource"""
 
 
-def stored_lesson(cache: Cache, teachers: tuple[str, ...]) -> Lesson:
-    """Targets from the cache, or none at all."""
+def stored_lesson(cache: Cache, teachers: tuple[str, ...], grid: tuple[int, int] | None = None) -> Lesson:
+    """Targets from the cache, or none at all. grid: of the student's patches, for the command that makes what is missing."""
     from pipelines.feed.cached_source import CachedSource
     from pipelines.feed.crop_source import CropSource
     from pipelines.feed.teacher_values import stored_shape
 
-    names = tuple(_store_of(cache, name) for name in teachers)
+    names = tuple(_store_of(cache, name, grid) for name in teachers)
     shapes = tuple(stored_shape(cache, name) for name in names)
     if not names:
         return Lesson((), (), lambda cache, needs, reading, data: CropSource(cache, **data))
     return Lesson(names, shapes, lambda cache, needs, reading, data: CachedSource(cache, names, needs, **reading, **data))
 
 
-def live_lesson(names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str) -> Lesson:
-    """Teachers run on the spot, by their names for `teacher-cache extract --teacher`."""
+def live_lesson(
+    names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str, grid: tuple[int, int] | None = None
+) -> Lesson:
+    """Teachers run on the spot, by their names for `teacher-cache extract --teacher`.
+
+    grid: of the student's patches; teachers of the table come at the image size that gives them the same. None: at their own.
+    """
     from pipelines.feed.live_source import LiveSource
     from pipelines.feed.teacher_values import teacher_shape
     from teacher_cache.teachers import load_teacher
+    from teacher_cache.teachers.families import image_size_for
 
     given = weights or (None,) * len(names)
-    loaded = [load_teacher(name, path, None, device, precision) for name, path in zip(names, given, strict=True)]
+    sizes = [None if grid is None else image_size_for(name, grid) for name in names]
+    loaded = [load_teacher(name, path, size, device, precision) for name, path, size in zip(names, given, sizes, strict=True)]
     shapes = tuple(teacher_shape(teacher.spec) for teacher in loaded)
     return Lesson(tuple(names), shapes, lambda cache, needs, reading, data: LiveSource(cache, loaded, needs, **data))
 
@@ -54,16 +61,17 @@ def any_store(cache: Cache, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(there)
 
 
-def _store_of(cache: Cache, name: str) -> str:
+def _store_of(cache: Cache, name: str, grid: tuple[int, int] | None) -> str:
     """The file name of the store called `name`, or UnknownNameError listing what is there."""
     names, store = cache.finished_view(0).store_names(), store_file_name(name)
     if store not in names:
         there = f"it has {', '.join(names)}" if names else "it has no targets at all"
         other = f" To learn from another: --teacher {names[0]}." if names else ""
-        from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX, weights_option
+        from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX
+        from teacher_cache.teachers.families import options_for
 
         is_teacher = name in TEACHERS or name.startswith((TIMM_PREFIX, OPEN_CLIP_PREFIX))
-        make = f"teacher-cache extract --teacher {name}{weights_option(name)} {quoted(cache.path)}"
+        make = f"teacher-cache extract --teacher {name}{options_for(name, grid)} {quoted(cache.path)}"
         command = f" Make them: {make}" if is_teacher else ""
         raise UnknownNameError(f"{cache.path} has no targets of {name}; {there}.{other}{command}")
     return store

@@ -112,7 +112,8 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
                 names = any_store(opened, chosen.teachers)
                 if names != chosen.teachers:
                     _tell(f"teacher  {names[0]}, the only one in {opened.path}; the preset's is {chosen.teachers[0]}")
-            lesson = live_lesson(names, weights, device, precision) if live else stored_lesson(opened, names)
+            grid = None if tiny else config.backbone.grid
+            lesson = live_lesson(names, weights, device, precision, grid) if live else stored_lesson(opened, names, grid)
             if tiny:
                 chosen = chosen.tiny(lesson.shapes, opened.plan.size)
             mismatches = [] if tiny else chosen.mismatches(opened.plan, [shape.name for shape in lesson.shapes])
@@ -184,10 +185,11 @@ class _Run:
 
 def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     """Why a cache is not what a preset was made for, and what to do."""
-    from teacher_cache.teachers import weights_option
+    from teacher_cache.teachers.families import options_for
 
+    grid = chosen.config.backbone.grid
     extract = " and ".join(
-        f"teacher-cache extract --preset {chosen.name} --teacher {name}{weights_option(name)} --images DIR NEW"
+        f"teacher-cache extract --preset {chosen.name} --teacher {name}{options_for(name, grid)} --images DIR NEW"
         for name in chosen.teachers
     )
     make = extract or f"teacher-cache crop --preset {chosen.name} --images DIR NEW"

@@ -15,7 +15,7 @@ class MaskConfig(Section):
     """The law by which patches are hidden, on the grid of the backbone's output tokens."""
 
     kind: Literal["random", "attention", "attention-top", "block", "unit"] = "random"
-    """random: uniform. attention: drawn by the teacher's CLS attention. attention-top: always its most salient. block: hidden in
+    """random: uniform. attention: drawn by the teacher's attention. attention-top: always its most salient. block: hidden in
     rectangles, to an exact count (CAE). unit: uniform over square units of several patches (SimMIM)."""
     ratio: float = 0.75
     """Share of the patches, or units, that is hidden."""

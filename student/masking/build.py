@@ -56,11 +56,12 @@ def _require_attention(config: MaskConfig, backbone: BackboneConfig, teachers: t
     teacher = teachers[0]
     if not teacher.has_attention:
         raise ConfigError(
-            f"mask.kind={config.kind} chooses patches by the attention of CLS, which the teacher "
-            f"{teacher.name} does not have. Use mask.kind=random or a teacher with a CLS token."
+            f"mask.kind={config.kind} chooses patches by the teacher's attention, and {teacher.name} gives none (that of a CLS "
+            "token, or of an attention-pooling head). Use mask.kind=random, or a teacher that gives it."
         )
     if teacher.grid != backbone.grid:
         raise ConfigError(
-            f"mask.kind={config.kind} needs attention on the student's {backbone.grid} patches; the "
-            f"teacher {teacher.name} has {teacher.grid}."
+            f"mask.kind={config.kind} needs attention on the student's {backbone.grid[0]} x {backbone.grid[1]} patches "
+            f"({backbone.image_size} pixels, {backbone.stride} a patch); the teacher {teacher.name} has {teacher.grid[0]} x "
+            f"{teacher.grid[1]}. {teacher.how_to_meet(backbone)}"
         )

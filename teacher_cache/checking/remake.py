@@ -187,7 +187,7 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
     try:
         own = None if weights == "built-in" else weights
         teacher = load_teacher(manifest.teacher.name, own, manifest.teacher.image_size, device, precision,
-                               as_begun=manifest.teacher.activation is None)  # fmt: skip
+                               begun=manifest.teacher)  # fmt: skip
     except BadInputError as error:
         prefix = f"--weights {weights}: "
         raise UsageError(prefix + str(error).removeprefix(prefix)) from error

@@ -20,6 +20,7 @@ from .options import (
     TAKE_OVER,
     ShardRange,
     TokenChoice,
+    grid_of,
     with_preset,
 )
 from .repair import refuse_beside_repair, repair_and_say
@@ -83,7 +84,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
 
         process = Process.current(shards, repair)
         request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
-                                precision, compiled)  # fmt: skip
+                                precision, compiled, grid_of(crop_options["preset"]))  # fmt: skip
         if repair:
             refuse_beside_repair(cache, dry_run, shards)
             repair_and_say(cache, crop_options["images"], request.store_name)

@@ -109,6 +109,16 @@ STORE = click.option("--teacher", help="Which store, if there are several.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 
 
+def grid_of(preset: str | None) -> tuple[int, int] | None:
+    """(rows, columns) of patches of a preset's student; None without one, or where it learns without a teacher."""
+    if not preset:
+        return None
+    from pipelines.presets import recipe
+
+    chosen = recipe(preset)
+    return chosen.config.backbone.grid if chosen.teachers else None
+
+
 def with_preset(options: dict) -> dict:
     """The options of the crop stage with the crop plan of the preset in the place of its name."""
     if not options["preset"]:

@@ -19,7 +19,7 @@ from ..files.space import existing_folder, free_bytes
 from ..format import layout
 from ..format.crop_plan import CropPlan
 from ..format.layout import store_file_name
-from ..format.spec import StoreSpec, TeacherSpec
+from ..format.spec import ATTENTION_SOURCES, StoreSpec, TeacherSpec
 from ..terminal.progress import waiting
 from ..words import human
 from .disk import DiskRates, measure_files, measure_folder
@@ -113,6 +113,7 @@ def answer(asked: Question, student: PresetFacts | None) -> dict:
         "teacher": name, "n_images": crops.n_images, "views": asked.views, "epochs": epochs, "runs": asked.runs,
         "preset": student.preset if student else None, "crop_size": crop_plan.size, "crop_format": crop_format,
         "layers": list(spec.layers), "dtype": spec.dtype, "attention": spec.attention, "visible": spec.visible,
+        "attention_source": teacher.attention_source, "head": teacher.head,
         "shards": spec.n_shards,
         "fit_bytes": fit_bytes(spec, teacher), "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
         "free_bytes": free, "present_bytes": present, "folder": str(asked.folder), "bytes_read_per_crop": read,
@@ -248,7 +249,8 @@ def in_words(answered: dict) -> str:
     lines = [
         f"{answered['n_images']:,} images, {answered['views']} view{'s' * (answered['views'] > 1)} of {answered['crop_size']} px "
         f"({answered['crop_format']}); {answered['teacher']}, layers {layers}, {answered['dtype']}"
-        + ", attention" * answered["attention"]
+        + (f", {ATTENTION_SOURCES[answered['attention_source']]} attention" if answered["attention"] else ", no attention")
+        + ", no final norm" * (answered["head"] == "none")
         + (f", tokens of {answered['visible']} visible patches" if answered["visible"] else ""),
         "",
         *answered["byte_lines"],

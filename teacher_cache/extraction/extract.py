@@ -38,7 +38,7 @@ from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder, race, take_tokens, token_places
 from .fit import Sample, fit, n_fit_rows
-from .planning import ExtractPlan, own_shards, require_like, spec_differences, target_differences
+from .planning import ExtractPlan, in_words_of, own_shards, require_like, spec_differences, target_differences
 from .record import changes, made_with, software
 
 DECODE_AHEAD = 2
@@ -63,11 +63,13 @@ class _Job:
 
     @classmethod
     def of(cls, view: View, name: str, teacher, plan: ExtractPlan) -> _Job:
-        return cls(view, name, teacher, plan, view.store_path(name), plan.store_spec(teacher.spec, view.cache.n_images))
+        described = in_words_of(view.cache.path, name, teacher.spec)
+        return cls(view, name, teacher, plan, view.store_path(name), plan.store_spec(described, view.cache.n_images))
 
     def require_same(self, store: Store, view: View) -> None:
         """Raise MismatchError naming every way in which a store of `view` is not the one asked for."""
-        spec, found = self.teacher.spec, store.manifest
+        found = store.manifest
+        spec = self.teacher.spec.in_version(found.format_version)
         mine, theirs = comparable(replace(spec, weights=found.teacher.weights).to_json(), found.teacher.to_json())
         mine |= {"precision": self.teacher.precision, "crops_id": view.cache.crops_id, "crops_sha256": view.crops_sha256}
         theirs |= {"precision": found.precision, "crops_id": found.crops_id, "crops_sha256": found.crops_sha256}

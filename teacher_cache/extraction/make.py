@@ -31,7 +31,8 @@ from .planning import (
     CropRequest,
     CropWork,
     ExtractPlan,
-    is_of_before,
+    begun_teacher,
+    in_words_of,
     own_shards,
     plan_crops,
     plan_targets,
@@ -64,6 +65,8 @@ class TargetRequest:
     device: str = "auto"
     precision: str = "auto"
     compiled: bool = False
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of patches of the student that the targets are for. None: any."""
 
     @property
     def teacher_name(self) -> str:
@@ -235,14 +238,16 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
 
     name = request.store_name
     plan, image_size = plan_targets(path, name, request.image_size, **request.given)
-    teacher = _teacher(request, image_size, process, is_of_before(path, name))
+    teacher = _teacher(request, image_size, process, begun_teacher(path, name))
+    if image_size is None:
+        _require_grid(teacher.spec, request.grid)
     may_make = shards is None and process.world_size == 1
     planned = plan_crops(path, crops, default_size=crop_size(request.teacher_name, teacher.spec), may_make=may_make)
     for view in Cache(path).views() if (path / CACHE_JSON).exists() else []:
         require_same_targets(view, name, teacher, plan)
     stores = tuple(view_path(path, number) / store_folder(name) for number in range(planned.n_views))
     n_bytes = _tell_crops(planned.job) if planned.job else 0
-    spec = plan.store_spec(teacher.spec, planned.n_images)
+    spec = plan.store_spec(in_words_of(path, name, teacher.spec), planned.n_images)
     shards = process.shards(shards, spec.n_shards)
     work = TargetWork(name, teacher, plan, shards, stores)
     if shards is not None and not shards:
@@ -255,7 +260,7 @@ def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards
     return CacheWork(path, planned, work, may_make)
 
 
-def _teacher(request: TargetRequest, image_size: int | None, process: Process, as_begun: bool) -> Teacher:
+def _teacher(request: TargetRequest, image_size: int | None, process: Process, begun: TeacherSpec | None) -> Teacher:
     """The teacher that is asked for, loaded; says what was loaded."""
     from .. import teachers
     from ..device import pick_device
@@ -265,7 +270,7 @@ def _teacher(request: TargetRequest, image_size: int | None, process: Process, a
             raise UsageError("A teacher that is loaded has its weights and its image size: give neither.")
         return request.teacher
     device, precision = pick_device(request.device, request.precision, process.local_rank)
-    loaded = teachers.load_teacher(request.teacher, request.weights, image_size, device, precision, as_begun)
+    loaded = teachers.load_teacher(request.teacher, request.weights, image_size, device, precision, begun)
     note(f"teacher  {loaded.spec.name}, weights {loaded.spec.weights} (sha256 {loaded.spec.weights_sha256[:12]}), "
          f"{loaded.precision} on {device}")  # fmt: skip
     if loaded.weights_read:
@@ -276,6 +281,17 @@ def _teacher(request: TargetRequest, image_size: int | None, process: Process, a
     if request.compiled:
         loaded.compile()
     return loaded
+
+
+def _require_grid(teacher: TeacherSpec, grid: tuple[int, int] | None) -> None:
+    """Raise UsageError if a teacher at its own size has another grid than the student that the targets are for."""
+    if grid in (None, teacher.grid):
+        return
+    raise UsageError(
+        f"The preset's student has {grid[0]} x {grid[1]} patches, and {teacher.name} at its own {teacher.image_size} px "
+        f"{teacher.grid[0]} x {teacher.grid[1]}; a student learns from teachers of its own grid. Give --image-size "
+        f"{grid[0] * teacher.patch_size}; or, for a student of another grid, --image-size {teacher.image_size}."
+    )
 
 
 def _make_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None) -> None:

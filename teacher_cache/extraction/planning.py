@@ -106,19 +106,20 @@ class ExtractPlan:
     def store_spec(self, teacher: TeacherSpec, n_rows: int) -> StoreSpec:
         """The store this plan asks for."""
         layers = self.layers_of(teacher)
-        if self.visible and not teacher.has_cls:
+        attention = teacher.attention_source is not None
+        if self.visible and not attention:
             raise UsageError(
-                f"--tokens visible:{self.visible}: {teacher.name} has no CLS token, so there is no attention to choose by. Give "
-                "--tokens all."
+                f"--tokens visible:{self.visible}: {teacher.name} gives no attention to choose by (it has neither a CLS token "
+                "nor an attention-pooling head). Give --tokens all."
             )
         if self.visible > teacher.n_patches:
             raise UsageError(
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
-        names = array_names(layers, self.dtype, teacher.has_cls, self.visible)
+        names = array_names(layers, self.dtype, attention, self.visible)
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUPS.get(self.dtype, 0), attention=teacher.has_cls, codecs=tuple((name, "none") for name in names),
+            group=GROUPS.get(self.dtype, 0), attention=attention, codecs=tuple((name, "none") for name in names),
             visible=self.visible,
         )  # fmt: skip
 
@@ -144,9 +145,15 @@ def plan_targets(cache_dir: Path, name: str, image_size: int | None, **given) ->
     return plan, image_size
 
 
-def is_of_before(cache_dir: Path, name: str) -> bool:
-    """Whether a store `name` was begun by a version that did not put the teacher's activation on record, and refused none."""
-    return any(store.teacher.activation is None for store in _begun(cache_dir, name))
+def begun_teacher(cache_dir: Path, name: str) -> TeacherSpec | None:
+    """The teacher of the stores `name`, as the one that says least describes it; None if there are none."""
+    return min((store.teacher for store in _begun(cache_dir, name)), key=lambda spec: spec.activation is not None, default=None)
+
+
+def in_words_of(cache_dir: Path, name: str, teacher: TeacherSpec) -> TeacherSpec:
+    """The teacher as the version of the stores `name` of a cache describes it; as it is where none was begun."""
+    path = next(filter(is_begun, layout.stores_named(cache_dir, name)), None)
+    return teacher if path is None else teacher.in_version(Store.open(path).manifest.format_version)
 
 
 def _begun(cache_dir: Path, name: str) -> list[Store]:

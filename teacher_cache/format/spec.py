@@ -14,9 +14,9 @@ from ..errors import CacheCorruptError, UsageError
 
 CACHE_VERSIONS = (1, 2)
 """Of caches and their crops; 2 came with random crops of more than 256 pixels, and says nothing else otherwise than 1."""
-STORE_VERSIONS = (1, 2, 3)
+STORE_VERSIONS = (1, 2, 3, 4)
 """Of stores, the last being that of new ones. 2 came with int4 and visible tokens; 3 with the teacher's activation and position
-rule, and what made the store."""
+rule, and what made the store; 4 with where the attention comes from and whether there is a final norm."""
 
 MAX_SIDE = 1 << 14
 """Of images and patches in pixels, of grids in patches."""
@@ -62,6 +62,11 @@ def _are_numbers(values) -> bool:
 
 NOT_BEFORE_3 = ("activation", "positions")
 """What of a teacher stores of versions 1 and 2 do not say."""
+NOT_BEFORE_4 = ("attention_source", "head")
+"""What of a teacher stores of versions 1 to 3 do not say, because it followed from `has_cls`."""
+ATTENTION_SOURCES = {"cls": "CLS", "pool": "pooling"}
+"""`TeacherSpec.attention_source` -> which attention that is, for people: `CLS attention`, `pooling attention`."""
+HEADS = ("layernorm", "none")
 LIKEWISE = "; position table likewise"
 """How `resize` of these ends, where the rule for pixels was the one for positions."""
 
@@ -90,14 +95,14 @@ class TeacherSpec:
     heads: int
     """Of the last block."""
     has_cls: bool
-    """C = 1: the CLS token is stored, first. Else C = 0 and there is no attention."""
+    """C = 1: the CLS token is stored, first. Else C = 0."""
     n_registers: int
     """Further prefix tokens, which are dropped."""
     mean: tuple[float, float, float]
     """Of the input normalisation, for pixels in 0..1."""
     std: tuple[float, float, float]
     norm_eps: float
-    """Of the teacher's LayerNorms; the whitening uses the same."""
+    """Of the whitening. It is that of the final norm; with `head` none that of the norms in the blocks."""
     projection_dim: int | None
     """Width E of the projection behind the final norm (CLIP), else None."""
     resize: str
@@ -106,10 +111,16 @@ class TeacherSpec:
     """Of the MLP of its blocks: `gelu`, `quick_gelu`, `gelu_tanh` ... None: not on record, as in stores before version 3."""
     positions: str | None
     """How its position table follows another grid, in words. None: not on record."""
+    attention_source: str | None
+    """What attends to the patches in the attention that is kept: `cls`, the CLS token in the last block; `pool`, the query of the
+    attention-pooling head. Mean over heads, either way. None: the teacher gives no attention."""
+    head: str
+    """`layernorm`: a final LayerNorm follows the last block, and its gamma and beta are kept. `none`: none does (there is no
+    norm, or one that whitened tokens do not lead to), and nothing of a head is kept."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in NOT_BEFORE_3 if getattr(self, name) is None]
-        for name in {"name", "weights", "weights_sha256", "resize", *NOT_BEFORE_3}.difference(unknown):
+        for name in sorted({"name", "weights", "weights_sha256", "resize", *NOT_BEFORE_3}.difference(unknown)):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} must be text, not {getattr(self, name)!r}")
         if not isinstance(self.grid, tuple) or len(self.grid) != 2:
@@ -129,10 +140,31 @@ class TeacherSpec:
             raise UsageError(f"mean and std must have 3 channels and std be positive: {self.mean!r}, {self.std!r}")
         if not (_are_numbers([self.norm_eps]) and self.norm_eps > 0):
             raise UsageError(f"norm_eps must be positive, not {self.norm_eps!r}")
+        if self.attention_source not in (None, *ATTENTION_SOURCES):
+            raise UsageError(
+                f"attention_source must be one of {', '.join(ATTENTION_SOURCES)}, or null, not {self.attention_source!r}"
+            )
+        if self.attention_source == "cls" and not self.has_cls:
+            raise UsageError("attention_source is cls, and the teacher has no CLS token")
+        if self.head not in HEADS:
+            raise UsageError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
+        if self.head == "none" and self.projection_dim is not None:
+            raise UsageError(
+                f"projection_dim is {self.projection_dim}, and there is no final norm for the projection to stand behind"
+            )
 
     @property
     def n_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether gamma and beta are kept: gamma * z + beta of the last block's whitened tokens is then the teacher's output."""
+        return self.head == "layernorm"
+
+    def in_version(self, version: int) -> TeacherSpec:
+        """The teacher as stores of a format version know it: before 4, one without CLS token gave no attention."""
+        return dataclasses.replace(self, attention_source=None) if version < 4 and not self.has_cls else self
 
     @property
     def n_tokens(self) -> int:
@@ -184,7 +216,7 @@ class StoreSpec:
     group: int
     """Channels that share a scale; 0 for float16."""
     attention: bool
-    """Whether CLS -> patch attention of the last block is kept."""
+    """Whether the teacher's attention to the patches (`TeacherSpec.attention_source`) is kept."""
     codecs: tuple[tuple[str, str], ...]
     """(array, `zstd` | `lz4` | `none`) for every row array, in the order of their bytes in a commit record."""
     visible: int = 0
@@ -219,8 +251,8 @@ class StoreSpec:
         """Raise UsageError unless a store like this can hold what `teacher` says."""
         if self.layers[-1] > teacher.depth:
             raise UsageError(f"layers {self.layers} of a teacher with {teacher.depth} blocks")
-        if self.attention and not teacher.has_cls:
-            raise UsageError("attention of a teacher without CLS token")
+        if self.attention and teacher.attention_source is None:
+            raise UsageError("attention of a teacher that gives none")
         if self.visible > teacher.n_patches:
             raise UsageError(f"{self.visible} visible patches of a teacher with {teacher.n_patches}")
         largest = max(self.row_bytes(array, teacher) for array in self.array_names)

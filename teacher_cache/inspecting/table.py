@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..format.spec import ATTENTION_SOURCES
 from ..words import human, quoted
 
 BAR_CELLS = 32
@@ -86,11 +87,14 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
     teacher, spec, per_crop = first["teacher"], first["store"], first["bytes_per_crop"]
     on_disk = "nothing yet" if per_crop["on_disk"] is None else f"{human(per_crop['on_disk'])} on disk"
     codecs = "/".join(sorted({codec for _, codec in spec["codecs"]}))
+    attention = f", {ATTENTION_SOURCES[teacher['attention_source']]} attention" if spec["attention"] else ", no attention"
+    visible = f", {'CLS and ' * teacher['has_cls']}{spec['visible']} patches of each crop" * (spec["visible"] > 0)
+    head = ", no final norm" * (teacher["head"] == "none")
     yield _facts([
         (name, f"{teacher['name']}, weights {teacher['weights']} (sha256 {teacher['weights_sha256'][:12]}), "
          f"{teacher['image_size']} px, {first['precision']}"),
         ("keeps", f"layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, codec {codecs}"
-         + ", attention" * spec["attention"] + f", CLS and {spec['visible']} patches of each crop" * (spec["visible"] > 0)),
+         + attention + visible + head),
         ("made with", _made_with(first)),
         ("a crop", f"{human(per_crop['float16'])} as float16 -> {human(per_crop['quantised'])} quantised -> {on_disk}"),
     ], is_title=True)  # fmt: skip

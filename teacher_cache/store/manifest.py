@@ -20,7 +20,7 @@ from ..files.durable import clear_aside, crc32c, is_sha256, publish, seal, sync_
 from ..format import layout
 from ..format.layout import store_file_name
 from ..format.quantize import ChannelStatistics
-from ..format.spec import NOT_BEFORE_3, STORE_VERSIONS, LayerFidelity, MadeWith, StoreSpec, TeacherSpec
+from ..format.spec import NOT_BEFORE_3, NOT_BEFORE_4, STORE_VERSIONS, LayerFidelity, MadeWith, StoreSpec, TeacherSpec
 from .spare import pack_members
 
 FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
@@ -72,13 +72,17 @@ class Manifest:
         for name, value in since_3.items():
             if is_new == (value is None):
                 raise ValueError(f"{name} is {value!r} in version {self.format_version}")
+        of_then = {name: getattr(self.teacher, name) for name in NOT_BEFORE_4}
+        if self.format_version < 4 and of_then != _of_teacher_before_4(self.teacher.has_cls):
+            raise ValueError(f"{of_then} in version {self.format_version}, which has no words for it")
 
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
         version = value.pop("format_version")
+        unsaid = NOT_BEFORE_4 * (version < 4) + NOT_BEFORE_3 * (version < 3)
+        value["teacher"] = {key: item for key, item in value["teacher"].items() if key not in unsaid}
         if version < 3:
             del value["made"]
-            value["teacher"] = {key: item for key, item in value["teacher"].items() if key not in NOT_BEFORE_3}
         if version < 2:
             del value["store"]["visible"]
         return {"format_version": version, **value}
@@ -92,9 +96,15 @@ class Manifest:
                     f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
                     "Use the version of teacher-cache that wrote it."
                 )
-            value = _with_words(value, ("made",), None) if version < 3 else {**value, "made": MadeWith.from_json(value["made"])}
-            teacher = _with_words(value["teacher"], NOT_BEFORE_3, None) if version < 3 else value["teacher"]
-            store = _with_words(value["store"], ("visible",), 0) if version < 2 else value["store"]
+            teacher, store = value["teacher"], value["store"]
+            if version < 4:
+                teacher = _with_words(teacher, _of_teacher_before_4(teacher["has_cls"]))
+            if version < 3:
+                teacher, value = _with_words(teacher, dict.fromkeys(NOT_BEFORE_3)), _with_words(value, {"made": None})
+            else:
+                value = {**value, "made": MadeWith.from_json(value["made"])}
+            if version < 2:
+                store = _with_words(store, {"visible": 0})
             value["teacher"], value["store"] = TeacherSpec.from_json(teacher), StoreSpec.from_json(store)
             value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
             return cls(**value)
@@ -104,11 +114,16 @@ class Manifest:
             raise CacheCorruptError(f"manifest: {error!r}.") from error
 
 
-def _with_words(value: dict, names: tuple[str, ...], then) -> dict:
+def _of_teacher_before_4(has_cls: bool) -> dict:
+    """What NOT_BEFORE_4 was of every teacher then."""
+    return {"attention_source": "cls" if has_cls else None, "head": "layernorm"}
+
+
+def _with_words(value: dict, then: dict) -> dict:
     """A part of an old manifest with the keys that its version has no words for; `then` is what they were."""
-    if known := [name for name in names if name in value]:
+    if known := [name for name in then if name in value]:
         raise ValueError(f"{', '.join(known)}: its version has no such key")
-    return {**value, **dict.fromkeys(names, then)}
+    return {**value, **then}
 
 
 def manifest_of(root_json: bytes, path: Path) -> Manifest:
@@ -189,7 +204,7 @@ def create_store(
 ) -> None:
     """Begin a store: all its small files and their spare, in a folder aside that is renamed into place.
 
-    statistics: per layer (not for float16). head: `gamma`, `beta` [D] and `projection` [D, E] where the teacher has one.
+    statistics: per layer (not for float16). head: the arrays of `head_shapes`.
     probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
     """
     arrays = {
@@ -212,13 +227,17 @@ def create_store(
     publish(aside, path)
 
 
+def head_shapes(teacher: TeacherSpec) -> dict[str, tuple[int, ...]]:
+    """`gamma`, `beta` [D] where there is a final norm, and `projection` [D, E] where there is one; by name, float32 all."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("gamma", "beta") * teacher.has_final_norm, (teacher.dim,))
+    return shapes if teacher.projection_dim is None else {**shapes, "projection": (teacher.dim, teacher.projection_dim)}
+
+
 def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every small array of a store."""
     teacher, spec = manifest.teacher, manifest.store
     shapes = {layout.PROBE: (len(spec.layers), teacher.dim)}
-    shapes |= {layout.head_name(which): (teacher.dim,) for which in ("gamma", "beta")}
-    if teacher.projection_dim is not None:
-        shapes[layout.head_name("projection")] = (teacher.dim, teacher.projection_dim)
+    shapes |= {layout.head_name(which): shape for which, shape in head_shapes(teacher).items()}
     for layer in spec.layers if spec.is_quantised else ():
         shapes |= {layout.statistics_name(layer, which): (teacher.dim,) for which in layout.STATISTICS}
     return shapes

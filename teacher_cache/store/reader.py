@@ -65,7 +65,7 @@ class StoreReader:
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
-        """`gamma`, `beta` [D] and, where the teacher has one, `projection` [D, E]; float32."""
+        """`gamma`, `beta` [D] and `projection` [D, E], each where the teacher has one; float32."""
         return self.store.head()
 
     def row_shape(self, array: str, n_tokens: int | None = None) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from ..format import layout
 from ..format.quantize import ChannelStatistics
 from ..format.spec import MAX_FP32_ROWS, StoreSpec, TeacherSpec
 from .commits import FILE_DTYPE, NO_ROWS, Commits, read_record, read_table, require_rows
-from .manifest import Manifest, manifest_of, small_array_json, small_array_shapes
+from .manifest import Manifest, head_shapes, manifest_of, small_array_json, small_array_shapes
 
 T = TypeVar("T")
 
@@ -136,9 +136,8 @@ class Store:
         return {i: ChannelStatistics(*map(self.small_array, names[i])) for i in self.spec.layers if self.spec.is_quantised}
 
     def head(self) -> dict[str, np.ndarray]:
-        """Final norm (`gamma`, `beta` [D]) and `projection` [D, E] where the teacher has one. float32."""
-        names = ["gamma", "beta"] + ["projection"] * (self.teacher.projection_dim is not None)
-        return {name: self.small_array(layout.head_name(name)) for name in names}
+        """Final norm (`gamma`, `beta` [D]) and `projection` [D, E], each where the teacher has one. float32."""
+        return {name: self.small_array(layout.head_name(name)) for name in head_shapes(self.teacher)}
 
     # --- which shards are finished
 

@@ -67,6 +67,7 @@ class TeacherEntry:
             name=self.name, weights="", weights_sha256="", image_size=self.image_size, patch_size=self.patch_size, grid=self.grid,
             dim=self.dim, depth=self.depth, heads=self.heads, has_cls=self.has_cls, n_registers=0, mean=self.mean, std=self.std,
             norm_eps=self.norm_eps, projection_dim=self.projection_dim, resize="", activation="", positions="",
+            attention_source="cls" if self.has_cls else None, head="layernorm",
         )  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def load_teacher(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
-    as_begun: bool = False,
+    begun: TeacherSpec | None = None,
 ) -> Teacher:
     """Build a teacher, fill in its weights, freeze it.
 
@@ -208,18 +209,18 @@ def load_teacher(
                 None where they are built in, or for timm or open_clip to download
     image_size: side of the teacher's input, pixels; None is its own. Position tables follow (`TeacherSpec.positions`)
     precision:  `fp32` or, on a GPU or a CPU that has it, `bf16`
-    as_begun:   run weights with the activation that the name's model has, also where they were trained with another: for stores
-                that were begun before that was refused
+    begun:      the teacher as a store describes it that is gone on with: where that was begun under another rule for position
+                tables, or before weights were refused for the activation that they were trained with, it stays so
     Raises UnknownNameError, UsageError, or BadInputError for weights that cannot be used.
     """
     if name.startswith(TIMM_PREFIX):
         from .timm_vit import load_timm
 
-        return load_timm(name, weights, image_size, device, precision, as_begun)
+        return load_timm(name, weights, image_size, device, precision, begun)
     if name.startswith(OPEN_CLIP_PREFIX):
         from .open_clip_vit import load_open_clip
 
-        return load_open_clip(name, weights, image_size, device, precision, as_begun)
+        return load_open_clip(name, weights, image_size, device, precision, begun)
     if name not in TEACHERS:
         close = difflib.get_close_matches(name, TEACHERS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

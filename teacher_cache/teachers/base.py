@@ -1,11 +1,11 @@
 """What every teacher does the same way, whichever library its blocks come from.
 
-A teacher takes uint8 crops and gives whitened block outputs and the CLS attention of its last block.
-Preprocessing, taps, whitening and attention stand here once; the files beside this one only say where a
-library keeps its parts.
+A teacher takes uint8 crops and gives whitened block outputs and one map of attention over the patches.
+Preprocessing, taps and whitening stand here once; the files beside this one only say where a library keeps its parts, and
+`blocks/` what a kind of block does.
 
 Gives up: blocks of several widths or grids (of a Swin only those of the last stage can be asked for), post-norm blocks,
-hybrids, rotary positions.
+hybrids.
 """
 
 # B batch, N patches, C 1 with CLS else 0, T all tokens (CLS, registers, patches), D width, L layers, H heads
@@ -22,18 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..device import require_bf16
-from ..errors import BadInputError, UsageError
+from ..errors import UsageError
 from ..format.spec import TeacherSpec
+from .blocks.attention import AttentionParts, attention_map
 from .float32 import full_float32
 
 RESIZE = "bicubic, align_corners=False, no antialias, on the tensor before normalisation"
 """`TeacherSpec.resize` of every teacher."""
-POSITIONS = "bicubic, align_corners=False, no antialias, in float32"
-"""`TeacherSpec.positions`. Code bases follow at least four different rules; this one is MaskAlign's (and Hugging Face's), and it
-is the same for pixels and positions."""
-NO_POSITIONS = "none: there is no table of absolute positions"
-"""The same of a teacher whose blocks know them by other means, if at all."""
-
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -44,23 +39,8 @@ class TeacherOutput:
     tokens: Tensor
     """float32 [B, L, C+N, D]: whitened block outputs, in the order of the layers asked for; CLS first where there is one."""
     attention: Tensor | None
-    """float32 [B, N]: CLS to patches in the last block, mean over heads; the softmax runs over all keys, so a row sums
-    to less than 1. None where the teacher has no CLS."""
-
-
-@dataclass(frozen=True)
-class AttentionParts:
-    """The parameters of one self-attention, as they stand in its block."""
-
-    norm: nn.Module
-    """The LayerNorm before the attention."""
-    qkv_weight: Tensor
-    """[3 * H * head width, D]: rows of queries, then keys, then values."""
-    qkv_bias: Tensor | None
-    heads: int
-    query_norm: Callable[[Tensor], Tensor]
-    """Applied to each head's query (timm's qk-norm); the identity for most."""
-    key_norm: Callable[[Tensor], Tensor]
+    """float32 [B, N]: of CLS to the patches in the last block, or of the pooling head to them (`TeacherSpec.attention_source`),
+    mean over heads; the softmax runs over all keys, so a row sums to at most 1. None where there is no source."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +52,15 @@ class Anatomy:
     """Runs all blocks on normalised images [B, 3, H, W]; what it returns is not looked at."""
     blocks: Sequence[nn.Module]
     """The blocks 1 to `TeacherSpec.depth`; each gives [B, T, D], or on a grid without CLS [B, rows, columns, D]."""
-    final_norm: nn.LayerNorm
+    final_norm: nn.LayerNorm | None
+    """None where `TeacherSpec.head` is `none`."""
     attention_parts: Callable[[nn.Module], AttentionParts] | None
-    """Of one block; None where there is no CLS."""
+    """Of one block; needed where `TeacherSpec.attention_source` is `cls`."""
     projection: Tensor | None = None
     """[D, E] behind the final norm (CLIP)."""
+    pool_attention: Callable[[Tensor], Tensor] | None = None
+    """From what the last block gives, float32 [B, T, D], the weights of the pooling head over the patches, float32 [B, N], mean
+    over its heads; needed where `TeacherSpec.attention_source` is `pool`."""
 
 
 def activation_name(module: nn.Module) -> str:
@@ -100,45 +84,6 @@ def activation_of(mlps: Iterable[nn.Module]) -> str:
 def whiten(tokens: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine over the last axis, per token, in float32: (x - mean) / sqrt(biased variance + eps)."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps)
-
-
-def cls_attention(block_input: Tensor, parts: AttentionParts, n_prefix: int) -> Tensor:
-    """What the CLS token (the first) attends to among the patches, float32 [B, N], mean over heads.
-
-    block_input: [B, T, D], what enters the block. a = mean_h softmax(q_cls . k / sqrt(head width)) over all T keys;
-    the `n_prefix` columns of CLS and registers are then dropped: the map by which MILAN and MaskAlign sample what
-    stays visible. Only the CLS query and the keys are computed, so this costs one projection, and it does not
-    matter whether the block itself uses a fused attention that never shows its map.
-    """
-    normed = parts.norm(block_input.float())
-    query_weight, key_weight, _ = parts.qkv_weight.float().chunk(3)
-    query_bias, key_bias, _ = (None,) * 3 if parts.qkv_bias is None else parts.qkv_bias.float().chunk(3)
-
-    query = F.linear(normed[:, :1], query_weight, query_bias)  # [B, 1, H * head width]
-    keys = F.linear(normed, key_weight, key_bias)  # [B, T, H * head width]
-    query, keys = (x.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for x in (query, keys))  # [B, H, ., head width]
-    query, keys = parts.query_norm(query), parts.key_norm(keys)
-
-    logits = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, H, 1, T]
-    return logits.softmax(-1).mean(1)[:, 0, n_prefix:]
-
-
-def resize_position_table(table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid, by POSITIONS' rule; returned unchanged when the grid is the same.
-
-    table: [..., n_prefix + rows, D] with a square grid; the first `n_prefix` rows (CLS, registers) are kept
-    as they are.
-    """
-    prefix, patches = table.float().split([n_prefix, table.shape[-2] - n_prefix], dim=-2)
-    side = round(patches.shape[-2] ** 0.5)
-    if side * side != patches.shape[-2]:
-        raise BadInputError(f"The position table has {patches.shape[-2]} patch rows, which is no square grid.")
-    if grid == (side, side):
-        return table
-    image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
-    patches = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], grid[0] * grid[1], -1)
-    return torch.cat([prefix, patches], dim=-2)
 
 
 def grid_for(name: str, image_size: int, patch_size: int) -> tuple[int, int]:
@@ -170,7 +115,7 @@ class Teacher:
     nor saves it.
 
     spec:              what the store keeps about it
-    head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E] where there is one.
+    head:              float32 arrays `gamma` [D], `beta` [D] of the final norm, and `projection` [D, E], each where there is one.
                        final norm = gamma * whitened + beta; CLIP's embedding = final norm @ projection
     ignored_weights:   names in the weights file that belong to no part of this teacher (text tower, classifier)
     precision:         fp32, without TF32 whatever the process's settings, or bf16 by autocast (on a GPU, or a CPU
@@ -193,13 +138,16 @@ class Teacher:
         self.spec, self.precision, self.ignored_weights, self.weights_read = spec, precision, ignored_weights, weights_read
         self._anatomy = anatomy
         anatomy.model.eval().requires_grad_(False)
-        norm = anatomy.final_norm
-        head = {"gamma": norm.weight, "beta": norm.bias, "projection": anatomy.projection}
+        norm, head = anatomy.final_norm, {"projection": anatomy.projection}
+        assert (norm is not None) == spec.has_final_norm, "anatomy and description agree on the final norm"
+        if norm is not None:
+            head = {"gamma": norm.weight, "beta": norm.bias, **head}
         self.head: dict[str, np.ndarray] = {
             name: tensor.detach().float().cpu().numpy().copy() for name, tensor in head.items() if tensor is not None
         }
-        self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
-        self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
+        if norm is not None:
+            self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
+            self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
         self.to(device)
 
     def __repr__(self) -> str:
@@ -236,6 +184,7 @@ class Teacher:
         Raises UsageError for anything else.
         """
         images = self.preprocess(images_u8)  # [B, 3, H, W]
+        assert not any(module.training for module in self._anatomy.model.modules()), "a teacher in train mode"
         if precision is not None:
             check_precision(precision, self.device)
         layers, precision = self._check_layers(layers), precision or self.precision
@@ -277,9 +226,10 @@ class Teacher:
 
     @contextmanager
     def _taps(self, layers: Sequence[int]):
-        """Hooks that fill {block number: whitened output [B, T, D]} and, with CLS, {"attention": [B, N]} on a forward."""
+        """Hooks that fill {block number: whitened output [B, T, D]} and, with a source, {"attention": [B, N]} on a forward."""
         tapped: dict = {}
         blocks, parts_of, spec = self._anatomy.blocks, self._anatomy.attention_parts, self.spec
+        pool_attention = self._anatomy.pool_attention
 
         def keep_stream_float32(block, inputs):  # open_clip rounds it to bf16 under autocast, timm does not
             return (inputs[0].float(), *inputs[1:])
@@ -290,14 +240,20 @@ class Teacher:
 
             return hook
 
-        def tap_attention(block, inputs):
+        def tap_cls(block, inputs, named):
             with torch.autocast(inputs[0].device.type, enabled=False):
-                tapped["attention"] = cls_attention(inputs[0], parts_of(block), 1 + spec.n_registers)
+                tapped["attention"] = attention_map(inputs[0], parts_of(block), named.get("rope"))
+
+        def tap_pool(block, inputs, output):
+            with torch.autocast(output.device.type, enabled=False):
+                tapped["attention"] = pool_attention(output.flatten(1, -2).float())
 
         handles = [blocks[0].register_forward_pre_hook(keep_stream_float32)]
         handles += [blocks[number - 1].register_forward_hook(tap_output(number)) for number in layers]
-        if spec.has_cls:
-            handles.append(blocks[-1].register_forward_pre_hook(tap_attention))
+        if spec.attention_source == "cls":
+            handles.append(blocks[-1].register_forward_pre_hook(tap_cls, with_kwargs=True))
+        elif spec.attention_source == "pool":
+            handles.append(blocks[-1].register_forward_hook(tap_pool))
         try:
             yield tapped
         finally:

@@ -19,7 +19,8 @@ from timm.models.swin_transformer import SwinTransformer
 from ..errors import UsageError
 from ..format.spec import TeacherSpec
 from . import TeacherEntry
-from .base import NO_POSITIONS, RESIZE, Anatomy, Teacher, activation_of, check_precision
+from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision
+from .blocks.positions import NO_POSITIONS
 from .weights.load import Layout, load_weights, require_weights
 
 DEPTHS = {768: (2, 2, 6, 2), 1024: (2, 2, 18, 2)}
@@ -100,6 +101,8 @@ def load(
         resize=RESIZE,
         activation=activation_of(block.mlp for stage in model.layers for block in stage.blocks),
         positions=NO_POSITIONS,
+        attention_source=None,
+        head="layernorm",
     )
     anatomy = Anatomy(model, model.forward_features, model.layers[-1].blocks, model.norm, attention_parts=None)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)

@@ -1,11 +1,12 @@
-"""open_clip's ViT image towers as teachers: any plain one as `open_clip:ARCH/TAG`, and those of our table that are built
-of them.
+"""open_clip's ViT image towers as teachers: any plain one as `open_clip:ARCH/TAG`, those that are a ViT of timm's (SigLIP, PE,
+EVA02), and those of our table that are built of them.
 
 ARCH is one of open_clip's configurations and TAG one of its published weights, which also say mean, std and
 activation. A state dict does not say the activation, and open_clip itself only warns where tag and configuration
 differ in it; here that is an error. The files are read by our own reader, strictly.
 
-Gives up: towers of timm or torchvision kinds, attentional pooling, blocks with norms inside the attention.
+Gives up: ResNets, attentional pooling of open_clip's own, blocks with norms inside the attention; of timm's towers the
+projection, which stands behind their pooling.
 """
 
 from __future__ import annotations
@@ -13,27 +14,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
+import timm
+import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from ..errors import UnknownNameError, UsageError
 from ..format.spec import TeacherSpec
-from . import OPEN_CLIP_PREFIX
-from .base import (
-    POSITIONS,
-    RESIZE,
-    Anatomy,
-    AttentionParts,
-    Teacher,
-    activation_of,
-    check_precision,
-    grid_for,
-    resize_position_table,
-)
+from . import OPEN_CLIP_PREFIX, timm_vit
+from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision, grid_for
+from .blocks import timm_kinds
+from .blocks.attention import AttentionParts
+from .blocks.positions import OURS, as_begun
 from .weights.load import Layout, LoadedWeights, load_weights
 from .weights.offline import downloaded
 
@@ -56,19 +53,18 @@ LAYOUTS = (
     ),
 )
 
+TRUNK_LAYOUTS = (
+    Layout(keep=(("visual.trunk.", ""),), ignore=("visual.head.*", "visual.trunk.head.*", *_OTHER_PARTS), inside=("state_dict",)),
+    Layout(ignore=("head.*",)),  # timm's own names
+)
+"""Of towers that are a model of timm's."""
+
 
 def attention_parts(block: nn.Module) -> AttentionParts:
     """Of one of open_clip's residual blocks."""
-    attention = block.attn
-    same = nn.Identity()
-    return AttentionParts(
-        block.ln_1,
-        attention.in_proj_weight,
-        attention.in_proj_bias,
-        attention.num_heads,
-        query_norm=same,
-        key_norm=same,
-    )
+    attention, same = block.attn, nn.Identity()
+    (query, key, _), (query_bias, key_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    return AttentionParts(block.ln_1, query, query_bias, key, key_bias, attention.num_heads, same, same, n_prefix=1)
 
 
 def as_teacher(
@@ -100,9 +96,11 @@ def as_teacher(
         projection_dim=tower.proj.shape[1],
         resize=RESIZE,
         activation=activation_of(block.mlp for block in tower.transformer.resblocks),
-        positions=POSITIONS,
+        positions=OURS.words,
+        attention_source="cls",
+        head="layernorm",
     )
-    anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, tower.proj)
+    anatomy = Anatomy(tower, tower, tower.transformer.resblocks, tower.ln_post, attention_parts, projection=tower.proj)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 
@@ -111,13 +109,11 @@ def at_image_size(tower: VisionTransformer, name: str, image_size: int) -> None:
     grid = grid_for(name, image_size, tower.patch_size[0])
     if grid != tower.grid_size:
         tower.image_size, tower.grid_size = (image_size, image_size), grid
-        tower.positional_embedding = nn.Parameter(resize_position_table(tower.positional_embedding.detach(), 1, grid))
+        tower.positional_embedding = nn.Parameter(OURS.resize(tower.positional_embedding.detach(), 1, grid))
 
 
 def why_not_plain(vision: CLIPVisionCfg) -> str | None:
     """What about a tower of this configuration the taps and the attention do not allow for, or None."""
-    if vision.timm_model_name:
-        return f"its image tower is timm's {vision.timm_model_name} (try timm:{vision.timm_model_name})"
     if not isinstance(vision.layers, int):
         return "its image tower is a ResNet"
     if vision.attentional_pool:
@@ -137,7 +133,7 @@ def load_open_clip(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
-    as_begun: bool = False,
+    begun: TeacherSpec | None = None,
 ) -> Teacher:
     """The teacher `open_clip:ARCH/TAG`; see `load_teacher`.
 
@@ -148,6 +144,8 @@ def load_open_clip(
     arch, _, tag = name.removeprefix(OPEN_CLIP_PREFIX).partition("/")
     config, published = _config_of(name, arch, tag)
     vision = CLIPVisionCfg(**config["vision_cfg"])
+    if vision.timm_model_name:
+        return _load_trunk(name, arch, tag, vision, published, weights, image_size, device, precision, begun)
     if reason := why_not_plain(vision):
         raise UsageError(
             f"{name} cannot be a teacher: {reason}. Only open_clip's plain ViTs can, such as {OPEN_CLIP_PREFIX}"
@@ -155,19 +153,71 @@ def load_open_clip(
         )
 
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
-    if weights is None:
-        path, source = _download(name, tag, published)
-        loaded = dataclasses.replace(load_weights(tower, path, LAYOUTS), source=f"open_clip pretrained: {source}")
-    else:
-        source = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
-        of_tag = f", such as the file of {source}" if source else ""
-        expected = f"Give a file with the names that open_clip gives to its {arch}{of_tag}."
-        loaded = load_weights(tower, weights, LAYOUTS, expected=expected)
-    if not as_begun:
+    loaded = _fill(tower, name, arch, tag, published, weights, LAYOUTS)
+    if begun is None or begun.activation is not None:
         _require_not_openais(name, arch, tag, weights, loaded)
     at_image_size(tower, name, image_size or vision.image_size)
     mean, std = published.get("mean", open_clip.OPENAI_DATASET_MEAN), published.get("std", open_clip.OPENAI_DATASET_STD)
     return as_teacher(name, tower, loaded, mean, std, device, precision)
+
+
+def _load_trunk(
+    name: str,
+    arch: str,
+    tag: str,
+    vision: CLIPVisionCfg,
+    published: dict,
+    weights: str | os.PathLike | None,
+    image_size: int | None,
+    device: str,
+    precision: str,
+    begun: TeacherSpec | None,
+) -> Teacher:
+    """The teacher of an architecture whose image tower is a model of timm's, without what open_clip puts behind its pooling.
+
+    Where no tag is given, mean and std are those of all tags of the architecture, if these agree.
+    """
+
+    def trunk() -> nn.Module:
+        pool = {"global_pool": vision.timm_pool} if vision.timm_pool else {}
+        return timm.create_model(vision.timm_model_name, num_classes=0, **pool)
+
+    with torch.device("meta"):
+        reason = timm_kinds.why_not(trunk())
+    if reason:
+        raise UsageError(
+            f"{name} cannot be a teacher: its image tower is timm's {vision.timm_model_name}, and {reason}. Towers that can: "
+            f"{OPEN_CLIP_PREFIX}ViT-B-16/laion2b_s34b_b88k, {OPEN_CLIP_PREFIX}ViT-B-16-SigLIP2/webli."
+        )
+    model = trunk()
+    loaded = _fill(model, name, arch, tag, published, weights, TRUNK_LAYOUTS)
+    rule = as_begun(timm_vit.position_rule(model), begun)
+    timm_vit.at_image_size(model, name, image_size or vision.image_size, rule)
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(arch)
+    known = [open_clip.get_pretrained_cfg(arch, each) for each in tags]
+    means = {(tuple(each["mean"]), tuple(each["std"])) for each in known if "mean" in each and "std" in each}
+    mean, std = means.pop() if len(means) == 1 else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return timm_vit.as_teacher(name, model, loaded, mean, std, device, precision, rule=rule)
+
+
+def _fill(
+    tower: nn.Module,
+    name: str,
+    arch: str,
+    tag: str,
+    published: dict,
+    weights: str | os.PathLike | None,
+    layouts: Sequence[Layout],
+) -> LoadedWeights:
+    """Fill a tower from `weights`, or from the tag's file where there are none."""
+    if weights is None:
+        path, source = _download(name, tag, published)
+        return dataclasses.replace(load_weights(tower, path, layouts), source=f"open_clip pretrained: {source}")
+    source = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
+    of_tag = f", such as the file of {source}" if source else ""
+    return load_weights(
+        tower, weights, layouts, expected=f"Give a file with the names that open_clip gives to its {arch}{of_tag}."
+    )
 
 
 def _config_of(name: str, arch: str, tag: str) -> tuple[dict, dict]:

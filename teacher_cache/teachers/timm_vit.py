@@ -1,37 +1,29 @@
-"""timm's plain VisionTransformer as a teacher: any of them as `timm:NAME`, and those of our table that are built of it.
+"""timm's ViTs as teachers: any of them as `timm:NAME`, and those of our table that are built of them.
 
-Plain means: one flat sequence of [CLS, registers,] patches, absolute positions or none, pre-norm blocks with
-timm's own attention, LayerNorm. Everything else is refused by what it is, not by its name.
+A ViT is here one flat sequence of [CLS, registers,] patches, absolute positions, rotary ones or both, and pre-norm blocks with
+an attention that blocks/timm_kinds.py knows. Everything else is refused by what it is, not by its name.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from timm.layers import PatchEmbed
 from timm.models import get_arch_pretrained_cfgs
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, UsageError
 from ..format.spec import TeacherSpec
 from . import TIMM_PREFIX, TeacherEntry
-from .base import (
-    NO_POSITIONS,
-    POSITIONS,
-    RESIZE,
-    Anatomy,
-    AttentionParts,
-    Teacher,
-    activation_of,
-    check_precision,
-    grid_for,
-    resize_position_table,
-)
+from .base import RESIZE, Anatomy, Teacher, activation_of, check_precision, grid_for
+from .blocks import timm_kinds
+from .blocks.positions import OURS, PositionRule, as_begun, in_words, of_family
 from .weights.load import Layout, LoadedWeights, load_weights, sha256_tensors
 from .weights.offline import downloaded
 
@@ -55,73 +47,42 @@ def build_vit(entry: TeacherEntry, weight_init: str = "") -> VisionTransformer:
     )
 
 
-def attention_parts(block: Block) -> AttentionParts:
-    """Of one of timm's blocks."""
-    attention = block.attn
-    return AttentionParts(
-        block.norm1,
-        attention.qkv.weight,
-        attention.qkv.bias,
-        attention.num_heads,
-        attention.q_norm,
-        attention.k_norm,
-    )
+def position_rule(model: VisionTransformer | Eva) -> PositionRule:
+    """How the family of this model of timm's resizes its table."""
+    return of_family(model.pretrained_cfg["architecture"])
 
 
-def final_norm(model: VisionTransformer) -> nn.Module:
-    """The norm behind the last block.
-
-    Where timm moved it behind the average pooling (`fc_norm`), that one: applied token by token it stands to
-    the tokens as CLIP's ln_post, which CLIP itself applies to CLS only.
-    """
-    return model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-
-
-def why_not_plain(model: nn.Module) -> str | None:
-    """What about this model the taps and the attention do not allow for, or None."""
-    if type(model) is not VisionTransformer:
-        return f"its class is {type(model).__name__}"
-    block = model.blocks[-1]
-    if type(block) is not Block:
-        return f"its blocks are of the kind {type(block).__name__}"
-    if type(block.attn) is not Attention:
-        return f"its attention is {type(block.attn).__name__}"
-    if type(model.patch_embed) is not PatchEmbed:
-        return f"its patches come out of a {type(model.patch_embed).__name__}"
-    for norm in (block.norm1, final_norm(model)):
-        if not isinstance(norm, nn.LayerNorm):
-            return f"it has {type(norm).__name__} where the whitening is a LayerNorm"
-    patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
-    if patch[0] != patch[1] or grid[0] != grid[1]:
-        return f"its patches of {patch[0]} x {patch[1]} pixels stand in a grid of {grid[0]} x {grid[1]}"
-    return None
-
-
-def at_image_size(model: VisionTransformer, name: str, image_size: int) -> None:
-    """Change the model's input size in place, its position table by our own rule (timm's is antialiased)."""
+def at_image_size(model: VisionTransformer | Eva, name: str, image_size: int, rule: PositionRule = OURS) -> None:
+    """Change the model's input size in place: its position table by `rule` (timm's is antialiased), its rotation by its own."""
     grid = grid_for(name, image_size, model.patch_embed.patch_size[0])
     if grid == model.patch_embed.grid_size:
         return
     model.patch_embed.set_input_size(image_size)
     if model.pos_embed is not None:
         n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        model.pos_embed = nn.Parameter(resize_position_table(model.pos_embed.detach(), n_prefix, grid))
+        model.pos_embed = nn.Parameter(rule.resize(model.pos_embed.detach(), n_prefix, grid))
+    if getattr(model, "rope", None) is not None:
+        model.rope.update_feat_shape(list(grid))
 
 
 def as_teacher(
     name: str,
-    model: VisionTransformer,
+    model: VisionTransformer | Eva,
     loaded: LoadedWeights,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: str,
     precision: str,
     projection: Tensor | None = None,
+    rule: PositionRule = OURS,
 ) -> Teacher:
-    """A filled plain ViT, at the image size it stands at, described and frozen.
+    """A filled ViT, at the image size it stands at, described and frozen.
 
     projection: [D, E] behind the final norm, where there is one
+    rule:       by which its position table was brought to that size
     """
+    has_cls = model.cls_token is not None
+    norm = timm_kinds.final_norm(model)
     spec = TeacherSpec(
         name=name,
         weights=loaded.source,
@@ -132,17 +93,20 @@ def as_teacher(
         dim=model.embed_dim,
         depth=len(model.blocks),
         heads=model.blocks[-1].attn.num_heads,
-        has_cls=model.has_class_token,
-        n_registers=model.num_reg_tokens,
+        has_cls=has_cls,
+        n_registers=model.num_prefix_tokens - int(has_cls),
         mean=tuple(mean),
         std=tuple(std),
-        norm_eps=final_norm(model).eps,
+        norm_eps=timm_kinds.norm_eps(model),
         projection_dim=None if projection is None else projection.shape[1],
         resize=RESIZE,
         activation=activation_of(block.mlp for block in model.blocks),
-        positions=NO_POSITIONS if model.pos_embed is None else POSITIONS,
+        positions=in_words(rule, model.pos_embed is not None, timm_kinds.rotation_in_words(model)),
+        attention_source=timm_kinds.attention_source(model),
+        head="none" if norm is None else "layernorm",
     )
-    anatomy = Anatomy(model, model.forward_features, model.blocks, final_norm(model), attention_parts, projection)
+    parts_of, pool = partial(timm_kinds.attention_parts, model.num_prefix_tokens), partial(timm_kinds.pool_attention, model)
+    anatomy = Anatomy(model, model.forward_features, model.blocks, norm, parts_of, projection, pool)
     return Teacher(spec, anatomy, device, precision, loaded.ignored, loaded.how)
 
 
@@ -152,7 +116,7 @@ def load_timm(
     image_size: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
-    as_begun: bool = False,
+    begun: TeacherSpec | None = None,
 ) -> Teacher:
     """The teacher `timm:NAME`; see `load_teacher`.
 
@@ -162,15 +126,13 @@ def load_timm(
     the tensors, because timm may rename them on the way from the file. Raises UsageError for another activation than theirs.
     """
     check_precision(precision, device)
+    with torch.device("meta"):  # what it is shows without its numbers, of which there may be billions
+        reason = timm_kinds.why_not(_create(name))
+    if reason:
+        raise UsageError(f"{name} cannot be a teacher: {reason}. {_instead(name)}")
     model = _create(name)
-    if reason := why_not_plain(model):
-        raise UsageError(
-            f"{name} cannot be a teacher: {reason}. Only timm's plain VisionTransformer can (one sequence of patches, "
-            f"absolute positions, pre-norm blocks), such as {TIMM_PREFIX}vit_small_patch16_224 or "
-            f"{TIMM_PREFIX}vit_small_patch14_dinov2."
-        )
     config = model.pretrained_cfg
-    if not as_begun:
+    if begun is None or begun.activation is not None:
         _require_native_activation(name, model)
     if weights is None:
         model = _download(name, config)
@@ -179,10 +141,21 @@ def load_timm(
     else:
         classifier = config.get("classifier") or "head"
         layout = Layout(ignore=(f"{classifier}.*", *_NOT_IN_TIMM), inside=("state_dict", "model"))
-        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), f"Give {_in_timms_names(name)}.")
+        loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), _expected(name))
+    rule = as_begun(position_rule(model), begun)
     if image_size is not None:
-        at_image_size(model, name, image_size)
-    return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision)
+        at_image_size(model, name, image_size, rule)
+    return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision, rule=rule)
+
+
+def _instead(name: str) -> str:
+    """What to ask for where a name of timm's cannot be a teacher."""
+    if near := timm_kinds.nearest(name.removeprefix(TIMM_PREFIX)):
+        return f"The nearest that can: {' or '.join(TIMM_PREFIX + other for other in near)}."
+    return (
+        "timm's ViTs can that are one sequence of patches through pre-norm blocks, such as "
+        f"{TIMM_PREFIX}vit_small_patch16_224, {TIMM_PREFIX}vit_small_patch14_dinov2 or {TIMM_PREFIX}vit_small_patch16_dinov3."
+    )
 
 
 def _create(name: str, pretrained: bool = False) -> nn.Module:
@@ -231,6 +204,14 @@ def _in_timms_names(name: str) -> str:
         f"safetensors.torch as s; s.save_file(timm.create_model('{wanted}', pretrained=True).state_dict(), "
         "'teacher.safetensors')\""
     )
+
+
+def _expected(name: str) -> str:
+    """Which file to give; and for which other name it would be, if biases of queries and values are all that differs."""
+    arch, dot, tag = name.removeprefix(TIMM_PREFIX).partition(".")
+    other, has = (arch.removesuffix("_qkvb"), "no") if arch.endswith("_qkvb") else (f"{arch}_qkvb", "")
+    known = f"A file with {has} biases of queries and values is {TIMM_PREFIX}{other}{dot}{tag}'s. ".replace("  ", " ")
+    return (known if timm.is_model(other) else "") + f"Give {_in_timms_names(name)}."
 
 
 def _download(name: str, config: dict) -> VisionTransformer:

@@ -93,6 +93,7 @@ def page_of(view: View, store: StoreReader, options: Options, teacher, verified:
         fidelity=shown,
         gathered=gathered,
         charts={"norms": charts.norm_chart(layers), "rank": charts.rank_chart(layers), "likeness": charts.likeness_chart(layers)},
+        attention_source=store.teacher.attention_source,
         attention_charts=charts.attention_charts(attention, store.teacher.grid) if attention else [],
         boxes=boxes,
         box_charts=charts.box_charts(boxes, cache.plan),

@@ -118,7 +118,7 @@ def _map(name: str, label: str, values: np.ndarray, low: float | None = None, hi
 def attention_charts(attention: AttentionFigures, grid: tuple[int, int]) -> list[tuple[Markup, str]]:
     """(chart, caption)."""
     entropies = _histogram(
-        "entropy", "Entropy of CLS attention over crops", attention.entropies, "entropy over log N", np.linspace(0, 1, 41)
+        "entropy", "Entropy of attention over crops", attention.entropies, "entropy over log N", np.linspace(0, 1, 41)
     )
     where = _map("attention-map", "Mean share of attention by place", attention.mean_map.reshape(grid))
     return [(entropies, "Entropy of each crop's attention: at 0 one patch has all, at 1 all have the same."),

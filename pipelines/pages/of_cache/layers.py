@@ -104,12 +104,12 @@ def effective_rank(covariance: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class AttentionFigures:
-    """How a teacher's CLS attention is spread over the patches."""
+    """How a teacher's attention is spread over the patches."""
 
     entropies: np.ndarray
     """float64 [n], of each crop, over log N: 0 one patch has all, 1 all have the same."""
     to_patches: float
-    """Mean sum over the patches; the rest goes to CLS itself (and registers)."""
+    """Mean sum over the patches; the rest goes to CLS and registers."""
     top_tenth: float
     """Mean share of it that the most attended tenth of the patches has."""
     mean_map: np.ndarray

@@ -7,7 +7,7 @@ import numpy as np
 from teacher_cache.cache import Cache, View
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.layout import CROPS_BETON
-from teacher_cache.format.spec import StoreSpec
+from teacher_cache.format.spec import ATTENTION_SOURCES, StoreSpec
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.words import human
 
@@ -43,11 +43,12 @@ def provenance(store: StoreReader) -> list[tuple[str, str]]:
     teacher, spec, manifest = store.teacher, store.spec, store.manifest
     rows, columns = teacher.grid
     cls = "CLS" if teacher.has_cls else "no CLS"
-    also = ", attention" * spec.attention
+    head = "a final norm" if teacher.has_final_norm else "no final norm"
+    also = f", {ATTENTION_SOURCES[teacher.attention_source]} attention" if spec.attention else ", no attention"
     also += f", {spec.visible} of {teacher.n_patches} patches of each crop" * (spec.visible > 0)
     return [
         ("teacher", f"{teacher.name}: {rows} x {columns} patches of {teacher.patch_size} px, width {teacher.dim}, "
-         f"{teacher.depth} blocks, {cls}"),
+         f"{teacher.depth} blocks, {cls}, {teacher.n_registers} registers, {head}"),
         ("weights", f"{teacher.weights}, SHA-256 {teacher.weights_sha256}"),
         ("kept", f"layers {', '.join(map(str, spec.layers))}, {spec.dtype}{also}"),
         ("input", f"{teacher.image_size} px, {teacher.resize}, {manifest.precision}"),

@@ -38,7 +38,7 @@ class LookedAt:
     pixels: np.ndarray
     """uint8 [size, size, 3], as the teacher saw them."""
     attention: np.ndarray | None
-    """float32 [N], CLS to patches; None if the store keeps none."""
+    """float32 [N], the teacher's attention to the patches; None if the store keeps none."""
     tokens: dict[int, np.ndarray]
     """float32 [N, D] by layer: whitened patch tokens, without CLS; NaN for patches that a store of visible tokens leaves out."""
     original: Image.Image | None

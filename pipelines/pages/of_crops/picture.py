@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from teacher_cache.format.crop_plan import CropPlan
-from teacher_cache.format.spec import TeacherSpec
+from teacher_cache.format.spec import ATTENTION_SOURCES, TeacherSpec
 
 from ..maps import NOTHING, colours_of_tokens, hide, over_crop, similarities
 from ..palette import LIGHT
@@ -61,7 +61,7 @@ def picture_of_one(scene: Scene) -> Panels:
     panels.words(MARGIN, 0.2, f"Row {crop.row:,} of view {scene.view}: {crop.name}", weight="bold", size=13)
     panels.words(MARGIN, 0.47, f"{_class_of(crop)}{_cut_of(scene.plan, crop)}", size=9, color=LIGHT["muted"])
 
-    panels.heading(0, "Crop", f"as {scene.teacher.name} saw it{_attention_in_words(crop)}")
+    panels.heading(0, "Crop", f"as {scene.teacher.name} saw it{_attention_in_words(crop, scene.teacher)}")
     _draw_pixels(panels, 0, scene, crop, with_titles=True)
 
     patch = scene.patch_of(crop)
@@ -139,7 +139,8 @@ def _draw_pixels(panels: Panels, line: int, scene: Scene, crop: LookedAt, with_t
     panels.panel(line, column, crop.pixels, "crop" * with_titles)
     if crop.attention is not None:
         levels = crop.attention / max(float(crop.attention.max()), 1e-12)
-        axes = panels.panel(line, column + 1, over_crop(crop.pixels, levels, scene.teacher.grid), "CLS attention" * with_titles)
+        title = f"{ATTENTION_SOURCES[scene.teacher.attention_source]} attention"
+        axes = panels.panel(line, column + 1, over_crop(crop.pixels, levels, scene.teacher.grid), title * with_titles)
         _frame_patch(axes, scene.patch_of(crop), scene.teacher.grid, *crop.pixels.shape[:2])
 
 
@@ -178,10 +179,11 @@ def _cut_of(plan: CropPlan, crop: LookedAt) -> str:
     )
 
 
-def _attention_in_words(crop: LookedAt) -> str:
+def _attention_in_words(crop: LookedAt, teacher: TeacherSpec) -> str:
     if crop.attention is None:
         return "; it keeps no attention"
-    return f"; CLS gives the patches {crop.attention.sum():.0%} of its attention, the most attended {crop.attention.max():.1%}"
+    who = "CLS" if teacher.attention_source == "cls" else "the pooling head"
+    return f"; {who} gives the patches {crop.attention.sum():.0%} of its attention, the most attended {crop.attention.max():.1%}"
 
 
 def _presets_of(law: Law) -> str:

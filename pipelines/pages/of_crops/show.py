@@ -56,7 +56,7 @@ def show(cache_dir: Path, rows: Sequence[int], view: int, out: Path, say: Callab
         laws = one_a_kind(laws)
     attention = np.stack([crop.attention for crop in crops]) if store.spec.attention else None
     if attention is None:
-        say(f"{store.teacher.name} keeps no CLS attention: the picture has none, and no masks that are drawn by it.")
+        say(f"The store of {store.teacher.name} has no attention: the picture has none, and no masks that are drawn by it.")
     if not laws:
         say(f"No preset has a grid of {shape.grid[0]} x {shape.grid[1]} patches: the picture has no masks.")
     hidden = [hidden_patches(law, shape, attention, len(rows), seed) for law in laws]

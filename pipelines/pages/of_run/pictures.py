@@ -24,6 +24,7 @@ from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import NotInCacheError, TeacherCacheError
 from teacher_cache.format.layout import store_file_name
+from teacher_cache.format.spec import ATTENTION_SOURCES
 from teacher_cache.store.reader import StoreReader
 
 from ...feed.teacher_values import teacher_head, teacher_shape
@@ -165,7 +166,8 @@ def _columns(student: Student, config, batch: Batch, pixels: np.ndarray, stores:
     ]
     own = cls_attention(student.backbone, batch.images)
     for store, attention in theirs[:1]:
-        yield "attention: teacher", f"what CLS of {store.teacher.name} attends to", _heat(pixels, attention, store.teacher.grid)
+        about = f"{ATTENTION_SOURCES[store.teacher.attention_source]} attention of {store.teacher.name}"
+        yield "attention: teacher", about, _heat(pixels, attention, store.teacher.grid)
     if own is not None:
         alike = ""
         if theirs and theirs[0][1].shape == own.shape:

@@ -22,7 +22,7 @@ from ...errors import ConfigError
 from ..backbones import Encoded
 from ..batch_norm import BatchNorm
 from ..targets import final_norm
-from .objective import Objective, Teachers, require_teacher
+from .objective import Objective, Teachers, require_teacher_with_head
 
 # B batch, N patches, M hidden patches, C width of student and teacher, E width of queries and keys, K keys in a queue
 
@@ -98,7 +98,7 @@ class Contrast(Objective):
 
     def __init__(self, config: ContrastConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()
-        teacher = require_teacher(config, backbone, teachers)
+        teacher = require_teacher_with_head(config, backbone, teachers)
         if teacher.dim != backbone.dim:
             raise ConfigError(
                 f"{config.name}: the key projector is an average of the student's projector, so both must be equally wide; the "

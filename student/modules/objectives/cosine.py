@@ -15,7 +15,7 @@ from ..backbones import Encoded
 from ..initial_weights import init_linear_and_norm
 from ..predictor import Predictor
 from ..targets import teacher_output, unit_length
-from .objective import Objective, Teachers, require_teacher
+from .objective import Objective, Teachers, require_teacher_with_head
 
 # B batch, N patches, C 1 if student and teacher have CLS else 0, E width of the teacher's output
 
@@ -34,7 +34,7 @@ class Cosine(Objective):
 
     def __init__(self, config: CosineConfig, backbone: BackboneConfig, teachers: Teachers):
         super().__init__()
-        teacher = require_teacher(config, backbone, teachers)
+        teacher = require_teacher_with_head(config, backbone, teachers)
         self.teacher = config.teacher
         self.scale = config.scale
         self.factors = config.tokens

@@ -49,8 +49,20 @@ def require_teacher(config: ObjectiveConfig, backbone: BackboneConfig, teachers:
     teacher = teachers[config.teacher]
     if teacher.grid != backbone.grid:
         raise ConfigError(
-            f"The objective {config.name} compares patch by patch: the student has {backbone.grid} patches "
-            f"({backbone.image_size} pixels, {backbone.stride} a patch), the teacher {teacher.name} has {teacher.grid}. "
-            f"Choose a backbone of that grid, or another teacher."
+            f"The objective {config.name} compares patch by patch: the student has {backbone.grid[0]} x {backbone.grid[1]} "
+            f"patches ({backbone.image_size} pixels, {backbone.stride} a patch), the teacher {teacher.name} has "
+            f"{teacher.grid[0]} x {teacher.grid[1]}. {teacher.how_to_meet(backbone)}"
+        )
+    return teacher
+
+
+def require_teacher_with_head(config: ObjectiveConfig, backbone: BackboneConfig, teachers: Teachers) -> TeacherShape:
+    """As `require_teacher`, and ConfigError for a teacher without the final norm that the objective compares with."""
+    teacher = require_teacher(config, backbone, teachers)
+    if not teacher.has_final_norm:
+        raise ConfigError(
+            f"The objective {config.name} learns from the output of the teacher's final norm, and {teacher.name} has none "
+            "(`head` is none in its store). The objectives align, mimic and reconstruct.mimic learn from its block outputs as "
+            f"they are stored; {config.name} needs a store that teacher-cache inspect does not mark `no final norm`."
         )
     return teacher

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ...files.durable import sha256_file
 from .. import TeacherEntry
 from .files import read_file
 from .parts import Layout, choose, listed, split_key
+from .renaming import in_own_names
 
 PUBLISHED = "Give the file published for it (`teacher-cache teachers` names it)."
 
@@ -76,7 +77,11 @@ def load_weights(
 
     given, layouts = str(weights), tuple(layouts)
     path, key = split_key(given)
-    found, own = read_file(path, pickled), model.state_dict()
+    own = model.state_dict()
+    reading = in_own_names(read_file(path, pickled), own)
+    found, layouts = reading.found, tuple(replace(layout, ignore=layout.ignore + reading.ignore) for layout in layouts)
+    if reading.title:
+        expected = f"It was read as {reading.title} and renamed: names that are not in it are this teacher's own. {expected}"
     part = choose(found, key, layouts, own, given, expected)
     tensors = {name: tensor.float() for name, tensor in part.tensors.items()}
     if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -88,7 +93,8 @@ def load_weights(
 
     says_itself = key is None or _is_chosen_without_key(part, found, layouts, own)
     narrow = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()} & {"float16", "bfloat16"})
-    taken = ([f"from {part.key}"] if part.key else []) + [f"stored as {kind}" for kind in narrow]
+    taken = [f"in the names of {reading.title}"] * bool(reading.title)
+    taken += ([f"from {part.key}"] if part.key else []) + [f"stored as {kind}" for kind in narrow]
     return LoadedWeights(
         path.name if key is None else f"{path.name}#{key}",
         sha256_file(path) if says_itself else sha256_tensors(model.state_dict()),

@@ -172,8 +172,11 @@ def choose(found: dict, key: str | None, layouts: Sequence[Layout], own: dict[st
         hint = f"To take a part of it alone: {options}. "
     elif foreign := next((name for name in map(str, dict.keys(closest.node)) if _TRANSFORMERS.search(name)), None):
         known = ", ".join(sorted(map(layouts[0].name_in_file, own))[:2])
-        hint = (f"It has the layout of Hugging Face's transformers ({foreign}), which is not read: names must be like {known}, "
-                "in one dictionary and behind one prefix at most. ")  # fmt: skip
+        hint = (
+            f"It has the layout of Hugging Face's transformers ({foreign}), which is read of whole ViTs, DINOv2, DINOv3, CLIP "
+            f"and SigLIP; other names must be like {known}, in one dictionary and behind one prefix at most. "
+        )
+    hint += _of_another_grid(closest, own)
     raise BadInputError(f"--weights {given} does not fit this teacher: {faults}. {hint}{expected}")
 
 
@@ -280,6 +283,17 @@ def _starts(name: str) -> Iterator[str]:
     """All beginnings of a dotted name that end with a dot, the empty one included."""
     yield ""
     yield from (name[: i + 1] for i in range(len(name)) if name[i] == ".")
+
+
+def _of_another_grid(part: Part, own: dict[str, Tensor]) -> str:
+    """A sentence where the position table is that of another input size, else nothing."""
+    for name in ("pos_embed", "positional_embedding"):
+        shapes = [tuple(getattr(state.get(name), "shape", ())) for state in (part.tensors, own)]
+        if len({shape[-1:] for shape in shapes}) == 1 and len({len(shape) for shape in shapes}) == 1 and shapes[0] != shapes[1]:
+            rows = [shape[-2] for shape in shapes]
+            return (f"Its position table has {rows[0]:,} rows and this model's {rows[1]:,}: the file is of another input size; "
+                    "--image-size changes the size after loading, and needs the file of this model's own. ")  # fmt: skip
+    return ""
 
 
 def _n_unfilled(part: Part, own: dict[str, Tensor]) -> int:

@@ -1,0 +1,1 @@
+"""What kinds of ViT there are: how their attention is recomputed, how they know positions, which norm is last."""
