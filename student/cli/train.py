@@ -44,6 +44,8 @@ from .show import print_preset, print_presets, print_rates
 )
 @click.option("--check", type=click.Choice(list(CHECKS)),
               help="When the checksum of a row of targets is compared. [default: first]")  # fmt: skip
+@click.option("--init", metavar="FILE|RUN|timm:NAME", help="Begin the encoder from weights that are there: MAE's or MCMAE's "
+              ".pth, a file of timm or student-export, a folder of transformers' ViT, another run, a model of timm.")  # fmt: skip
 @click.option("--live", is_flag=True, help="Run the teacher on the spot instead of reading its targets (slow; for comparison).")
 @click.option("--weights", multiple=True, help="With --live: the weights of each teacher, as for teacher-cache extract.")
 @click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
@@ -57,8 +59,8 @@ from .show import print_preset, print_presets, print_rates
               "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept_mismatch, max_steps, device, micro_batch,
-          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show,
-          rates, as_json):  # fmt: skip
+          workers, reader, check, init, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets,
+          show, rates, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -66,6 +68,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
       student-train --cache CACHE --preset maskalign-b16 --out runs/a
       student-train --cache CACHE --preset mae-s16 --out runs/b --set batch_size=256 --set optim.base_lr=1e-4
       student-train --cache CACHE --preset maskalign-b16 --out runs/a --change optim.base_lr=1e-4
+      student-train --cache CACHE --preset maskalign-b16 --out runs/d --init mae_pretrain_vit_base.pth
       torchrun --nproc-per-node 8 -m student --cache CACHE --preset milan-b16 --out runs/c
 
     Ctrl-C, SIGTERM (pre-emption) and any error save the last completed step; the same command goes on from there, with the very
@@ -124,7 +127,7 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             reading = {"reader": reader or "mmap", "check": check or "first"}
             options = {"changes": requests, "micro_batch": micro_batch, "checkpoint_every": checkpoint_every,
                        "keep_checkpoints": keep_checkpoints, "compiled": compiled}  # fmt: skip
-            run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options)
+            run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options, init)
             _tell(*(f"note     {line}" for line in kept))
             try:
                 steps = run.trainer.fit(max_steps)
@@ -195,11 +198,12 @@ def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     )  # fmt: skip
 
 
-def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mismatches: list[str], options):
+def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mismatches: list[str], options, init):
     """The trainer of a run: teachers, student and source, joined; says what was found."""
     from teacher_cache.kernels import sigbus
 
     from ..devices.distributed import rank, world_size
+    from ..exports.initial import begin
     from ..modules.model import Student
     from ..run.trainer import Trainer
 
@@ -211,6 +215,7 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
             f"that size{change}."
         )
     student = Student(config, lesson.shapes)
+    began, lines = begin(init, student.backbone, config.backbone, out)
     reading = {**reading, "masks": student.masks_ahead(config)}
     source = lesson.source(cache, student.needs, reading, {**data, "rank": rank(), "world": world_size()})
     if mismatches:
@@ -218,7 +223,7 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
     sigbus.install()
-    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), **options)
+    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), init=began, **options)
     n_processes = f", {world_size()} processes" if world_size() > 1 else ""
     _tell(
         f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {data['device']}{n_processes}",
@@ -227,6 +232,7 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
         f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
         *(f"note     {line} (accepted)" for line in mismatches),
     )
+    _tell(*(f"init     {line}" for line in lines))
     _tell(*(f"changed  {change}" for change in trainer.changes))
     if trainer.directory and not trainer.is_new:
         _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))

@@ -141,6 +141,8 @@ def _training_rows(record: ExportRecord) -> list[tuple[str, str]]:
         ("seed", f"{facts['seed']}"),
         ("weights", facts["weights"]),
     ]
+    if facts["init"]:
+        rows.append(("begun from", f"{facts['init'].get('from')}, sha256 `{facts['init'].get('sha256')}`"))
     if isinstance(data.get("crops_id"), str):
         rows.append(("crops of the cache", f"`{data['crops_id']}`"))
     if isinstance(views, list):

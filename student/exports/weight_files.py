@@ -28,8 +28,8 @@ class WeightFile:
     tensors: dict[str, Tensor]
     record: ExportRecord | None
     """None: it is no export of a student."""
-    heads: int | None
-    """Of its attention, where it says so."""
+    heads: int | tuple[int, ...] | None
+    """Of its attention, of each stage of a Swin; None where nothing tells."""
 
 
 def read_weights(path: str | Path) -> WeightFile:
@@ -53,12 +53,7 @@ def read_weights(path: str | Path) -> WeightFile:
     else:
         tensors, text = _read_torch(path)
         record = ExportRecord.from_text(text, path) if text is not None else None
-    return WeightFile(path, tensors, record, _heads(record))
-
-
-def _heads(record: ExportRecord | None) -> int | None:
-    heads = getattr(record.config, "heads", None) if record else None
-    return heads if isinstance(heads, int) else None
+    return WeightFile(path, tensors, record, record.config.heads if record else None)
 
 
 def _read_folder(folder: Path) -> WeightFile:
@@ -91,8 +86,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Tensors, and the text of the record if there is one."""
     try:
         # MAE's trainer keeps its command's arguments in a checkpoint
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0].split(". ")[0]
         raise RunError(

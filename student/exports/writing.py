@@ -83,6 +83,7 @@ def facts_of(config: TrainConfig, description: Description, averaged: bool) -> d
         "seed": config.seed,
         "data": description.identity,
         "changes": description.changes,
+        "init": description.init,
         "checkpoint_crc32": description.tensors_crc32,
     }
 

@@ -64,6 +64,7 @@ class Trainer:
         log_every: int = 50,
         on_step: Callable[[StepReport], None] | None = None,
         data_from: str = "",
+        init: dict | None = None,
     ):
         """
         config: what the run was begun with.
@@ -77,6 +78,7 @@ class Trainer:
         log_every: steps between plain lines where there is no terminal; metrics.jsonl has every step.
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
+        init: what the encoder of `student` began from, kept in the run: the record of exports.initial.begin.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
         self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
@@ -104,7 +106,7 @@ class Trainer:
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
         try:
-            self._resume(out_dir, changes or {}, data_from)
+            self._resume(out_dir, changes or {}, data_from, init or {})
         except BaseException:
             self._close_directory()
             raise
@@ -312,7 +314,7 @@ class Trainer:
                 changes = [change for change in self.changes if change.step < self.step]
                 save_checkpoint(
                     self.directory.path, self.step, self.student, self.optimizer, self.config, self.source.identity,
-                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite,
+                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite, self.init,
                 )  # fmt: skip
             self.saved_step = self.step
 
@@ -325,14 +327,16 @@ class Trainer:
             self.average.decay = self.settings.optim.ema
         self._boundaries = {change.step for change in self.changes}
 
-    def _resume(self, out_dir: Path, changes: Mapping[str, str], data_from: str) -> None:
+    def _resume(self, out_dir: Path, changes: Mapping[str, str], data_from: str, init: dict) -> None:
         """Go to where the run in `out_dir` is: weights, step and changes of its newest checkpoint, if it has one."""
         barrier()  # the directory is this run's before any other process looks into it
         self.step = self.saved_step = 0
+        self.init = init
         recorded, led_here = recorded_changes(out_dir), ()
         if checkpoint := latest_checkpoint(out_dir):
             there = load_checkpoint(checkpoint, self.student, self.optimizer, self.config, self.source.identity, self.average)
             self.step = self.saved_step = there.step
+            self.init = there.init
             led_here = there.known_changes(checkpoint)
             recorded = led_here if recorded is None else recorded
             _require_same_history(checkpoint, led_here, [change for change in recorded if change.step < self.step])
@@ -347,7 +351,7 @@ class Trainer:
         self._use_settings()
         self.is_new = False
         if self.directory:
-            self.is_new = self.directory.describe(data_from, self.changes, getattr(self.source, "pixels", None))
+            self.is_new = self.directory.describe(data_from, self.changes, getattr(self.source, "pixels", None), self.init)
 
     def _require_equal_steps(self, out_dir: Path) -> None:
         steps = gathered(torch.tensor([self.step])).tolist()
