@@ -23,7 +23,7 @@ from ..config import TrainConfig
 from ..devices.distributed import any_of, averaged_on_cpu, barrier, gathered, rank, world_size
 from ..devices.micro_batches import micro_batches, number_in_step
 from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
-from ..files.changes import VIEWS, Change, config_at, extended
+from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, total_epochs
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..files.logs import StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
@@ -101,7 +101,6 @@ class Trainer:
         self.keep_checkpoints = keep_checkpoints
         self.log_every = log_every
         self.on_step = on_step
-        self.total_steps = config.epochs * source.steps_per_epoch
 
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
@@ -173,7 +172,9 @@ class Trainer:
             self._use_settings()
         optim = self.settings.optim
 
-        lr = learning_rate(self.step, self.source.steps_per_epoch, self.config.epochs, self.config.batch_size, optim)
+        begin, end = (epoch * self.source.steps_per_epoch for epoch in self._schedule)
+        epochs = self._schedule[1] - self._schedule[0]
+        lr = learning_rate(self.step - begin, self.source.steps_per_epoch, epochs, self.config.batch_size, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
@@ -223,7 +224,7 @@ class Trainer:
             self.optimizer.step()
             self.step += 1
             self.state.is_begun = False
-            self.student.after_step(self.step, self.total_steps)
+            self.student.after_step(self.step - begin, end - begin)
             if self.average:
                 self.average.update()
             if self.device.type == "cuda":
@@ -321,6 +322,7 @@ class Trainer:
     def _use_settings(self) -> None:
         """Take the settings of the next step: the configuration is a function of the step."""
         self.settings = config_at(self.config, self.changes, self.step)
+        self._schedule = schedule_at(self.config, self.changes, self.step)
         set_hyperparameters(self.optimizer, self.student, self.settings.optim)
         self.student.weights = {objective.name: objective.weight for objective in self.settings.objectives}
         if self.average:
@@ -345,7 +347,9 @@ class Trainer:
             raise ConfigError(f"{out_dir} holds no run that could be changed. Begin one with these values: --set, --views.")
         views = self.source.identity.get("views", ())
         views_of = getattr(self.source, "views_of", None)
-        self.changes = extended(self.config, recorded or (), changes, self.step, views, views_of)
+        per_epoch = self.source.steps_per_epoch
+        self.changes = extended(self.config, recorded or (), changes, self.step, views, views_of, per_epoch)
+        self.total_steps = total_epochs(self.config, self.changes) * per_epoch
         if any(change.key == VIEWS for change in self.changes):
             self.source.change_views([(change.step, change.new) for change in self.changes if change.key == VIEWS])
         self._use_settings()

@@ -50,7 +50,7 @@ def _state(run: RunFacts) -> list[tuple[str, str | None]]:
     return [
         ("changed under way", "; ".join(map(str, run.changes)) or None),
         ("steps", f"{run.n_steps:,}, {done}"),
-        ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.config.epochs}"),
+        ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.epochs}"),
         ("loss", f"{run.steps['loss'][-1]:.4g}, at the start {run.steps['loss'][0]:.4g}"),
         ("took", f"{hours(float(run.seconds.sum()))} of training"),
     ]
