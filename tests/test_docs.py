@@ -30,7 +30,7 @@ def command_lines() -> list[tuple[str, str]]:
     lines = []
     for document in DOCUMENTS:
         for line in document.read_text().replace("\\\n", " ").splitlines():
-            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-train|student-eval|student-report) .*)", line)
+            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-(?:train|eval|export|report)) .*)", line)
             if match:
                 lines.append((document.name, match[1].split(" #")[0].strip()))
     return lines
