@@ -19,7 +19,7 @@ FOLDER = (
 @click.option(
     "--seeds", "n_seeds", type=click.IntRange(1), default=1, show_default=True, help="So many runs: mean and deviation."
 )
-@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, help="Of training.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of AdamW.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 def segment(options: Options, epochs: int, rate: float, batch_size: int):

@@ -35,7 +35,7 @@ def knn(options: Options, neighbours: str):
 @click.command()
 @measuring(TRAIN, VAL, readouts=True, draws=True)
 @click.option("--rates", help="Base learning rates, for a batch of 256. [default: 13 from .0125 to 100]")
-@click.option("--epochs", type=click.IntRange(1), default=90, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=90, show_default=True, help="Of training.")
 @click.option("--warmup-epochs", type=click.FloatRange(0), default=10, show_default=True, help="Of linear warm-up.")
 @click.option("--batch-size", type=click.IntRange(1), default=16384, show_default=True, help="The training set at most.")
 def linear(options: Options, rates: str | None, epochs: int, warmup_epochs: float, batch_size: int):

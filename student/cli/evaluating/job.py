@@ -166,7 +166,7 @@ def _as_before(records: list[dict]) -> dict:
         for name, result in record["results"].items()
     }
     found = {"accuracy": accuracy, "n_val": data["val"]["images"]}
-    if data.get("train"):
+    if "classes" in data:
         found |= {"n_train": data["train"]["images"], "n_classes": data["classes"]}
     return found
 

@@ -15,7 +15,6 @@ from teacher_cache.files.durable import make_folder
 from teacher_cache.format.layout import CACHE_JSON
 from teacher_cache.terminal.command import say
 
-from ...files.run_directory import CONFIG
 from ..options import PATH
 
 FEATURES = "STUDENT_FEATURES"
@@ -109,14 +108,17 @@ def features_folder(options: Options) -> Path | None:
 
     Raises UsageError for one inside a cache or a run, or that cannot be made.
     """
+    from ...files.run_directory import CONFIG, recorded_identity
+
     if options.no_features:
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = options.features or base / "teacher-cache" / "features"
     for above in [folder.absolute(), *folder.absolute().parents]:
-        for name, what in ((CACHE_JSON, "a cache"), (CONFIG, "a run")):
-            if (above / name).exists():
-                raise UsageError(f"--features {folder}: {above} is {what}, which holds nothing else. Give another folder.")
+        is_run = (above / CONFIG).exists() and recorded_identity(above) is not None
+        if is_run or (above / CACHE_JSON).exists():
+            what = "a run" if is_run else "a cache"
+            raise UsageError(f"--features {folder}: {above} is {what}, which holds nothing else. Give another folder.")
     try:
         make_folder(folder)
     except OSError as error:

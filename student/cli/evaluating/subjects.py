@@ -47,9 +47,7 @@ class Resolver:
         if is_teacher(what):
             return self._timm(what) if what.startswith(TIMM_PREFIX) else self._teacher(what)
         path = Path(what)
-        if path.is_file() and not _is_checkpoint(path):
-            return self._exported(path)
-        return self._run(path)
+        return self._exported(path) if _is_export(path) else self._run(path)
 
     def _run(self, path: Path):
         from ...files.checkpoint import latest_checkpoint, load_backbone, recorded_description
@@ -67,15 +65,12 @@ class Resolver:
         return self._of_backbone(str(path), about, backbone, config.backbone, pixels)
 
     def _exported(self, path: Path):
-        try:
-            from ...exports.reading import load_exported
-        except ModuleNotFoundError as error:
-            if error.name and not error.name.startswith("student"):
-                raise
-            raise UsageError(
-                f"{path} holds no checkpoint: it is a file. Give the --out folder of a student-train run."
-            ) from error
-        raise NotImplementedError(load_exported)
+        from ...exports.reading import load_exported
+        from ...modules.pixels import PIXELS
+
+        backbone, record = load_exported(path)
+        made_of = record.made_from.get("preset") or "a student"
+        return self._of_backbone(str(path), f"export of {made_of}", backbone, record.config, record.pixels or PIXELS)
 
     def _of_backbone(self, name: str, about: str, backbone, config, pixels: dict):
         from ...evals.subject import Subject, fingerprint
@@ -165,6 +160,13 @@ def _seed_of(what: str) -> int:
     if not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
         raise UsageError(f"{what}: the seed must be a whole number from 0, as in random:1.")
     return int(seed)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether the reader of exports is asked: a file that is no checkpoint by its name, or a folder in Hugging Face's layout."""
+    from ...exports.weight_files import HF_WEIGHTS
+
+    return path.is_file() and not _is_checkpoint(path) or (path / HF_WEIGHTS).exists()
 
 
 def _is_checkpoint(path: Path) -> bool:
