@@ -124,7 +124,7 @@ def test_readme_block_runs(tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sound and complete" in done.stdout and "mean  k=20" in done.stdout
+    assert "sound and complete" in done.stdout and "knn (DINO)" in done.stdout
 
 
 @pytest.mark.slow
