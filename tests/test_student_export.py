@@ -17,7 +17,8 @@ from student_fakes import TEACHER, tiny_config
 from timm.models.vision_transformer import VisionTransformer
 
 from student import AlignConfig, ConfigError, ContrastConfig, MCMAEConfig, RunError, Student, SwinConfig, ViTConfig
-from student.cli.export import export
+from student.cli.evaluate import evaluate
+from student.cli.export import _teacher_lines, export
 from student.exports.layouts import exported, from_hf, from_mcmae, ours
 from student.exports.reading import load_exported
 from student.exports.timm_names import MODELS, timm_name
@@ -337,3 +338,30 @@ def test_an_untrained_norm_is_said(tmp_path):
     save_checkpoint(tmp_path / "b", 10, student, build_optimizer(student, config.optim), config, {}, pixels=PIXELS)
     write(tmp_path / "b", tmp_path / "b.safetensors", "timm")
     assert "never trained (gain 1, shift 0)" in (tmp_path / "b.safetensors.md").read_text()
+
+
+def test_evaluations_and_licences_on_the_card(tmp_path, shared_cache):
+    """The card has the records of these very weights, of no others, and the licence of a teacher where it is known."""
+    run = a_run(tmp_path / "run", replace(VIT, image_size=32, patch_size=8))
+    other = a_run(tmp_path / "other", replace(VIT, image_size=32, patch_size=8, heads=2))
+    data, records = ["--train", str(shared_cache.path), "--val", str(shared_cache.path)], tmp_path / "results.jsonl"
+    for what in (run, other):
+        done = CliRunner().invoke(
+            evaluate, ["knn", str(what), *data, "--features", str(tmp_path / "f"), "--record", str(records)]
+        )
+        assert done.exit_code == 0, done.output
+    write(run, tmp_path / "a.safetensors", "timm", "--evaluations", str(records))
+    lines = [line for line in (tmp_path / "a.safetensors.md").read_text().splitlines() if line.startswith("- knn")]
+    found = [json.loads(line) for line in records.read_text().splitlines()]
+    mine = [record for record in found if record["what"] == str(run)]
+    assert len(found) == 2 * len(mine) == 4 and len(lines) == 2
+    assert all(f"{record['results'][record['main']]['mean']:.1%}" in " ".join(lines) for record in mine)
+
+    records.write_text("\n".join(json.dumps(record) for record in found if record not in mine))
+    place = str(tmp_path / "b.safetensors")
+    assert "no record is of the weights" in refused(str(run), "-o", place, "--format", "timm", "--evaluations", str(records))
+    assert _teacher_lines({"teachers": ["clip-b16", "timm:vit_base_patch16_224.mae", "mine"], "data": {}}) == [
+        "`clip-b16`, published under MIT",
+        "`timm:vit_base_patch16_224.mae`, published under cc-by-nc-4.0",
+        "`mine`, licence not on record: look where its weights come from",
+    ]
