@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from student_fakes import TEACHER, tiny_config
 from timm.models.vision_transformer import VisionTransformer
 
@@ -282,6 +283,36 @@ def test_bad_input(tmp_path):
     assert "there is no folder" in refused(str(run), "-o", str(tmp_path / "no" / "a.pth"), "--format", "torch")
     with pytest.raises(ConfigError, match="There is no format 'onnx'; there are hf, timm, torch"):
         exported(VIT, {}, "onnx")
+
+
+def forged(path: Path, backbone: dict) -> None:
+    """An export whose record describes another encoder, with sums that fit."""
+    tensors, record = read_weights(path).tensors, read_weights(path).record.to_json()
+    record["backbone"] |= backbone
+    save_file(tensors, path, metadata={"student_export": json.dumps(record)})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ({"dim": 4096}, "does not hold the encoder that its record describes"),
+        ({"depth": 2}, "blocks.2.attn.proj.bias is amiss"),
+        ({"hidden": "mask-token"}, None),
+        ({"heads": 5}, "multiple of heads=5"),
+        ({"kind": "resnet"}, "backbone.kind must be one of"),
+    ],
+    ids=str,
+)
+def test_a_record_is_not_believed(tmp_path, backbone, message):
+    """What a file says of itself is compared with its weights before memory is taken for it."""
+    out = tmp_path / "s.safetensors"
+    write(a_run(tmp_path / "run", VIT), out, "timm")
+    forged(out, backbone)
+    if message is None:
+        assert not load_exported(out)[0].mask_token.any()
+        return
+    with pytest.raises(RunError, match=message):
+        load_exported(out)
 
 
 def test_a_file_that_is_no_export(tmp_path):

@@ -9,9 +9,11 @@ from torch import nn
 
 from ..errors import ConfigError, RunError
 from ..modules.backbones import build_backbone
-from .layouts import PRE_TRAINING_ONLY, ours
+from .layouts import ours
 from .record import ExportRecord, sha256_tensors
 from .weight_files import read_weights
+
+MASK_TOKEN = "mask_token"
 
 
 def load_exported(path: str | Path) -> tuple[nn.Module, ExportRecord]:
@@ -32,8 +34,7 @@ def load_exported(path: str | Path) -> tuple[nn.Module, ExportRecord]:
         with torch.device("meta"):  # takes no memory, whatever the record says
             expected = build_backbone(record.config).state_dict()
         tensors = ours(found.tensors)
-        only_here = {name: value for name, value in expected.items() if name.startswith(PRE_TRAINING_ONLY)}
-        tensors |= {name: torch.zeros(value.shape) for name, value in only_here.items()}  # a Swin has its mask token always
+        mask_token = expected.pop(MASK_TOKEN, None)  # a Swin has it always, an export never
         odd = [name for name in expected.keys() | tensors.keys() if name not in tensors or name not in expected
                or tensors[name].shape != expected[name].shape]  # fmt: skip
         if odd:
@@ -43,5 +44,5 @@ def load_exported(path: str | Path) -> tuple[nn.Module, ExportRecord]:
         backbone = build_backbone(record.config)
     except ConfigError as error:
         raise RunError(f"{path} describes an encoder that this version cannot build: {error}") from error
-    backbone.load_state_dict(tensors)
+    backbone.load_state_dict(tensors if mask_token is None else tensors | {MASK_TOKEN: torch.zeros(mask_token.shape)})
     return backbone.eval(), record
