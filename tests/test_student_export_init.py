@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from pipelines.pages.of_run.run_facts import read_run
+from pipelines.pages.of_run.run_report import _state
 from student import ConfigError, MCMAEConfig, RunError, RunMismatchError, SwinConfig, ViTConfig
 from student.cli.export import export
 from student.cli.train import train
@@ -72,6 +74,7 @@ def test_a_run_begins_from_maes_file(shared_cache, tmp_path, monkeypatch):
     record = describe_checkpoint(checkpoint).init
     assert record == read_description(out)["init"]
     assert (record["from"], record["sha256"], record["n_fitted"]) == ("mae.pth", digest, 30)
+    assert dict(_state(read_run(out)))["begun from"] == f"mae.pth, sha256 {digest[:12]}"
     assert record["left_out"] == ["decoder_pred.weight", "mask_token"] and str(tmp_path) not in json.dumps(record)
 
 

@@ -28,8 +28,8 @@ def card(
     facts, config = record.made_from, record.config
     sections = [
         f"# {facts['preset']}: {_kind(record)}",
-        f"Trained without labels by the objectives {', '.join(facts['objectives'])}, from masked images"
-        + (" and the stored targets of a frozen teacher." if facts["teachers"] else "."),
+        f"Trained without labels by the objective{'s' * (len(facts['objectives']) > 1)} {', '.join(facts['objectives'])}, from "
+        "masked images" + (" and the stored targets of a frozen teacher." if facts["teachers"] else "."),
         "## Load it",
         *_how_to_load(record, file_name),
         "## What it is",

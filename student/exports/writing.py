@@ -45,6 +45,8 @@ def read_export(run: str | Path, layout: str, averaged: bool = False) -> Export:
     Raises RunError for a folder without a checkpoint, or a damaged one; ConfigError for a layout that has no such network.
     """
     run = Path(run)
+    if not run.exists():
+        raise RunError(f"There is no {run}. Give the --out folder of a student-train run, or one of its checkpoints.")
     checkpoint = latest_checkpoint(run) if run.is_dir() else run
     if checkpoint is None:
         raise RunError(f"{run} holds no checkpoint. Give the --out folder of a student-train run, or one of its checkpoints.")
