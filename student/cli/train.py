@@ -153,7 +153,9 @@ def _changes_and_views(
     if "views" in requests:
         raise UsageError("--change views: give --views N.")
     if "epochs" in requests:
-        raise UsageError("--change epochs: a finished run goes on with --extend-epochs N.")
+        raise UsageError(
+            "--change epochs: epochs cannot be changed in a run under way. A finished one goes on with --extend-epochs N."
+        )
     requests |= {"epochs": str(extend_epochs)} if extend_epochs else {}
     begun = recorded_identity(out)
     if begun is None or begun.get("crops_id") != cache.crops_id:
