@@ -48,6 +48,8 @@ class Subject:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Of the pixels, RGB in 0..1."""
+    preset: str = ""
+    """What a student was trained by."""
 
     @property
     def readouts(self) -> tuple[str, ...]:
