@@ -118,8 +118,7 @@ def _one(job: Job, subject, settings, folder: Path, seed: int, accumulate: int, 
     with claimed(folder / LOCK, f"The fine-tuning {folder}") if rank() == 0 else nullcontext():
         run = FineTuning(
             Classifier(subject, len(val.classes), settings, seed), train, val, settings, len(val.classes), folder, identity, seed,
-            job.device, job.precision, accumulate, workers, say if rank() == 0 else lambda line: None,
-            progress,
+            job.device, job.precision, accumulate, workers, *((say, progress) if rank() == 0 else ()),
         )  # fmt: skip
         return run.run(), data, val
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -90,6 +91,11 @@ class Augmented(Dataset):
             return error
         with seeded("finetune image", self._seed, epoch, index):
             return self._transform(image), int(self._images.labels[index])
+
+
+def leave_signals_alone(worker: int) -> None:
+    """For a worker process: a terminal's Ctrl-C reaches it too, and is for the one that it works for, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(items: list) -> tuple[Tensor, Tensor] | BadInputError:

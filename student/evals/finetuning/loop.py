@@ -20,7 +20,7 @@ from ...errors import ConfigError, NonFiniteLossError
 from ...seeds import position_seed
 from ..watch import Watch, unwatched
 from . import saved
-from .augmented import Augmented, collate, mixer, seeded, transform_of
+from .augmented import Augmented, collate, leave_signals_alone, mixer, seeded, transform_of
 from .classifier import Classifier
 from .settings import FineTune
 
@@ -148,7 +148,8 @@ class FineTuning:
                 first = (index * world_size() + rank()) * self.micro
                 places.append([(epoch, row) for row in of_step[first : first + self.micro]])
         images = Augmented(self.train, transform_of(self.settings, self.train.size, self.train.mean, self.train.std), self.seed)
-        return DataLoader(images, batch_sampler=places, num_workers=self.workers, collate_fn=collate)
+        return DataLoader(images, batch_sampler=places, num_workers=self.workers, collate_fn=collate,
+                          worker_init_fn=leave_signals_alone)  # fmt: skip
 
     @torch.no_grad()
     def accuracy(self, model: Classifier) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from teacher_cache.files.durable import clear_aside, crc32c, publish
+from teacher_cache.files.durable import clear_aside, crc32c, obey_umask, publish
 
 from ...errors import RunError, RunMismatchError
 
@@ -36,6 +36,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ident
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        obey_umask(aside)
         publish(aside, path)
     except (SafetensorError, OSError) as error:
         aside.unlink(missing_ok=True)
