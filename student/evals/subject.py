@@ -50,6 +50,8 @@ class Subject:
     """Of the pixels, RGB in 0..1."""
     preset: str = ""
     """What a student was trained by."""
+    checkpoint: str = ""
+    """The file of a run that was read."""
 
     @property
     def readouts(self) -> tuple[str, ...]:

@@ -131,6 +131,7 @@ class Job:
             main = list(results)[-1]
         record = {
             "format": FORMAT, "evaluator": name, "protocol": protocol, "what": subject.name, "about": subject.about,
+            "checkpoint": subject.checkpoint,
             "weights": subject.weights, "readout": readout, "layer": LAYER, "image_size": subject.image_size, "decoder": decoder,
             "precision": self.precision, "data": data, "share": options.share, "seeds": list(range(options.n_seeds)),
             "main": main, "numbers": list(numbers), "results": results, "seconds": round(time.monotonic() - began, 1),
@@ -165,7 +166,7 @@ def _as_before(records: list[dict]) -> dict:
         for record in records
         for name, result in record["results"].items()
     }
-    found = {"accuracy": accuracy, "n_val": data["val"]["images"]}
+    found = {"checkpoint": records[0]["checkpoint"], "accuracy": accuracy, "n_val": data["val"]["images"]}
     if "classes" in data:
         found |= {"n_train": data["train"]["images"], "n_classes": data["classes"]}
     return found

@@ -62,7 +62,8 @@ class Resolver:
         backbone, config = load_backbone(checkpoint, self.averaged)
         pixels = recorded_description(checkpoint).pixels or PIXELS
         about = f"{config.preset}, {checkpoint.name}{', averaged' if self.averaged else ''}"
-        return self._of_backbone(str(path), about, backbone, config.backbone, pixels, config.preset)
+        subject = self._of_backbone(str(path), about, backbone, config.backbone, pixels, config.preset)
+        return dataclasses.replace(subject, checkpoint=str(checkpoint))
 
     def _exported(self, path: Path):
         from ...exports.reading import load_exported
