@@ -175,6 +175,47 @@ def test_images_and_masks(tmp_path):
     assert SegmentedImages(folder, 16).fingerprint() != before
 
 
+# --- fine-tuning ---------------------------------------------------------------------------------------------------------
+
+
+def test_finetune(a_run, images, tmp_path):
+    """A run is fine-tuned by the settings of its method or another's, over seeds; the same command has nothing left to do."""
+    tiny = ("--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=4", "--workers", 0)
+    words = ("finetune", a_run, "--out", tmp_path / "ft", "--train", images, "--val", images, "--recipe", "milan-b", *tiny,
+             "--seeds", 2, "--share", ".5", "--json")  # fmt: skip
+    first = run(*words)
+    assert first.exit_code == 0, first.output
+    assert "settings of milan-b (MILAN, appendix and FINETUNE.sh), cpu, fp32" in first.stderr
+    (record,) = json.loads(first.stdout)["records"]
+    assert record["main"] == "top1" and record["data"]["used"] == 6 and record["readout"] == "mean"
+    assert len(record["results"]["top1"]["values"]) == 2 and record["results"]["top1"]["deviation"] is not None
+    assert "settings of milan-b: base_rate 0.0001, layer_decay 0.65" in record["protocol"] and "epochs 1," in record["protocol"]
+    assert {path.name for path in (tmp_path / "ft").iterdir()} == {"seed-0", "seed-1"}
+    again = run(*words)
+    assert json.loads(again.stdout)["records"][0]["results"] == record["results"] and "finetune, epoch" not in again.stderr
+    shown = done("finetune", a_run, "--out", tmp_path / "x", "--train", images, "--val", images, "--show", "--set", "mixup=0")
+    assert "base_rate = 0.0005\n" in shown and "mixup = 0.0\n" in shown and not (tmp_path / "x").exists()
+
+
+def test_finetuning_that_cannot_be(a_run, images, shared_cache, tmp_path):
+    out, both = ("--out", tmp_path / "ft"), ("--train", images, "--val", images)
+
+    def said(*words, code: int = 2) -> str:
+        result = run("finetune", *words)
+        assert result.exit_code == code, result.output
+        lines = [line for line in result.stderr.splitlines() if not line.startswith(("settings of", "features"))]
+        assert len(lines) == 1 and result.stdout == ""
+        return lines[0]
+
+    assert "finetune takes one WHAT, 2 are given" in said(a_run, a_run, *out, *both)
+    assert "--recipe best: there are mae-b" in said(a_run, *out, *both, "--recipe", "best")
+    assert "no such setting" in said(a_run, *out, *both, "--set", "lr=1")
+    assert "runs frozen only" in said("demo", *out, *both)
+    assert "is a cache, whose crops are cut already" in said(
+        "random", "--like", "mae-demo", *out, "--train", shared_cache.path, "--val", shared_cache.path, code=1
+    )
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------------
 
 

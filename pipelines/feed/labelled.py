@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,14 +113,22 @@ class LabelledImages:
             else:
                 yield _middles(self.path, [self.images.names[row] for row in rows], self.size)
 
-    def read(self, indices: Sequence[int], plan: CropPlan, view: int) -> np.ndarray:
-        """uint8 [n, size, size, 3] of the images at these places of `labels`, cut by another plan, of a folder alone.
+    def take(self, places: np.ndarray) -> None:
+        """From now on have the images at these places of `labels` alone."""
+        self._rows, self.labels = self._rows[places], self.labels[places]
 
-        view: which of the plan's crops. Raises BadInputError for a cache, whose crops are cut already.
-        """
+    def part(self, number: int, of: int) -> LabelledImages:
+        """Every `of`-th image, from number `number` on: the share of one of `of` processes."""
+        share = copy.copy(self)
+        share._rows, share.labels = self._rows[number::of], self.labels[number::of]
+        return share
+
+    def image(self, index: int) -> Image.Image:
+        """The whole image at a place of `labels`, upright RGB. Raises BadInputError for a cache, whose crops are cut already."""
         if self._crops is not None:
             raise BadInputError(f"{self.path} is a cache, whose crops are cut already. Give the folder of its images.")
-        return _cut_all(self.path, [self.images.names[self._rows[i]] for i in indices], plan, view)
+        name = self.images.names[self._rows[index]]
+        return load_image(read_image(self.path, name), name)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start, pixels in zip(range(0, len(self), self.batch_size), self.pixels(), strict=True):
@@ -239,15 +248,12 @@ def _hashed(facts: Iterator[object]) -> str:
 
 
 def _middles(folder: Path, names: Sequence[str], size: int) -> np.ndarray:
-    return _cut_all(folder, names, CropPlan.center(size), 0)
-
-
-def _cut_all(folder: Path, names: Sequence[str], plan: CropPlan, view: int) -> np.ndarray:
     """uint8 [n, size, size, 3] of these images."""
+    plan = CropPlan.center(size)
 
     def one(name: str) -> np.ndarray:
         image = load_image(read_image(folder, name), name)
-        return np.asarray(cut(plan, image, draw(plan, name, view, image.height, image.width)))
+        return np.asarray(cut(plan, image, draw(plan, name, 0, image.height, image.width)))
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(one, names)))

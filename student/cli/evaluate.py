@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .evaluating.dense import segment
+from .evaluating.finetune import finetune
 from .evaluating.frozen import knn, linear, logreg, retrieval
 from .evaluating.maps import attention, rank, semantic_probe
 from .evaluating.table import table
@@ -23,5 +24,5 @@ def evaluate():
     """
 
 
-for command in (knn, linear, logreg, semantic_probe, segment, retrieval, attention, rank, table):
+for command in (knn, linear, logreg, finetune, semantic_probe, segment, retrieval, attention, rank, table):
     evaluate.add_command(command)

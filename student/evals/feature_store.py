@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teacher_cache.files.durable import ASIDE, crc32c, make_folder, publish
+from teacher_cache.files.durable import ASIDE, crc32c, make_folder, obey_umask, publish
 
 from ..errors import ConfigError
 from .features import extract_features
@@ -123,6 +123,7 @@ class FeatureStore:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+            obey_umask(aside)
             publish(aside, path)
         except SafetensorError as error:
             raise OSError(None, f"the features could not be written ({error}). Give another --features DIR", str(path)) from error

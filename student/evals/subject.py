@@ -48,6 +48,10 @@ class Subject:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Of the pixels, RGB in 0..1."""
+    preset: str = ""
+    """What a student was trained by."""
+    checkpoint: str = ""
+    """The file of a run that was read."""
 
     @property
     def readouts(self) -> tuple[str, ...]:

@@ -37,9 +37,9 @@ class Job:
         from teacher_cache.device import pick_device
 
         self.options = options
-        self.device, _ = pick_device(options.device, options.precision)
+        self.device, self.precision = pick_device(options.device, options.precision)
         self.records: list[dict] = []
-        self.resolver = Resolver(options.weights, options.like, options.averaged, self.device, options.precision, options.whats)
+        self.resolver = Resolver(options.weights, options.like, options.averaged, self.device, self.precision, options.whats)
 
     @cached_property
     def store(self):
@@ -80,7 +80,7 @@ class Job:
         from ...evals.feature_store import frozen_features
 
         of = ("features", images.path.name or str(images.path), subject.name)
-        return frozen_features(subject, images, self.store, readouts, self.device, self.options.precision,
+        return frozen_features(subject, images, self.store, readouts, self.device, self.precision,
                                lambda what, total, unit: progress(" ".join(of), total, unit), encode, seen)  # fmt: skip
 
     def measure_frozen(self, evaluator, encode_of: Callable | None = None, extra: str = "", name: str = "") -> None:
@@ -131,8 +131,9 @@ class Job:
             main = list(results)[-1]
         record = {
             "format": FORMAT, "evaluator": name, "protocol": protocol, "what": subject.name, "about": subject.about,
+            "checkpoint": subject.checkpoint,
             "weights": subject.weights, "readout": readout, "layer": LAYER, "image_size": subject.image_size, "decoder": decoder,
-            "precision": options.precision, "data": data, "share": options.share, "seeds": list(range(options.n_seeds)),
+            "precision": self.precision, "data": data, "share": options.share, "seeds": list(range(options.n_seeds)),
             "main": main, "numbers": list(numbers), "results": results, "seconds": round(time.monotonic() - began, 1),
             "made_by": {"torch": torch.__version__, "timm": timm.__version__},
         }  # fmt: skip
@@ -165,7 +166,7 @@ def _as_before(records: list[dict]) -> dict:
         for record in records
         for name, result in record["results"].items()
     }
-    found = {"accuracy": accuracy, "n_val": data["val"]["images"]}
+    found = {"checkpoint": records[0]["checkpoint"], "accuracy": accuracy, "n_val": data["val"]["images"]}
     if "classes" in data:
         found |= {"n_train": data["train"]["images"], "n_classes": data["classes"]}
     return found

@@ -22,7 +22,7 @@ def _teacher(job: Job, name: str, weights: str | None):
     if weights and not is_teacher(name):
         raise UsageError(f"--teacher-weights {weights}: --teacher {name} is no teacher by name. Leave it out.")
     given = (weights,) if weights else ()
-    return Resolver(given, device=job.device, precision=job.options.precision, whats=(name,)).subject(name)
+    return Resolver(given, device=job.device, precision=job.precision, whats=(name,)).subject(name)
 
 
 @click.command("semantic-probe")

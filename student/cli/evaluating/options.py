@@ -42,11 +42,11 @@ class Options:
     as_json: bool = False
 
 
-def measuring(train: str = "", val: str = "", readouts: bool = False, draws: bool = False) -> Callable:
+def measuring(train: str = "", val: str = "", readouts: bool = False, draws: bool = False, frozen: bool = True) -> Callable:
     """A decorator: WHAT and the common options; the command is called with an Options and with options of its own.
 
     train, val: help of --train (none without it) and --val.  readouts: whether --readout is one.  draws: whether --share and
-    --seeds are.
+    --seeds are.  frozen: whether features are kept, in fp32 unless told otherwise.
     """
     options = [click.argument("whats", metavar="WHAT...", nargs=-1, required=True)]
     if train:
@@ -64,17 +64,23 @@ def measuring(train: str = "", val: str = "", readouts: bool = False, draws: boo
             click.option("--seeds", "n_seeds", type=click.IntRange(1), default=1, show_default=True,
                          help="So many runs with seeds 0, 1 ...: mean and deviation."),
         ]  # fmt: skip
+    default = "fp32" if frozen else "auto"
+    options += [
+        click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]), default=default, show_default=True,
+                     help="Of the encoder; auto is bf16 on a GPU."),
+    ]  # fmt: skip
+    if frozen:
+        options += [
+            click.option("--features", type=PATH, envvar=FEATURES, help="Folder that features of encoders are kept in. [default: "
+                         "teacher-cache/features in the user's cache folder]"),
+            click.option("--no-features", is_flag=True, help="Keep no features."),
+        ]  # fmt: skip
     options += [
         click.option("--weights", multiple=True, help="PATH or random:SEED of a teacher's weights, as for teacher-cache extract; "
                      "NAME=PATH where several teachers are asked for."),
         click.option("--like", help="Architecture of `random`: a preset, a run, or timm:NAME. [default: that of the first run]"),
         click.option("--averaged", is_flag=True, help="Of runs, the moving average of the weights (optim.ema)."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
-                     help="Of the encoder."),
-        click.option("--features", type=PATH, envvar=FEATURES, help="Folder that features of encoders are kept in. [default: "
-                     "teacher-cache/features in the user's cache folder]"),
-        click.option("--no-features", is_flag=True, help="Keep no features."),
         click.option("--record", type=PATH, help="Append the results to this file, a JSON line each: see student-eval table."),
         click.option("--json", "as_json", is_flag=True, help="Machine-readable."),
     ]  # fmt: skip

@@ -62,24 +62,26 @@ class Resolver:
         backbone, config = load_backbone(checkpoint, self.averaged)
         pixels = recorded_description(checkpoint).pixels or PIXELS
         about = f"{config.preset}, {checkpoint.name}{', averaged' if self.averaged else ''}"
-        return self._of_backbone(str(path), about, backbone, config.backbone, pixels)
+        subject = self._of_backbone(str(path), about, backbone, config.backbone, pixels, config.preset)
+        return dataclasses.replace(subject, checkpoint=str(checkpoint))
 
     def _exported(self, path: Path):
         from ...exports.reading import load_exported
         from ...modules.pixels import PIXELS
 
         backbone, record = load_exported(path)
-        made_of = record.made_from.get("preset") or "a student"
-        return self._of_backbone(str(path), f"export of {made_of}", backbone, record.config, record.pixels or PIXELS)
+        preset = str(record.made_from.get("preset") or "")
+        about = f"export of {preset or 'a student'}"
+        return self._of_backbone(str(path), about, backbone, record.config, record.pixels or PIXELS, preset)
 
-    def _of_backbone(self, name: str, about: str, backbone, config, pixels: dict):
+    def _of_backbone(self, name: str, about: str, backbone, config, pixels: dict, preset: str = ""):
         from ...evals.subject import Subject, fingerprint
 
         backbone.grid = getattr(backbone, "grid", config.grid)
         words = json.dumps({"kind": config.kind, **dataclasses.asdict(config)}, sort_keys=True)
         sha256 = fingerprint(words, backbone)
         return Subject(name, about, sha256, backbone.eval().to(self.device), config.image_size, tuple(pixels["mean"]),
-                       tuple(pixels["std"]))  # fmt: skip
+                       tuple(pixels["std"]), preset)  # fmt: skip
 
     def _weights_of(self, name: str) -> str | None:
         for given in self.weights:
