@@ -1,4 +1,4 @@
-"""The console scripts student-train, also as `python -m student`, student-eval and student-report."""
+"""The console scripts student-train, also as `python -m student`, student-eval, student-export and student-report."""
 
 from teacher_cache.terminal.signals import run_program
 
@@ -17,6 +17,15 @@ def evaluate() -> None:
         from .cli.evaluate import evaluate
 
         return evaluate
+
+    run_program(load)
+
+
+def export() -> None:
+    def load():
+        from .cli.export import export
+
+        return export
 
     run_program(load)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from teacher_cache.format.crop_plan import CropPlan
 N_THREADS = max(1, (os.cpu_count() or 2) // 2)
 torch.set_num_threads(N_THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(N_THREADS))  # of the programs that tests start
+os.environ["STUDENT_FEATURES"] = tempfile.mkdtemp(prefix="features-")  # not the user's own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with Ctrl-C ignored
 
 settings.register_profile("some", max_examples=30, deadline=None)

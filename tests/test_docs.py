@@ -32,7 +32,7 @@ def command_lines() -> list[tuple[str, str]]:
     lines = []
     for document in DOCUMENTS:
         for line in document.read_text().replace("\\\n", " ").splitlines():
-            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-train|student-eval|student-report) .*)", line)
+            match = re.match(r"(?:    |\$ |)((?:teacher-cache|student-(?:train|eval|export|report)) .*)", line)
             if match:
                 lines.append((document.name, match[1].split(" #")[0].strip()))
     return lines
@@ -131,7 +131,7 @@ def test_readme_block_runs(tmp_path, request):
         said = done.stdout
     else:
         said = "".join(forks.fork(warm.run_line, tmp_path, line).ok().output for line in block.splitlines())
-    assert "sound and complete" in said and "mean  k=20" in said
+    assert "sound and complete" in said and "knn (DINO)" in said
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "
 ROOMS = {
     "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
                       "teachers", "extraction", "checking", "estimating", "inspecting"],
-    "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "run", "evals"],
+    "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "exports", "run", "evals"],
     "pipelines": ["feed", "presets", "pages", "demo"],
 }  # fmt: skip
 """Package -> its rooms, folders and modules, from the lowest: a room imports from those before it. Beside them, programs."""

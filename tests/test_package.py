@@ -92,7 +92,7 @@ def test_extras_are_named_together():
     assert extras_for("open_clip", "train") == ("teachers",)
     assert extras_for("tomllib") == ()
     assert install_command(("pages", "train")) == "pip install 'teacher-cache[pages,train]'"
-    assert set().union(*TAKEN_BY.values(), *BROUGHT_BY.values()) <= {"teachers", "train", "pages", "demo", "all"}
+    assert set().union(*TAKEN_BY.values(), *BROUGHT_BY.values()) <= {"teachers", "train", "pages", "evals", "demo", "all"}
 
 
 def test_the_core_lists_and_inspects():
@@ -154,6 +154,9 @@ def test_verify_without_the_decoder_finds_damage(tmp_path):
     [
         ("student-train", ["--preset", "mae-s16", "--cache", str(GOLDEN), "--out", "run"], "student-train", "train"),
         ("student-eval", ["knn", "run", "--train", "a", "--val", "b"], "student-eval knn", "train"),
+        ("student-export", ["run", "-o", "a.pth", "--format", "torch"], "student-export", "train"),
+        ("student-eval", ["logreg", "run", "--train", "a", "--val", "b"], "student-eval logreg", "evals,train"),
+        ("student-eval", ["segment", "run", "--train", "a", "--val", "b"], "student-eval segment", "evals,train"),
         ("student-report", ["run", "-o", "run.html"], "student-report", "pages,train"),
         ("teacher-cache", ["extract", "--teacher", "demo", "new"], "teacher-cache extract", "teachers"),
         ("teacher-cache", ["show", str(GOLDEN)], "teacher-cache show", "pages,train"),
@@ -217,7 +220,7 @@ def test_the_wheel_tells_of_itself(wheel):
     assert (facts / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert "Apache-2.0" in (wheel / "teacher_cache" / "teachers" / "demo_teacher.md").read_text()
     names = re.findall(r"^(\S+) = ", (facts / "entry_points.txt").read_text(), re.MULTILINE)
-    assert sorted(names) == ["student-eval", "student-report", "student-train", "teacher-cache"]
+    assert sorted(names) == ["student-eval", "student-export", "student-report", "student-train", "teacher-cache"]
 
 
 @pytest.mark.parametrize(("name", "words"), [("teacher-cache", ["teachers"]), ("student-train", ["--list"])])

@@ -58,3 +58,45 @@ def test_a_class_that_nobody_voted_for_is_named(tmp_path):
     train = LabelledImages(folder_of(tmp_path, "train", ["ant", "bee"]), 32)
     with pytest.raises(MismatchError, match="lacks 1 of the 2 classes that are asked for: wasp"):
         train.only(("bee", "wasp"))
+
+
+def test_fingerprints_of_images(tmp_path):
+    """Names, classes and sizes of files make the fingerprint, which a copy elsewhere has too; the state also says when each was
+    changed."""
+    folder = folder_of(tmp_path, "a", ["ant", "bee"])
+    copied = shutil.copytree(folder, tmp_path / "b")
+    first = LabelledImages(folder, 32)
+    os.utime(copied / "ant" / "0.png", (1, 1))
+    assert LabelledImages(copied, 32).fingerprint() == first.fingerprint() and LabelledImages(copied, 32).state() != first.state()
+    some = LabelledImages(folder, 32)
+    some.only(("bee",))
+    part = LabelledImages(folder, 32).part(0, 2)
+    (copied / "bee" / "1.png").rename(copied / "bee" / "2.png")
+    renamed = LabelledImages(copied, 32)
+    image_of(3).save(folder / "bee" / "1.png")
+    changed = LabelledImages(folder, 32)
+    assert len({images.fingerprint() for images in (first, some, part, renamed, changed)}) == 4  # `first` sees the change, too
+    assert first.fingerprint() == changed.fingerprint()
+
+
+def test_parts_are_whole(tmp_path):
+    """The parts of all processes together are all images, each with its label; some of them can be taken by their places."""
+    images = LabelledImages(folder_of(tmp_path, "a", ["ant", "bee", "cat"]), 32)
+    whole = np.concatenate(list(images.pixels()))
+    parts = [images.part(number, 2) for number in range(2)]
+    for number, part in enumerate(parts):
+        np.testing.assert_array_equal(np.concatenate(list(part.pixels())), whole[number::2])
+        assert part.labels.tolist() == images.labels[number::2].tolist()
+    assert images.image(0).size == image_of(0).size
+    images.take(np.array([1, 4]))
+    np.testing.assert_array_equal(np.concatenate(list(images.pixels())), whole[[1, 4]])
+    assert images.labels.tolist() == [0, 2] and len(images) == 2
+
+
+def test_pixels_by_another_mean(shared_cache):
+    """Images are normalised by the mean and deviation that are given; of a cache, no whole image is there."""
+    images = LabelledImages(shared_cache.path, 32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    levels = torch.from_numpy(next(images.pixels())).permute(0, 3, 1, 2)
+    torch.testing.assert_close(next(iter(images))[0], (levels / 255 - 0.5) / 0.25)
+    with pytest.raises(BadInputError, match="is a cache, whose crops are cut already"):
+        images.image(0)

@@ -259,7 +259,7 @@ def test_forging_works(trained, tmp_path):
         {"config": []},
         {"config": {}},
         {"identity": "x"},
-        {"format": 3},
+        {"format": 4},
         {"format": 0},
         {"surprise": 1},
         {"tensors_crc32": "1"},

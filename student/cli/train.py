@@ -26,6 +26,8 @@ from .show import print_preset, print_presets, print_rates
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting (--show lists them). Repeatable.")
 @click.option("--change", "requests", multiple=True, metavar="KEY=VALUE", help="Change optim.* or objectives.N.weight in a run "
               "under way, from its next step on. Kept in the run. Repeatable.")  # fmt: skip
+@click.option("--extend-epochs", type=click.IntRange(1), help="Let a finished run go on to so many epochs; those added have a "
+              "warm-up and a cosine of their own, by what --change says. Kept in the run.")  # fmt: skip
 @click.option("--teacher", "teachers", multiple=True, help="Name of the store to learn from (with --live: of the teacher); "
               "one for each of the preset's teachers, in their order. [default: the preset's]")  # fmt: skip
 @click.option("--views", type=click.IntRange(1), help="Use only the first views of the cache; of a run under way, from its "
@@ -44,6 +46,8 @@ from .show import print_preset, print_presets, print_rates
 )
 @click.option("--check", type=click.Choice(list(CHECKS)),
               help="When the checksum of a row of targets is compared. [default: first]")  # fmt: skip
+@click.option("--init", metavar="FILE|RUN|timm:NAME", help="Begin the encoder from weights that are there: MAE's or MCMAE's "
+              ".pth, a file of timm or student-export, a folder of transformers' ViT, another run, a model of timm.")  # fmt: skip
 @click.option("--live", is_flag=True, help="Run the teacher on the spot instead of reading its targets (slow; for comparison).")
 @click.option("--weights", multiple=True, help="With --live: the weights of each teacher, as for teacher-cache extract.")
 @click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
@@ -56,9 +60,9 @@ from .show import print_preset, print_presets, print_rates
 @click.option("--rates", is_flag=True, help="With --show: the learning rate of every step instead, on --cache's images or "
               "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
-def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept_mismatch, max_steps, device, micro_batch,
-          workers, reader, check, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over, list_presets, show,
-          rates, as_json):  # fmt: skip
+def train(cache, preset, out, overrides, requests, extend_epochs, teachers, views, tiny, accept_mismatch, max_steps, device,
+          micro_batch, workers, reader, check, init, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over,
+          list_presets, show, rates, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -66,6 +70,8 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
       student-train --cache CACHE --preset maskalign-b16 --out runs/a
       student-train --cache CACHE --preset mae-s16 --out runs/b --set batch_size=256 --set optim.base_lr=1e-4
       student-train --cache CACHE --preset maskalign-b16 --out runs/a --change optim.base_lr=1e-4
+      student-train --cache CACHE --preset maskalign-b16 --out runs/a --extend-epochs 400 --change optim.base_lr=1e-4
+      student-train --cache CACHE --preset maskalign-b16 --out runs/d --init mae_pretrain_vit_base.pth
       torchrun --nproc-per-node 8 -m student --cache CACHE --preset milan-b16 --out runs/c
 
     Ctrl-C, SIGTERM (pre-emption) and any error save the last completed step; the same command goes on from there, with the very
@@ -121,13 +127,13 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
                 raise UsageError(_mismatch_text(opened, chosen, mismatches))
             config = with_overrides(dataclasses.replace(chosen.config, teachers=lesson.names), changes)
             config, kept = as_begun(out, config, changes, chosen.former)
-            requests, views = _changes_and_views(out, opened, pairs_of("--change", requests), views)
+            requests, views = _changes_and_views(out, opened, pairs_of("--change", requests), extend_epochs, views)
             data = {"batch_size": config.batch_size, "accumulate": micro_batches(config, world_size(), micro_batch),
                     "seed": config.seed, "n_views": views, "workers": workers, "device": device}  # fmt: skip
             reading = {"reader": reader or "mmap", "check": check or "first"}
             options = {"changes": requests, "micro_batch": micro_batch, "checkpoint_every": checkpoint_every,
                        "keep_checkpoints": keep_checkpoints, "compiled": compiled}  # fmt: skip
-            run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options)
+            run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options, init)
             _tell(*(f"note     {line}" for line in kept))
             try:
                 steps = run.trainer.fit(max_steps)
@@ -138,15 +144,22 @@ def train(cache, preset, out, overrides, requests, teachers, views, tiny, accept
             _tell(f"{out}: {done}.")
 
 
-def _changes_and_views(out: Path, cache: Cache, requests: dict[str, str], views: int | None) -> tuple[dict[str, str], int | None]:
+def _changes_and_views(
+    out: Path, cache: Cache, requests: dict[str, str], extend_epochs: int | None, views: int | None
+) -> tuple[dict[str, str], int | None]:
     """What is to be changed in the run in `out`, and the number of views that it was, or is, begun with; None: all there are.
 
-    requests: of --change.  views: of --views, which in a run under way is a change, too.
+    requests: of --change.  extend_epochs, views: of the options of these names; of a run that is there they are changes, too.
     """
     from ..files.run_directory import recorded_identity
 
     if "views" in requests:
         raise UsageError("--change views: give --views N.")
+    if "epochs" in requests:
+        raise UsageError(
+            "--change epochs: epochs cannot be changed in a run under way. A finished one goes on with --extend-epochs N."
+        )
+    requests |= {"epochs": str(extend_epochs)} if extend_epochs else {}
     begun = recorded_identity(out)
     if begun is None or begun.get("crops_id") != cache.crops_id:
         return requests, views
@@ -199,11 +212,12 @@ def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:
     )  # fmt: skip
 
 
-def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mismatches: list[str], options):
+def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mismatches: list[str], options, init):
     """The trainer of a run: teachers, student and source, joined; says what was found."""
     from teacher_cache.kernels import sigbus
 
     from ..devices.distributed import rank, world_size
+    from ..exports.initial import begin
     from ..modules.model import Student
     from ..run.trainer import Trainer
 
@@ -215,6 +229,7 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
             f"that size{change}."
         )
     student = Student(config, lesson.shapes)
+    began, lines = begin(init, student.backbone, config.backbone, out)
     reading = {**reading, "masks": student.masks_ahead(config)}
     source = lesson.source(cache, student.needs, reading, {**data, "rank": rank(), "world": world_size()})
     if mismatches:
@@ -222,16 +237,18 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
 
     n_views, n_parameters = len(source.views), sum(p.numel() for p in student.parameters())
     sigbus.install()
-    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), **options)
+    trainer = Trainer(config, student, source, out, data["device"], data_from=str(cache.path.resolve()), init=began, **options)
+    epochs = trainer.total_steps // source.steps_per_epoch
     n_processes = f", {world_size()} processes" if world_size() > 1 else ""
     _tell(
         f"student  {config.preset}: {n_parameters / 1e6:.1f} M parameters, {data['device']}{n_processes}",
         f"data     {cache.n_images:,} images, {n_views} view{'s' * (n_views > 1)}: each crop will be seen "
-        f"{config.epochs / n_views:g} times in {config.epochs} epochs",
+        f"{epochs / n_views:g} times in {epochs} epochs",
         f"steps    {source.steps_per_epoch:,} an epoch of {config.batch_size:,} crops, {trainer.total_steps:,} in all",
         *(f"note     {line} (accepted)" for line in mismatches),
         *_bf16_offered(trainer),
     )
+    _tell(*(f"init     {line}" for line in lines))
     _tell(*(f"changed  {change}" for change in trainer.changes))
     if trainer.directory and not trainer.is_new:
         _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))

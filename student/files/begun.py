@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import TrainConfig, as_overrides, keeping
 from ..errors import RunError
-from .checkpoint import latest_checkpoint, recorded_config
+from .checkpoint import latest_checkpoint, recorded_config, recorded_description
 from .run_directory import CONFIG, read_description
 
 
@@ -26,6 +26,22 @@ def as_begun(
     was, now = as_overrides(kept_config), as_overrides(config)
     lines = [f"{name}={was[name]}, as the run was begun; a new one takes {name}={now[name]}" for name in kept]
     return kept_config, lines
+
+
+def recorded_init(out_dir: Path) -> tuple[dict, bool] | None:
+    """What the run in `out_dir` says its encoder began from (see `exports.initial.begin`), and whether it has a checkpoint.
+
+    None if there is no run, or none that can be read, of which going on with it says more.
+    """
+    newest = latest_checkpoint(out_dir)
+    if newest is not None:
+        description = recorded_description(newest)
+        return (description.init, True) if description else None
+    try:
+        init = read_description(out_dir).get("init", {})
+    except (RunError, OSError):
+        return None
+    return (init if isinstance(init, dict) else {}), False
 
 
 def _record(out_dir: Path) -> dict | None:

@@ -37,8 +37,9 @@ from . import changes as history
 from .provenance import require_same, require_same_config
 from .run_files import LARGEST_JSON, aside, publish, refusal_explained, remove, require_own, require_readable
 
-FORMAT = 2
-"""2 says what was changed under way and what pixels were normalised by; in files of format 1 nothing was, by ImageNet's."""
+FORMAT = 3
+"""3 says what the encoder began from, in older files random weights; 2 what was changed under way and what pixels were normalised
+by, in files of format 1 nothing and ImageNet's."""
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{8,16})\.safetensors")
 """Name of a checkpoint; the number is its completed steps."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -57,6 +58,7 @@ class Description:
     tensors_crc32: int  # over names, shapes and bytes of all tensors, in the order of the names
     changes: list  # of both before this step: changes.to_json()
     pixels: dict  # {"mean": [3], "std": [3]}: what the images were normalised by, of 0..1; empty where the source did not tell
+    init: dict  # what the encoder began from: the record of exports.initial.begin; empty: random weights
 
     def known_changes(self, path: Path) -> tuple[history.Change, ...]:
         """`changes`, read. Raises RunError if they cannot be."""
@@ -96,10 +98,11 @@ def save_checkpoint(
     changes: Sequence[history.Change] = (),
     pixels: dict | None = None,
     only_finite: bool = False,
+    init: dict | None = None,
 ) -> Path:
     """Write the state after `step` completed steps and remove all but the newest `keep` checkpoints.
 
-    changes: of config and data before this step.  pixels: see Description.
+    changes: of config and data before this step.  pixels, init: see Description.
     Raises RunError if it cannot be written, or with `only_finite` if a number of it is not finite; the checkpoints before it are
     untouched then.
     """
@@ -122,6 +125,7 @@ def save_checkpoint(
         _crc32(tensors),
         history.to_json(changes),
         pixels or {},
+        init or {},
     )
     path = Path(out_dir) / f"checkpoint-{step:08d}.safetensors"
     try:
@@ -342,6 +346,8 @@ def _unseal(text: str) -> Description:
             raise _Damage("the checksum of its description does not match")
         if value.get("format") == 1:
             value |= {"changes": [], "pixels": PIXELS}
+        if value.get("format") in (1, 2):
+            value |= {"init": {}}
         description = Description(**value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damage("its header holds no readable description of a student") from error

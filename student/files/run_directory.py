@@ -93,17 +93,19 @@ class RunDirectory:
         require_same_config(f"The directory {self.path}", config, self._config)
         require_same(f"The directory {self.path}", "data", identity, self._identity)
 
-    def describe(self, data_from: str = "", changes: Sequence[history.Change] = (), pixels: dict | None = None) -> bool:
+    def describe(self, data_from: str = "", changes: Sequence[history.Change] = (), pixels: dict | None = None,
+                 init: dict | None = None) -> bool:  # fmt: skip
         """Write config.json unless it is there and says the same of `changes`; whether this begins the run.
 
         For when a checkpoint that is here has proved to be of this run. data_from: see Trainer. changes: all of the run, from its
-        begin. pixels: see checkpoint.Description.
+        begin. pixels, init: see checkpoint.Description.
         """
         is_new = not (self.path / CONFIG).exists()
         if is_new:
             made_by = {"torch": torch.__version__, "timm": timm.__version__}
             description = {"config": self._config.to_json(), "identity": self._identity, "made_by": made_by}
             description |= {"pixels": pixels} if pixels else {}
+            description |= {"init": init} if init else {}
             description |= {"data_from": data_from} if data_from else {}
         else:
             description = read_description(self.path)
@@ -164,7 +166,8 @@ def recorded_identity(folder: str | Path) -> dict | None:
 
 def read_description(folder: str | Path) -> dict:
     """What config.json says of the run in `folder`: `config` and `identity` of its data as it was begun, `made_by`, `changes`
-    if anything was changed since, and, if known, `pixels` (see checkpoint.Description) and `data_from`.
+    if anything was changed since, `init` if the encoder began from weights, and, if known, `pixels` (of both see
+    checkpoint.Description) and `data_from`.
 
     Raises RunError if it is missing or cannot be read as that.
     """

@@ -23,7 +23,7 @@ from ..config import TrainConfig
 from ..devices.distributed import any_of, averaged_on_cpu, barrier, gathered, rank, world_size
 from ..devices.micro_batches import micro_batches, number_in_step
 from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
-from ..files.changes import VIEWS, Change, config_at, extended
+from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, total_epochs
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..files.logs import StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
@@ -65,6 +65,7 @@ class Trainer:
         log_every: int = 50,
         on_step: Callable[[StepReport], None] | None = None,
         data_from: str = "",
+        init: dict | None = None,
     ):
         """
         config: what the run was begun with.
@@ -78,6 +79,7 @@ class Trainer:
         log_every: steps between plain lines where there is no terminal; metrics.jsonl has every step.
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
+        init: what the encoder of `student` began from, kept in the run: the record of exports.initial.begin.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
         self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
@@ -100,12 +102,11 @@ class Trainer:
         self.keep_checkpoints = keep_checkpoints
         self.log_every = log_every
         self.on_step = on_step
-        self.total_steps = config.epochs * source.steps_per_epoch
 
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
         try:
-            self._resume(out_dir, changes or {}, data_from)
+            self._resume(out_dir, changes or {}, data_from, init or {})
         except BaseException:
             self._close_directory()
             raise
@@ -172,7 +173,9 @@ class Trainer:
             self._use_settings()
         optim = self.settings.optim
 
-        lr = learning_rate(self.step, self.source.steps_per_epoch, self.config.epochs, self.config.batch_size, optim)
+        begin, end = (epoch * self.source.steps_per_epoch for epoch in self._schedule)
+        epochs = self._schedule[1] - self._schedule[0]
+        lr = learning_rate(self.step - begin, self.source.steps_per_epoch, epochs, self.config.batch_size, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
@@ -222,7 +225,7 @@ class Trainer:
             self.optimizer.step()
             self.step += 1
             self.state.is_begun = False
-            self.student.after_step(self.step, self.total_steps)
+            self.student.after_step(self.step - begin, end - begin)
             if self.average:
                 self.average.update()
             if self.device.type == "cuda":
@@ -313,27 +316,30 @@ class Trainer:
                 changes = [change for change in self.changes if change.step < self.step]
                 save_checkpoint(
                     self.directory.path, self.step, self.student, self.optimizer, self.config, self.source.identity,
-                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite,
+                    self.average, self.keep_checkpoints, changes, getattr(self.source, "pixels", None), only_finite, self.init,
                 )  # fmt: skip
             self.saved_step = self.step
 
     def _use_settings(self) -> None:
         """Take the settings of the next step: the configuration is a function of the step."""
         self.settings = config_at(self.config, self.changes, self.step)
+        self._schedule = schedule_at(self.config, self.changes, self.step)
         set_hyperparameters(self.optimizer, self.student, self.settings.optim)
         self.student.weights = {objective.name: objective.weight for objective in self.settings.objectives}
         if self.average:
             self.average.decay = self.settings.optim.ema
         self._boundaries = {change.step for change in self.changes}
 
-    def _resume(self, out_dir: Path, changes: Mapping[str, str], data_from: str) -> None:
+    def _resume(self, out_dir: Path, changes: Mapping[str, str], data_from: str, init: dict) -> None:
         """Go to where the run in `out_dir` is: weights, step and changes of its newest checkpoint, if it has one."""
         barrier()  # the directory is this run's before any other process looks into it
         self.step = self.saved_step = 0
+        self.init = init
         recorded, led_here = recorded_changes(out_dir), ()
         if checkpoint := latest_checkpoint(out_dir):
             there = load_checkpoint(checkpoint, self.student, self.optimizer, self.config, self.source.identity, self.average)
             self.step = self.saved_step = there.step
+            self.init = there.init
             led_here = there.known_changes(checkpoint)
             recorded = led_here if recorded is None else recorded
             _require_same_history(checkpoint, led_here, [change for change in recorded if change.step < self.step])
@@ -342,13 +348,15 @@ class Trainer:
             raise ConfigError(f"{out_dir} holds no run that could be changed. Begin one with these values: --set, --views.")
         views = self.source.identity.get("views", ())
         views_of = getattr(self.source, "views_of", None)
-        self.changes = extended(self.config, recorded or (), changes, self.step, views, views_of)
+        per_epoch = self.source.steps_per_epoch
+        self.changes = extended(self.config, recorded or (), changes, self.step, views, views_of, per_epoch)
+        self.total_steps = total_epochs(self.config, self.changes) * per_epoch
         if any(change.key == VIEWS for change in self.changes):
             self.source.change_views([(change.step, change.new) for change in self.changes if change.key == VIEWS])
         self._use_settings()
         self.is_new = False
         if self.directory:
-            self.is_new = self.directory.describe(data_from, self.changes, getattr(self.source, "pixels", None))
+            self.is_new = self.directory.describe(data_from, self.changes, getattr(self.source, "pixels", None), self.init)
 
     def _require_equal_steps(self, out_dir: Path) -> None:
         steps = gathered(torch.tensor([self.step])).tolist()

@@ -150,6 +150,11 @@ class Teacher:
             self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
         self.to(device)
 
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, on the teacher's device, frozen and in eval mode; whoever trains it has another one."""
+        return self._anatomy.model
+
     def __repr__(self) -> str:
         return f"Teacher({self.spec.name}, weights {self.spec.weights}, {self.precision} on {self.device})"
 

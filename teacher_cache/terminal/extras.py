@@ -9,13 +9,16 @@ BROUGHT_BY = {
     **dict.fromkeys(("ffcv", "llvmlite", "numba", "safetensors", "setuptools", "timm", "torch"), ("train", "teachers")),
     **dict.fromkeys(("huggingface_hub", "open_clip", "torchvision"), ("teachers",)),
     **dict.fromkeys(("tensorboard",), ("train",)),
-    **dict.fromkeys(("jinja2", "markupsafe", "matplotlib", "sklearn"), ("pages",)),
+    **dict.fromkeys(("jinja2", "markupsafe", "matplotlib"), ("pages",)),
+    "sklearn": ("pages", "evals"),
+    "torchmetrics": ("evals",),
     "mlxtend": ("demo",),
 }
 """Module -> the extras that bring it (setup.cfg)."""
 TAKEN_BY = {
     **dict.fromkeys(("estimate", "extract", "verify"), ("teachers",)),
     **dict.fromkeys(("report", "show"), ("pages", "train")),
+    **dict.fromkeys(("logreg", "segment"), ("evals", "train")),
 }
 """Command -> the extras to name where any of what they bring is missing, so that nobody installs one after the other."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from student.config import TrainConfig
 from student.errors import ConfigError, RunError
-from student.files.changes import Change, from_json, to_json
+from student.files.changes import Change, from_json, to_json, total_epochs
 from student.files.checkpoint import checkpoints
 from student.files.logs import LONGEST_LINE, METRICS
 from student.files.run_directory import read_description
@@ -47,7 +47,12 @@ class RunFacts:
     @property
     def total_steps(self) -> int | None:
         """Of the whole run; None before its first step."""
-        return round(self.n_steps / self.steps["epoch"][-1] * self.config.epochs) if self.n_steps else None
+        return round(self.n_steps / self.steps["epoch"][-1] * self.epochs) if self.n_steps else None
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run, with those that were added."""
+        return total_epochs(self.config, self.changes)
 
     @property
     def seconds(self) -> np.ndarray:

@@ -47,10 +47,12 @@ def _state(run: RunFacts) -> list[tuple[str, str | None]]:
     if not run.n_steps:
         return [("steps", "none logged yet")]
     done = "finished" if run.n_steps == run.total_steps else f"{run.n_steps / run.total_steps:.0%} of {run.total_steps:,}"
+    init = run.description.get("init")
     return [
+        ("begun from", f"{init.get('from')}, sha256 {str(init.get('sha256'))[:12]}" if isinstance(init, dict) else None),
         ("changed under way", "; ".join(map(str, run.changes)) or None),
         ("steps", f"{run.n_steps:,}, {done}"),
-        ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.config.epochs}"),
+        ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.epochs}"),
         ("loss", f"{run.steps['loss'][-1]:.4g}, at the start {run.steps['loss'][0]:.4g}"),
         ("took", f"{hours(float(run.seconds.sum()))} of training"),
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import extract_features
+from ..features import extract_features
+from ..watch import Watch, unwatched
+from .protocol import Labelled
 
 # n features, D width
 
@@ -43,27 +46,50 @@ def knn_accuracy(
 
 
 @dataclass(frozen=True)
+class KNN:
+    """Top-1 accuracy for several numbers of neighbours; larger ones than the training set count as its size."""
+
+    n_neighbours: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    name: ClassVar[str] = "knn"
+    draws: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def protocol(self) -> str:
+        return (
+            f"knn (DINO): {', '.join(map(str, self.n_neighbours))} neighbours by cosine, votes exp(cosine / {self.temperature:g})"
+        )
+
+    @property
+    def main(self) -> str:
+        return str(20 if 20 in self.n_neighbours else self.n_neighbours[0])
+
+    def score(self, train: Labelled, val: Labelled, seed: int = 0, watch: Watch = unwatched) -> Iterator[tuple[str, float]]:
+        """Yields ("20", accuracy in 0..1) and so on, by number of neighbours; nothing is drawn."""
+        for n in sorted({min(n, len(train)) for n in self.n_neighbours}):
+            yield str(n), knn_accuracy(train.features, train.labels, val.features, val.labels, n, self.temperature)
+
+
+@dataclass(frozen=True)
 class KNNEvaluator:
-    """Top-1 accuracy for several numbers of neighbours and all readouts that a model has."""
+    """The same for all readouts that a model has, from images."""
 
     train: Iterable[tuple[Tensor, Tensor]]
     """(images, labels) that vote."""
     test: Iterable[tuple[Tensor, Tensor]]
     """(images, labels) that are classified."""
     n_neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    """Larger ones than the training set count as its size."""
     temperature: float = 0.07
     device: str | torch.device = "cpu"
 
     def run(self, model: nn.Module | Callable[[Tensor], Tensor]) -> Iterator[tuple[str, float]]:
         """Yields ("knn/cls/20", accuracy in 0..1) and so on."""
-        train_features, train_labels = extract_features(model, self.train, device=self.device)
-        test_features, test_labels = extract_features(model, self.test, device=self.device)
-        train_labels, test_labels = train_labels.to(self.device), test_labels.to(self.device)
-
-        possible = sorted({min(n, len(train_labels)) for n in self.n_neighbours})
-        for readout in train_features:
-            voters, asked = train_features[readout].to(self.device), test_features[readout].to(self.device)
-            for n in possible:
-                accuracy = knn_accuracy(voters, train_labels, asked, test_labels, n, self.temperature)
+        (train, train_labels), (test, test_labels) = (
+            extract_features(model, images, device=self.device) for images in (self.train, self.test)
+        )
+        for readout in train:
+            sides = ((train[readout], train_labels), (test[readout], test_labels))
+            voters, asked = (Labelled(features.to(self.device), labels.to(self.device)) for features, labels in sides)
+            for n, accuracy in KNN(self.n_neighbours, self.temperature).score(voters, asked):
                 yield f"knn/{readout}/{n}", accuracy

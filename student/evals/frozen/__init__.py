@@ -1,0 +1,1 @@
+"""What labelled, frozen features are worth: an evaluator a file, whose `score(train, val, seed)` yields (name, value)."""
