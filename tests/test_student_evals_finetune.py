@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipelines.feed.labelled import LabelledImages
@@ -22,7 +23,7 @@ from student.evals.finetuning.layers import layer_of, n_layers, parameter_groups
 from student.evals.finetuning.loop import FineTuning, rate_at
 from student.evals.finetuning.saved import NAME
 from student.evals.finetuning.settings import RECIPES, FineTune, recipe_of
-from student.evals.subject import Subject, fingerprint
+from student.evals.subject import Subject, TimmEncoder, fingerprint
 from student.modules.backbones import build_backbone
 from teacher_cache.errors import BadInputError
 
@@ -144,6 +145,20 @@ def test_a_swin_keeps_its_norm():
     with torch.no_grad():
         expected = classifier.head(subject.encoder.encode_all(images).mean(1))
         torch.testing.assert_close(classifier(images), expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_network_of_timm(pool):
+    """Wherever timm has the final norm, it goes for the mean of the patches; a frozen network learns again, all of it."""
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, global_pool=pool)
+    encoder = TimmEncoder(model.requires_grad_(False), 16).eval()
+    subject = Subject("timm", "", "", encoder, 16, (0.5,) * 3, (0.5,) * 3)
+    classifier, images = Classifier(subject, 3, QUICK).eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images))
+        expected = classifier.head(classifier.fc_norm(model.blocks(x)[:, 1:].mean(1)))
+        torch.testing.assert_close(classifier(images), expected)
+    assert sum(len(group["params"]) for group in classifier.groups(QUICK)) == len(list(classifier.parameters()))
 
 
 def test_recipes_of_the_papers():
