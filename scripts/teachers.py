@@ -97,6 +97,10 @@ the largest value: DINOv3 S and S+ at 256 and 224 px: tokens 0, final norm 1.1e-
 and 196 px, with registers and without: tokens 0, final norm 1.1e-7. Hugging Face (transformers 5.24, two blocks): tokens
 3.0e-7, final norm 4.7e-7, attention 4.4e-7.
 
+**On trained weights** (a DINOv2 ViT-S/14 that was tuned for saliency, two photographs) against Meta's code: at 518, 224 and 196 px
+the normed tokens are 1.0e-7 apart and attention 5.3e-7. Under the rule of before (no antialias, by size) the tokens at 224 px are
+2.2 % off in relative L2 and attention 1.3 % of its largest value, under timm's (antialias) 4.8 % and 4.0 %.
+
 """
 
 
