@@ -16,6 +16,7 @@ from fakes import FakeTeacher
 from pipelines.feed.cached_source import CachedSource
 from pipelines.feed.live_source import LiveSource
 from pipelines.feed.teacher_values import stored_shape, teacher_shape
+from pipelines.pages.of_cache.summary import provenance
 from pipelines.pages.of_crops.laws import laws_for
 from pipelines.presets import recipe
 from student.batch import Needs
@@ -71,7 +72,7 @@ def test_what_is_stored(made):
 
 
 def test_all_commands_say_so(made, tmp_path, image_folder):
-    """inspect, report, show, estimate and verify name the source of attention and the missing norm, and work."""
+    """inspect, estimate and verify name the source of attention and the missing norm, and work."""
     said = run(main, "inspect", made.path)
     assert "int8, codec none, pooling attention, no final norm" in said
     assert "pooling attention, 6 patches of each crop, no final norm" in said
@@ -81,12 +82,15 @@ def test_all_commands_say_so(made, tmp_path, image_folder):
     assert "int8, pooling attention, no final norm" in said
     assert "sound and complete" in run(main, "verify", "--images", image_folder, "--weights", "random:0", "--teacher", "fake",
                                        made.path)  # fmt: skip
-    run(main, "show", "--teacher", "fake", "-o", tmp_path / "a.svg", made.path)
+
+
+def test_pictures_and_pages_say_so(made, tmp_path):
+    """show, and what a page says of where targets come from, name the pooling head, and no CLS."""
+    run(main, "show", "--teacher", "fake", "--row", "0:2", "-o", tmp_path / "a.svg", made.path)
     assert "pooling attention" in (tmp_path / "a.svg").read_text()
-    run(main, "report", "--teacher", "fake", "-o", tmp_path / "report.html", made.path)
-    page = (tmp_path / "report.html").read_text()
-    assert "Attention of the pooling head" in page and "pooling attention" in page and "no final norm" in page
-    assert "CLS attention" not in page
+    said = dict(provenance(made.view(0).targets("fake")))
+    assert said["kept"] == "layers 5, 6, int8, pooling attention"
+    assert said["teacher"].endswith("6 blocks, no CLS, 0 registers, no final norm")
 
 
 def test_compared_with_another(made, tmp_path, image_folder):

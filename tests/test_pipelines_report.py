@@ -261,13 +261,17 @@ def test_a_store_without_attention_and_without_scales(shared_cache, tmp_path):
     assert gathered.attention is None and gathered.expected_errors is None and gathered.features.shape == (24, 24)
 
 
-def test_a_store_of_visible_int4_tokens(shared_cache, teacher, tmp_path):
-    """Of a store that keeps some patches in 4 bits the page is made of those, also with errors measured by the teacher."""
-    cache = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache"))
+def test_a_store_of_visible_int4_tokens(shared_cache, tmp_path):
+    """Of a store that keeps some patches in 4 bits the page is made of those, also with errors measured by the teacher.
+
+    Here one with a pooling head and without final norm, which the page says.
+    """
+    cache, teacher = Cache(shutil.copytree(shared_cache.path, tmp_path / "cache")), FakeTeacher(0, False, True, False)
     extract_view(cache.view(0), "seen", teacher, ExtractPlan(shard_rows=8, batch_size=5, visible=6, dtype="int4"))
     view = cache.view(0)
     html = page_of(view, view.targets("seen"), Options(), teacher, None, "now", lambda line: None)
     assert "6 of 16 patches of each crop" in html and "median, measured" in html and "int4" in html
+    assert "Attention of the pooling head. On average " in html and "CLS attention" not in html
 
 
 def test_an_unfinished_store_is_looked_at_as_far_as_it_is(shared_cache, teacher, tmp_path):
@@ -276,6 +280,7 @@ def test_an_unfinished_store_is_looked_at_as_far_as_it_is(shared_cache, teacher,
     extract_view(cache.view(0), "part", teacher, ExtractPlan(shard_rows=5, batch_size=5), range(1, 3))
     assert run(cache.path, "--teacher", "part", "-o", tmp_path / "a.html")[0] == 0
     html = (tmp_path / "a.html").read_text()
+    assert "CLS attention of the last block. On average" in html
     assert 'aria-label="2 of 5 shards"' in html and "10 of 24" in html and "Figures are of 10 crops" in html
     for commit in (cache.view(0).store_path("part") / "commits").iterdir():
         commit.unlink()
