@@ -100,8 +100,8 @@ and 196 px, with registers and without: tokens 0, final norm 1.1e-7. Hugging Fac
 224 and 70 px: 3.6e-7 (two blocks each).
 
 **On trained weights** (a DINOv2 ViT-S/14 that was tuned for saliency, two photographs) against Meta's code: at 518, 224 and 196
-px the normed tokens are 1.0e-7 apart and attention 5.3e-7. Under the rule of before (no antialias, by size) the tokens at 224 px are
-2.2 % off in relative L2 and attention 1.3 % of its largest value, under timm's (antialias) 4.8 % and 4.0 %.
+px the normed tokens are 1.0e-7 apart and attention 5.3e-7. Under the rule of before (no antialias, by size) the tokens at 224 px
+are 2.2 % off in relative L2 and attention 1.3 % of its largest value, under timm's (antialias) 4.8 % and 4.0 %.
 
 """
 
