@@ -12,7 +12,7 @@ from scripts.teachers import FAMILIES, differences
 from scripts.teachers import narrow as narrow_models
 from teacher_cache import CropPlan, make_cache
 from teacher_cache.teachers import load_teacher, timm_vit
-from teacher_cache.teachers.blocks.positions import BILINEAR, DINOV2, OURS
+from teacher_cache.teachers.blocks.positions import DINOV2, OURS, PE
 
 NO_HEAD = {"C-RADIO v3", "C-RADIO v4", "PE spatial", "AIMv2"}
 POOLED = {"SigLIP 2", "PE core, no CLS"}
@@ -115,10 +115,7 @@ def test_rotations_are_on_record(narrow):
         for family in ("DINOv3", "PE core", "EVA02-CLIP")
     }
     assert said["DINOv3"] == "RoPE DinoV3 on patches alone, ij, temperature 100"
-    assert (
-        said["PE core"]
-        == f"{BILINEAR.words}; RoPE Cat on patches alone, xy, temperature 10000, offset 1, as in a grid of 14 x 14"
-    )
+    assert said["PE core"] == f"{PE.words}; RoPE Cat on patches alone, xy, temperature 10000, offset 1"
     assert said["EVA02-CLIP"] == f"{OURS.words}; RoPE Cat on patches alone, ij, temperature 10000, as in a grid of 16 x 16"
 
 

@@ -25,8 +25,6 @@ from teacher_cache.format.layout import CACHE_JSON
 
 MOST_BYTES = 128 << 20
 """Of the pixels of a batch, as uint8: 256 images up to 418 px. A student takes four times as much of them, as float32."""
-IGNORED = 255
-"""In a mask: a pixel of no class, which is neither learned nor counted."""
 
 
 class LabelledImages:
@@ -137,7 +135,7 @@ class LabelledImages:
 
 
 class SegmentedImages:
-    """Iterates (images float32 [B, 3, size, size], masks uint8 [B, size, size]): the classes of their pixels, IGNORED where none.
+    """Iterates (images float32 [B, 3, size, size], their places int64 [B]); `masks` has the classes of all pixels, 255 for none.
 
     path: a folder with `images/` and `masks/`, in which the files have equal names but for their ends. A mask is an image of one
     channel (grey or palette) whose values are the classes; image and mask are cut alike, the mask by its nearest pixels.
@@ -194,7 +192,6 @@ class SegmentedImages:
             return torch.from_numpy(np.stack(list(pool.map(one, [mask for _, mask in self.names]))))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, places int64 [B] of them in `masks()`)."""
         for start in range(0, len(self), self.batch_size):
             names = [image for image, _ in self.names[start : start + self.batch_size]]
             pixels = _middles(self._folders[0], names, self.size)

@@ -53,7 +53,9 @@ def position_rule(model: VisionTransformer | Eva) -> PositionRule:
 
 
 def at_image_size(model: VisionTransformer | Eva, name: str, image_size: int, rule: PositionRule = OURS) -> None:
-    """Change the model's input size in place: its position table by `rule` (timm's is antialiased), its rotation by its own."""
+    """Change the model's input size in place: its position table and its rotation by `rule` (timm's table is antialiased)."""
+    if rule.counts_patches:
+        model.rope.ref_feat_shape = None
     grid = grid_for(name, image_size, model.patch_embed.patch_size[0])
     if grid == model.patch_embed.grid_size:
         return
@@ -143,8 +145,8 @@ def load_timm(
         layout = Layout(ignore=(f"{classifier}.*", *_NOT_IN_TIMM), inside=("state_dict", "model"))
         loaded = load_weights(model, weights, [layout], ("argparse.Namespace",), _expected(name))
     rule = as_begun(position_rule(model), begun)
-    if image_size is not None:
-        at_image_size(model, name, image_size, rule)
+    if image_size is not None or rule.counts_patches:
+        at_image_size(model, name, image_size or model.patch_embed.img_size[0], rule)
     return as_teacher(name, model, loaded, config["mean"], config["std"], device, precision, rule=rule)
 
 

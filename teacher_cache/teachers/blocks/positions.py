@@ -27,6 +27,8 @@ class PositionRule:
     antialias: bool = False
     offset: float = 0.0
     """Added to the grid before it is divided by the table's own to give the scale factor; 0: the size alone says it."""
+    counts_patches: bool = False
+    """Whether a rotation counts the patches of another grid, where timm spreads them over the native one."""
 
     def resize(self, table: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
         """The table for `grid`; returned unchanged when its own is the same.
@@ -57,12 +59,13 @@ DINOV2 = PositionRule(f"bicubic, {_BY_FACTOR}", offset=0.1)
 DINOV2_REGISTERS = PositionRule("bicubic, align_corners=False, antialias, in float32", antialias=True)
 TIPS = PositionRule(f"bilinear, {_BY_FACTOR}", mode="bilinear", offset=0.1)
 BILINEAR = PositionRule("bilinear, align_corners=False, no antialias, in float32", mode="bilinear")
-RULES = {rule.words: rule for rule in (OURS, DINOV2, DINOV2_REGISTERS, TIPS, BILINEAR)}
+PE = PositionRule(f"{BILINEAR.words}, RoPE counts patches", mode="bilinear", counts_patches=True)
+RULES = {rule.words: rule for rule in (OURS, DINOV2, DINOV2_REGISTERS, TIPS, BILINEAR, PE)}
 FAMILIES = (
     ("*_reg?_dinov2", DINOV2_REGISTERS),
     ("*_dinov2", DINOV2),
     ("*_tipsv2", TIPS),
-    ("vit_pe_*", BILINEAR),
+    ("vit_pe_*", PE),
     ("*_radio_v?", BILINEAR),
 )
 """timm's names for architectures, as shell patterns -> the rule that this family's own code follows."""
