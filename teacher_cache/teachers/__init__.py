@@ -169,12 +169,12 @@ TEACHERS: dict[str, TeacherEntry] = {
 TIMM_PREFIX, OPEN_CLIP_PREFIX = "timm:", "open_clip:"
 OTHER_TEACHERS = {
     f"{TIMM_PREFIX}NAME": (
-        "any plain VisionTransformer of timm, e.g. timm:vit_small_patch16_224",
+        "most ViTs of timm (docs/teachers.md), e.g. timm:vit_small_patch16_224",
         "downloaded by timm, or --weights PATH, or --weights random:SEED; weights made for QuickGELU need the name of a model "
         "that has it",
     ),
     f"{OPEN_CLIP_PREFIX}ARCH/TAG": (
-        "the image tower of any plain ViT of open_clip, e.g. open_clip:ViT-B-16/laion2b_s34b_b88k",
+        "the image tower of most ViTs of open_clip, e.g. open_clip:ViT-B-16/laion2b_s34b_b88k",
         "downloaded by open_clip, or --weights PATH, or --weights random:SEED (for these two /TAG may be left out; a file tells "
         "its activation only if it is OpenAI's own)",
     ),
