@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from fakes import FakeTeacher
 from test_cache_golden import N_IMAGES, PLAN, changed, files_of
-from test_cache_golden_v3 import GOLDEN, plan_of, write_images
+from test_cache_golden_v3 import GOLDEN
+from test_cache_golden_v4 import plan_of, write_images
 from zarr_oracle import rows_by_zarr
 
 from teacher_cache.cache import Cache

@@ -12,7 +12,7 @@ from student import ConfigError, RunError, Student
 from student.cli.train import train
 from student.files.changes import Change, extended, from_json, schedule_at, total_epochs
 from student.files.checkpoint import checkpoints
-from student.run.optim import learning_rate
+from student.run.rates import learning_rate
 from student.run.trainer import Trainer
 
 CONFIG = tiny_config()

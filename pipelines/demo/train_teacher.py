@@ -24,7 +24,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from student.evals.knn import knn_accuracy
+from student.evals import knn_accuracy
 from teacher_cache.crops.cutting import cut, draw
 from teacher_cache.crops.images import scan
 from teacher_cache.files.durable import write_whole
