@@ -1,9 +1,12 @@
 """Where the environment forbids downloads, missing weights are one sentence at once, and those in a local cache load."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
 from teacher_cache.errors import BadInputError
@@ -64,6 +67,25 @@ def test_missing_weights_are_one_sentence_that_names_the_variable(name, monkeypa
         load_teacher(name)
     assert "\n" not in str(caught.value) and was_offline == constants.HF_HUB_OFFLINE
     assert load_teacher(name, "random:0").spec.weights == "random:0"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_gated_download_says_what_opens_it(wrapped):
+    """Without rights the sentence says so, where to ask for them, and which file would do; also behind another error."""
+
+    def fetch():
+        try:
+            raise GatedRepoError(
+                "403 Client Error.\n\nCannot access gated repo", response=SimpleNamespace(headers={}, request=None)
+            )
+        except GatedRepoError as error:
+            if wrapped:
+                raise RuntimeError("cannot load") from error
+            raise
+
+    with pytest.raises(BadInputError, match="are gated: w is given only.*hf auth login.*--weights PATH.*random:0") as caught:
+        downloaded("t", "w", "a", fetch)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plain_address_is_not_opened(tmp_path, monkeypatch):

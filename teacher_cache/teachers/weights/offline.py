@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 
 from ...errors import BadInputError
 
@@ -49,11 +50,24 @@ def downloaded(name: str, what: str, advice: str, fetch: Callable[[], Result], c
     except Exception as error:  # each source has its own exceptions for no network, no file, no access
         if setting and cached_at is None:
             raise BadInputError(missing) from error
+        if _is_gated(error):
+            raise BadInputError(
+                f"The weights of {name} are gated: {what} is given only to accounts that its owner has let in. Ask for that "
+                f"on its page there and log in (hf auth login), or pass --weights PATH with it, or {advice}; for a trial without "
+                "one: --weights random:0."
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInputError(
             f"The weights of {name} could not be downloaded ({reason}). Fetch {what} on a machine with network and pass "
             f"--weights PATH, or {advice}; for a trial without one: --weights random:0."
         ) from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub refused a file for want of rights; libraries raise errors of their own from its."""
+    while error is not None and not isinstance(error, GatedRepoError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager
