@@ -66,10 +66,13 @@ class Loop:
 
 
 def config_of(preset: str, tiny: bool, shapes, image_size: int, batch: int):
-    """The preset's configuration with `batch` crops a step in one piece, and enough epochs to go on for ever."""
+    """The preset's configuration with `batch` crops a step in one piece, and enough epochs to go on for ever.
+
+    The learning rate ends at 0: that of the preset may be above the peak of so small a batch.
+    """
     made = recipe(preset)
     config = made.tiny(shapes, image_size).config if tiny else made.config
-    return replace(config, batch_size=batch, accumulate=1, epochs=100_000)
+    return replace(config, batch_size=batch, accumulate=1, epochs=100_000, optim=replace(config.optim, min_lr=0.0))
 
 
 @click.command()
