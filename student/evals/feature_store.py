@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teacher_cache.files.durable import ASIDE, crc32c, make_folder, obey_umask, publish
+from teacher_cache.files.durable import ASIDE, crc32c, make_folder, publish, settle
 
 from ..errors import ConfigError
 from .features import extract_features
@@ -118,12 +118,7 @@ class FeatureStore:
         tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
         try:
             save_file(tensors, aside, metadata={"key": key.to_json(), "crc32c": _checksum(features, labels)})
-            descriptor = os.open(aside, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            obey_umask(aside)
+            settle(aside)
             publish(aside, path)
         except SafetensorError as error:
             raise OSError(None, f"the features could not be written ({error}). Give another --features DIR", str(path)) from error

@@ -6,7 +6,6 @@ long as this process holds the run (teacher_cache/files/claims.py).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +47,7 @@ def publish(path: Path) -> None:
     Its mode is that of every new file, as the umask has it. RunError as for `require_held`.
     """
     partial = durable.aside_path(path)
-    durable.obey_umask(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    durable.settle(partial)
     with _as_run_error():
         durable.publish(partial, path)
 

@@ -167,9 +167,11 @@ def _umask() -> int:
     raise OSError(errno.ENOSYS, "the kernel does not tell the umask (Linux before 4.7)", "/proc/self/status")
 
 
-def obey_umask(path: Path) -> None:
-    """Give a file that a library made, perhaps for its owner alone, the mode that `open` would have given it."""
-    path.chmod(0o666 & ~_umask())
+def settle(path: Path) -> None:
+    """Of a file that a library wrote: bring it onto the disk, and give it the mode that `open` would have given it."""
+    path.chmod(0o666 & ~_umask())  # some are made for their owner alone
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -179,6 +181,16 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def user_cache_folder() -> Path:
+    """Where this user's programs keep what they can make again: `$XDG_CACHE_HOME`, else ~/.cache. OSError without a home."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder") from error
 
 
 def make_folder(path: Path) -> None:

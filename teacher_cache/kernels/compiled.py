@@ -19,6 +19,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files.durable import user_cache_folder
+
 from . import pointers  # isort: skip - before numba, whose threading layer it chooses
 
 import numba
@@ -69,14 +71,14 @@ def _keep(compiled, function: Callable) -> None:
 def kernel_folder() -> Path | None:
     """The folder of this version's machine code, made if need be; None where there can be none that is safe."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teacher-cache"
+        folder = user_cache_folder() / "teacher-cache"
         folder.parent.mkdir(parents=True, exist_ok=True)
         for part in (folder, folder / "kernels", folder / "kernels" / _version()):
             _own_folder(part)
             folder = part
         with open(folder / "lock", "ab"):
             return folder
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except OSError as error:
         log.warning("Compiled loops cannot be kept (%s), so that every start compiles them anew, for about ten seconds. "
                     "Let XDG_CACHE_HOME name a folder that is your own.", error)  # fmt: skip
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 from teacher_cache.errors import UsageError
-from teacher_cache.files.durable import make_folder
+from teacher_cache.files.durable import make_folder, user_cache_folder
 from teacher_cache.format.layout import CACHE_JSON
 from teacher_cache.terminal.command import say
 
@@ -118,20 +117,19 @@ def features_folder(options: Options) -> Path | None:
 
     if options.no_features:
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = options.features or base / "teacher-cache" / "features"
-    for above in [folder.absolute(), *folder.absolute().parents]:
-        is_run = (above / CONFIG).exists() and recorded_identity(above) is not None
-        if is_run or (above / CACHE_JSON).exists():
-            what = "a run" if is_run else "a cache"
-            raise UsageError(f"--features {folder}: {above} is {what}, which holds nothing else. Give another folder.")
     try:
+        folder = options.features or user_cache_folder() / "teacher-cache" / "features"
+        for above in [folder.absolute(), *folder.absolute().parents]:
+            is_run = (above / CONFIG).exists() and recorded_identity(above) is not None
+            if is_run or (above / CACHE_JSON).exists():
+                what = "a run" if is_run else "a cache"
+                raise UsageError(f"--features {folder}: {above} is {what}, which holds nothing else. Give another folder.")
         make_folder(folder)
     except OSError as error:
         if options.features:
             raise UsageError(
-                f"--features {folder}: cannot be made ({error.strerror}). Give a folder that can be written to."
+                f"--features {options.features}: cannot be made ({error.strerror}). Give a folder that can be written to."
             ) from error
-        say(f"features {folder}: cannot be made ({error.strerror}); none are kept. Give --features DIR to keep them.")
+        say(f"features: no folder for them can be made ({error.strerror}); none are kept. Give --features DIR to keep them.")
         return None
     return folder

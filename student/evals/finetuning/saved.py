@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from teacher_cache.files.durable import clear_aside, crc32c, obey_umask, publish
+from teacher_cache.files.durable import crc32c
 
 from ...errors import RunError, RunMismatchError
+from ...files.run_files import aside, publish
 
 NAME = "finetune.safetensors"
 KEY = "finetune"
@@ -28,18 +28,11 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ident
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = {"identity": identity, "epochs": epochs, "crc32c": _checksum(tensors)}
     path = folder / NAME
-    aside = clear_aside(path)
     try:
-        save_file(tensors, aside, metadata={KEY: json.dumps(said)})
-        descriptor = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        obey_umask(aside)
-        publish(aside, path)
+        save_file(tensors, aside(path), metadata={KEY: json.dumps(said)})
+        publish(path)
     except (SafetensorError, OSError) as error:
-        aside.unlink(missing_ok=True)
+        aside(path)  # makes room
         raise RunError(f"{path} could not be written: {error}. The state of the epoch before is untouched.") from error
 
 
