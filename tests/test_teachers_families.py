@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from timm.models import get_pretrained_cfg
 
 from teacher_cache.cli.main import main
+from teacher_cache.format.spec import TeacherSpec
 from teacher_cache.teachers import OPEN_CLIP_PREFIX, TEACHERS, TIMM_PREFIX
 from teacher_cache.teachers.blocks import timm_kinds
 from teacher_cache.teachers.families import ON_REQUEST, in_the_table, known_teachers
@@ -87,8 +88,11 @@ def test_lines_are_those_of_open_clips_configuration(name):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_lines_of_our_own_names(name):
-    """A line of the project's own teachers has the spec of its entry."""
-    assert in_the_table(name).spec() == TEACHERS[name].spec()
+    """A line of the project's own teachers has all that its entry says of it, and what follows from that."""
+    entry, spec = TEACHERS[name], in_the_table(name).spec()
+    for field in set(TeacherSpec.__dataclass_fields__) & {*vars(entry), "grid"}:
+        assert getattr(spec, field) == getattr(entry, field), field
+    assert (spec.attention_source, spec.head, spec.n_registers) == ("cls" if entry.has_cls else None, "layernorm", 0)
 
 
 def test_bytes_and_grids():

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import click
 
+from teacher_cache.teachers import TIMM_PREFIX
+from teacher_cache.teachers.families import known_teachers
 from teacher_cache.terminal.command import one_line_errors, say
 from teacher_cache.words import human, quoted
 
 from ..errors import StudentError
 from .options import COMMAND_AT_FAULT, PATH, SETTINGS
-
-LICENCES = {"clip-b16": "MIT", "clip-l14": "MIT", "mae-b16": "CC-BY-NC-4.0", "dino-s16": "Apache-2.0", "dino-b16": "Apache-2.0",
-            "demo": "Apache-2.0"}  # fmt: skip
-"""Of the repositories that published a teacher's weights; of the others nothing is known here."""
 
 
 @click.command(context_settings=SETTINGS)
@@ -101,10 +99,12 @@ def _teacher_lines(facts: dict) -> list[str]:
 
 
 def _licence(teacher: str) -> str | None:
-    """What a teacher's weights were published under, as far as it is known here; of a model of timm, what timm has on record."""
-    if not teacher.startswith("timm:"):
-        return LICENCES.get(teacher)
+    """What a teacher's weights were published under, as the table of teachers says; of other models of timm, as timm does."""
+    if teacher in (known := known_teachers()):
+        return known[teacher].licence
+    if not teacher.startswith(TIMM_PREFIX):
+        return None
     import timm
 
-    found = timm.get_pretrained_cfg(teacher.removeprefix("timm:"))
+    found = timm.get_pretrained_cfg(teacher.removeprefix(TIMM_PREFIX))
     return found.license if found is not None else None

@@ -149,9 +149,9 @@ def _is_listed(asked: Question, name: str) -> bool:
 
 
 def _listed(name: str) -> TeacherSpec:
-    from ..teachers import TEACHERS
+    from ..teachers.families import in_the_table
 
-    return TEACHERS[name].spec()
+    return in_the_table(name).spec()
 
 
 def _load(asked: Question, name: str):

@@ -61,15 +61,6 @@ class TeacherEntry:
         """(rows, columns) of patches at `image_size`."""
         return (self.image_size // self.patch_size,) * 2
 
-    def spec(self) -> TeacherSpec:
-        """The teacher as a store would describe it, at its own `image_size`, but for the weights, which nobody has looked at."""
-        return TeacherSpec(
-            name=self.name, weights="", weights_sha256="", image_size=self.image_size, patch_size=self.patch_size, grid=self.grid,
-            dim=self.dim, depth=self.depth, heads=self.heads, has_cls=self.has_cls, n_registers=0, mean=self.mean, std=self.std,
-            norm_eps=self.norm_eps, projection_dim=self.projection_dim, resize="", activation="", positions="",
-            attention_source="cls" if self.has_cls else None, head="layernorm",
-        )  # fmt: skip
-
 
 _SMALL = dict(dim=384, depth=12, patch_size=16, image_size=224, norm_eps=1e-6, **_IMAGENET)
 _BASE = dict(dim=768, depth=12, heads=12, patch_size=16, image_size=224, norm_eps=1e-6, **_IMAGENET)

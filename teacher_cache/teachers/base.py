@@ -140,14 +140,12 @@ class Teacher:
         anatomy.model.eval().requires_grad_(False)
         norm, head = anatomy.final_norm, {"projection": anatomy.projection}
         assert (norm is not None) == spec.has_final_norm, "anatomy and description agree on the final norm"
-        if norm is not None:
-            head = {"gamma": norm.weight, "beta": norm.bias, **head}
+        if norm is not None:  # which may have no scale, or no shift
+            head["gamma"] = torch.ones(spec.dim) if norm.weight is None else norm.weight
+            head["beta"] = torch.zeros(spec.dim) if norm.bias is None else norm.bias
         self.head: dict[str, np.ndarray] = {
             name: tensor.detach().float().cpu().numpy().copy() for name, tensor in head.items() if tensor is not None
         }
-        if norm is not None:
-            self.head.setdefault("gamma", np.ones(spec.dim, "float32"))  # a norm without scale or shift
-            self.head.setdefault("beta", np.zeros(spec.dim, "float32"))
         self.to(device)
 
     @property
