@@ -20,7 +20,7 @@ from student.errors import NonFiniteLossError, RunError, RunMismatchError
 from student.evals.finetuning.augmented import posterized, seeded, transform_of
 from student.evals.finetuning.classifier import Classifier
 from student.evals.finetuning.layers import layer_of, n_layers, parameter_groups, set_drop_path
-from student.evals.finetuning.loop import FineTuning, rate_at
+from student.evals.finetuning.loop import FineTuning
 from student.evals.finetuning.saved import NAME
 from student.evals.finetuning.settings import RECIPES, FineTune, recipe_of
 from student.evals.subject import Subject, TimmEncoder, fingerprint
@@ -197,7 +197,7 @@ def test_settings_as_text():
 def test_rates_of_the_schedule():
     """MAE's: from 0 over the warm-up, then half a cosine to the lowest rate; scaled by the batch."""
     settings = FineTune(base_rate=1e-3, epochs=25, warmup_epochs=5, min_rate=1e-6)
-    rates = [rate_at(epoch, settings, 512) for epoch in (0, 2.5, 5, 15, 25)]
+    rates = [settings.rate_at(epoch, 512) for epoch in (0, 2.5, 5, 15, 25)]
     assert rates == pytest.approx([0, 1e-3, 2e-3, (2e-3 + 1e-6) / 2, 1e-6])
 
 

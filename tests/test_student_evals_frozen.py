@@ -11,11 +11,12 @@ from student.evals import LinearProbe, LogisticRegression, Retrieval
 from student.evals.attention import overlap, rank_correlation, top_overlap
 from student.evals.frozen.draws import balanced_share, split
 from student.evals.frozen.lars import StackedLARS
-from student.evals.frozen.linear import LinearStack, rate_at
+from student.evals.frozen.linear import LinearStack
 from student.evals.frozen.protocol import Labelled, require_classes
 from student.evals.frozen.retrieval import average_precisions
 from student.evals.frozen.segment import Segment, Segmented, mean_iou, number_of_classes
 from student.evals.rank import rankme, singular_values
+from student.evals.schedule import rate_at
 from student.evals.semantic import most_attended
 from student.evals.watch import unwatched
 

@@ -20,6 +20,7 @@ OUT = Path("demo-out")
 VIEWS = 4
 STUDENTS = {"MAE": "mae-demo", "MR-MAE": "mr-mae-demo", "MaskAlign": "maskalign-demo"}
 N_NEIGHBOURS = 20
+SPLITS = ("train", "val")
 
 
 def run(command: click.Command, program: str, *arguments) -> None:
@@ -65,14 +66,16 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     from rich.console import Console
     from rich.table import Table
 
+    from student.evals.subject import TeacherEncoder
     from student.files.checkpoint import latest_checkpoint, load_backbone
     from student.modules.backbones import build_backbone
+    from teacher_cache.teachers import load_teacher
 
     from ..feed.labelled import LabelledImages
     from ..presets import recipe
 
     config = recipe("mae-demo").config
-    voters, asked = (LabelledImages(digits / split, config.backbone.image_size) for split in ("train", "val"))
+    voters, asked = (LabelledImages(digits / split, config.backbone.image_size) for split in SPLITS)
     torch.manual_seed(config.seed)
     rows = {
         "raw pixels": (pixel_accuracy(voters, asked), None),
@@ -81,7 +84,11 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
     for label, preset in STUDENTS.items():
         backbone, _ = load_backbone(latest_checkpoint(OUT / preset))
         rows[f"{label} student"] = (accuracy(backbone, voters, asked), seconds[label])
-    rows["the teacher itself"] = (accuracy(teacher_tokens(), voters, asked), None)
+    teacher = load_teacher("demo")
+    own = (
+        LabelledImages(digits / split, teacher.spec.image_size, mean=teacher.spec.mean, std=teacher.spec.std) for split in SPLITS
+    )
+    rows["the teacher itself"] = (accuracy(TeacherEncoder(teacher), *own), None)
 
     made = Table(title=f"1,000 test digits, recognised by {N_NEIGHBOURS} neighbours")
     for column, side in (("features", "left"), ("CLS token", "right"), ("mean of patches", "right"), ("trained for", "right")):
@@ -112,22 +119,6 @@ def pixel_accuracy(voters, asked) -> dict[str, float]:
     )
     value = knn_accuracy(voter_pixels.flatten(1), voter_labels, asked_pixels.flatten(1), asked_labels, N_NEIGHBOURS)
     return {"mean": value}
-
-
-def teacher_tokens():
-    """The demo teacher as images (normalised for the student) -> tokens after its final norm, CLS first."""
-    from student.modules.pixels import PIXEL_MEAN, PIXEL_STD
-    from teacher_cache.teachers import load_teacher
-
-    teacher = load_teacher("demo")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    gamma, beta = (torch.from_numpy(teacher.head[name]) for name in ("gamma", "beta"))
-
-    def tokens(images: torch.Tensor) -> torch.Tensor:
-        images_u8 = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return gamma * teacher(images_u8, [teacher.spec.depth]).tokens[:, 0] + beta
-
-    return tokens
 
 
 if __name__ == "__main__":

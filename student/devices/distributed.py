@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, PeerFailedError
 from .launch import launch_of
@@ -147,7 +148,18 @@ def _require_peers() -> None:
     raise PeerFailedError(int(failed), text)
 
 
-def averaged_on_cpu(_, bucket):  # torch compares annotations, and would not know these as text
+def sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as one whose gradients are the mean over all processes; itself where there is one. Every process calls it."""
+    if world_size() == 1:
+        return model
+    barrier()  # finds out who failed before this; the next line waits for all and does not look
+    shared = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if device.type == "cpu":
+        shared.register_comm_hook(None, _averaged_on_cpu)
+    return shared
+
+
+def _averaged_on_cpu(_, bucket):  # torch compares annotations, and would not know these as text
     """A hook of DistributedDataParallel: the mean of a bucket of gradients over all processes, waited for as everything here."""
     gradients = bucket.buffer().div_(world_size())
     _finish(dist.all_reduce(gradients, async_op=True), gradients)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..batch import Mask, take
 from ..errors import ConfigError
+from ..exports.record import sha256_tensors
 from ..modules.attention import cls_attention
+from .features import readouts_of
 
 # B batch, N patches, C 1 with CLS else 0, n patches that are kept, D width
 
@@ -55,7 +57,7 @@ class Subject:
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        return ("cls", "mean") if self.encoder.has_cls else ("mean",)
+        return readouts_of(self.encoder)
 
     @property
     def network(self) -> nn.Module:
@@ -127,10 +129,16 @@ class TeacherEncoder:
     """A frozen teacher, which takes uint8 images: tokens of its last block behind its final norm, without any projection.
 
     teacher: a teacher_cache.teachers.base.Teacher, with whose own mean and deviation the images were normalised.
+    Raises ConfigError for one without a final norm that whitened tokens lead to.
     """
 
     def __init__(self, teacher):
         self.teacher, spec = teacher, teacher.spec
+        if not spec.has_final_norm:
+            raise ConfigError(
+                f"{spec.name} has no final norm of its tokens that could be measured behind. Give a teacher that has one, or the "
+                "same network as timm:NAME."
+            )
         self.has_cls, self.grid = spec.has_cls, tuple(spec.grid)
         head = {name: torch.from_numpy(teacher.head[name]).to(teacher.device) for name in ("gamma", "beta")}
         self._gamma, self._beta = head["gamma"], head["beta"]
@@ -151,9 +159,5 @@ class TeacherEncoder:
 
 
 def fingerprint(architecture: str, module: nn.Module) -> str:
-    """SHA-256 of an architecture, in words, and of names, types, shapes and bytes of all tensors of `module`, by name."""
-    digest = hashlib.sha256(architecture.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 of an architecture, in words, and of all tensors of `module`."""
+    return hashlib.sha256(f"{architecture}\n{sha256_tensors(module.state_dict())}".encode()).hexdigest()

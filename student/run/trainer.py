@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch, BatchSource, Mask
 from ..config import TrainConfig
-from ..devices.distributed import any_of, averaged_on_cpu, barrier, gathered, rank, world_size
+from ..devices.distributed import any_of, barrier, gathered, rank, sharing_gradients, world_size
 from ..devices.micro_batches import micro_batches, number_in_step
 from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
 from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, total_epochs
@@ -91,12 +90,7 @@ class Trainer:
         self.average = WeightAverage(self.student, config.optim.ema) if config.optim.ema else None
         if compiled:
             self.student.compile(fullgraph=True)
-        self.forward = self.student
-        if world_size() > 1:
-            barrier()  # finds out who failed before this; the next line waits for all and does not look
-            self.forward = DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if self.device.type == "cpu":
-                self.forward.register_comm_hook(None, averaged_on_cpu)
+        self.forward = sharing_gradients(self.student, self.device)
         self.source = source
         self.checkpoint_every = checkpoint_every
         self.keep_checkpoints = keep_checkpoints

@@ -17,7 +17,7 @@ from teacher_cache.terminal.progress import progress
 
 from ...errors import StudentError
 from ..options import COMMAND_AT_FAULT, PATH, pairs_of
-from .job import Job, told_of
+from .job import Job, told_of_both
 from .options import Options, measuring
 
 LOCK = "finetune.lock"
@@ -97,13 +97,7 @@ def _one(job: Job, subject, settings, folder: Path, seed: int, accumulate: int, 
         import torch
 
         train.take(balanced_share(torch.from_numpy(train.labels.copy()), options.share, seed).numpy())
-    data = {
-        "train": told_of(train),
-        "val": told_of(val),
-        "classes": len(val.classes),
-        "of_classes": n_classes,
-        "used": len(train),
-    }
+    data = {**told_of_both(train, val, n_classes), "used": len(train)}
     identity = {
         "settings": dataclasses.asdict(settings),
         "weights": subject.weights,

@@ -104,7 +104,7 @@ class Job:
                 n_classes = len(train.classes)
                 train.only(val.classes)
                 encode, seen = encode_of(subject) if encode_of else (None, "all patches")
-                readouts = self.readouts(subject)
+                readouts, told = self.readouts(subject), told_of_both(train, val, n_classes)
                 (voters, labels), (asked, val_labels) = (self.features(subject, i, readouts, encode, seen) for i in (train, val))
                 for readout in readouts:
                     every = Labelled(voters[readout].to(self.device), labels.to(self.device))
@@ -112,8 +112,7 @@ class Job:
                     for seed in range(options.n_seeds):
                         some = every if options.share == 1 else every.rows(balanced_share(labels, options.share, seed))
                         by_seed.append(dict(evaluator.score(some, test, seed, progress)))
-                    data = {"train": told_of(train), "val": told_of(val), "classes": len(val.classes), "of_classes": n_classes,
-                            "used": len(some)}  # fmt: skip
+                    data = {**told, "used": len(some)}
                     protocol, results = evaluator.protocol + extra, summed_up(by_seed)
                     self.add(name or evaluator.name, protocol, evaluator.main, subject, readout, val.decoder, data, results,
                              evaluator.numbers, began)  # fmt: skip
@@ -154,6 +153,11 @@ class Job:
 
 def told_of(images) -> dict:
     return {"fingerprint": images.fingerprint(), "images": len(images), "name": str(images.path)}
+
+
+def told_of_both(train, val, of_classes: int) -> dict:
+    """What records say of the images. of_classes: how many classes those of --train had before they became those of --val."""
+    return {"train": told_of(train), "val": told_of(val), "classes": len(val.classes), "of_classes": of_classes}
 
 
 def _as_before(records: list[dict]) -> dict:

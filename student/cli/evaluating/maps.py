@@ -123,11 +123,11 @@ def rank(options: Options):
         with job.showing():
             for subject, began in job.subjects():
                 images = job.images(options.val, subject, need_labels=False)
-                readouts = job.readouts(subject)
+                readouts, data = job.readouts(subject), {"val": told_of(images)}
                 features, _ = job.features(subject, images, readouts)
                 for readout in readouts:
                     values = singular_values(features[readout].to(job.device)).cpu()
                     results = {"rankme": rankme(values), "width": float(features[readout].shape[1])}
                     results |= {f"at {number}": float(value) for number, value in enumerate(values, 1)}
                     job.add("rank", "rank (RankMe): singular values, not centred", "rankme", subject, readout, images.decoder,
-                            {"val": told_of(images)}, summed_up([results]), tuple(results), began)  # fmt: skip
+                            data, summed_up([results]), tuple(results), began)  # fmt: skip

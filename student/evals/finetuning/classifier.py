@@ -7,9 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ...exports.layouts import PRE_TRAINING_ONLY
 from ...seeds import position_seed
 from ..subject import Subject
-from .layers import UNUSED, parameter_groups, set_drop_path
+from .layers import parameter_groups, set_drop_path
 from .settings import FineTune
 
 HEAD_STD = 2e-5
@@ -31,7 +32,7 @@ class Classifier(nn.Module):
         body = self.body
         set_drop_path(body, settings.drop_path)
         for name, parameter in body.named_parameters():
-            parameter.requires_grad_(not name.startswith(UNUSED))
+            parameter.requires_grad_(not name.startswith(PRE_TRAINING_ONLY))
         width = next(module.normalized_shape[0] for module in reversed(list(body.modules())) if isinstance(module, nn.LayerNorm))
         self.fc_norm = nn.Identity()
         if self.readout == "mean" and self.n_cls:

@@ -11,8 +11,6 @@ from ...errors import ConfigError
 
 NEVER_DECAYED = ("pos_embed", "cls_token", "dist_token", "relative_position_bias_table")
 """Ends of the names of parameters that have more than one axis and yet no weight decay."""
-UNUSED = ("mask_token", "fuse.")
-"""Parts of an encoder of ours that belong to pre-training."""
 
 
 def n_layers(model: nn.Module) -> int:

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from teacher_cache.errors import BadInputError
 
-from ...devices.distributed import averaged_on_cpu, barrier, rank, summed, world_size
+from ...devices.distributed import barrier, rank, sharing_gradients, summed, world_size
 from ...errors import ConfigError, NonFiniteLossError
 from ...seeds import position_seed
 from ..watch import Watch, unwatched
@@ -25,15 +24,6 @@ from .classifier import Classifier
 from .settings import FineTune
 
 BETAS = (0.9, 0.999)
-
-
-def rate_at(epoch: float, settings: FineTune, batch_size: int) -> float:
-    """The learning rate at a moment, in epochs: linear over the warm-up, then half a cosine (MAE util/lr_sched.py)."""
-    peak = settings.base_rate * batch_size / 256
-    if epoch < settings.warmup_epochs:
-        return peak * epoch / settings.warmup_epochs
-    through = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
-    return settings.min_rate + (peak - settings.min_rate) * 0.5 * (1 + math.cos(math.pi * through))
 
 
 @dataclass
@@ -80,12 +70,7 @@ class FineTuning:
         epochs = saved.resume(self.folder, model, optimizer, self.identity)
         if epochs:
             self.say(f"resumed behind epoch {len(epochs)} of {self.settings.epochs}")
-        barrier()
-        forward = model
-        if world_size() > 1:
-            forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if self.device.type == "cpu":
-                forward.register_comm_hook(None, averaged_on_cpu)
+        forward = sharing_gradients(model, self.device)
         for epoch in range(len(epochs), self.settings.epochs):
             loss, rate = self._epoch(forward, optimizer, epoch)
             top1, top5 = self.accuracy(model)
@@ -103,7 +88,7 @@ class FineTuning:
         batches = iter(self._batches(epoch))
         with self.watch(f"finetune, epoch {epoch + 1}", self.steps * self.batch_size, "images") as advance:
             for step in range(self.steps):
-                rate = rate_at(epoch + step / self.steps, self.settings, self.batch_size)
+                rate = self.settings.rate_at(epoch + step / self.steps, self.batch_size)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
                 total = torch.zeros((), device=self.device)

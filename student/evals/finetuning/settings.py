@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from ..schedule import rate_at
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class FineTune:
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    def rate_at(self, epoch: float, batch_size: int) -> float:
+        """The learning rate at a moment, in epochs, for batches of so many images."""
+        return rate_at(epoch, self.base_rate * batch_size / 256, self.epochs, self.warmup_epochs, self.min_rate)
 
     def with_overrides(self, changes: dict[str, str]) -> FineTune:
         """These settings with some changed, given as text. Raises ConfigError for unknown names and values that cannot be."""

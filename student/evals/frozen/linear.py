@@ -9,7 +9,6 @@ of a grid of base rates counts, where MAE gives one; a batch is as large as the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...seeds import position_seed
+from ..schedule import rate_at
 from ..watch import Watch, unwatched
 from .draws import split
 from .lars import StackedLARS
@@ -63,13 +63,6 @@ class LinearStack:
             logits = torch.einsum("nd,gkd->gnk", self.normed(features, False), self.weight) + self.bias[:, None]
             right += (logits.argmax(-1) == labels).sum(1).cpu()
         return right / len(data)
-
-
-def rate_at(epoch: float, peak: float, epochs: int, warmup: float) -> float:
-    """The learning rate at a moment, in epochs: linear over the warm-up, then half a cosine to 0 (MAE util/lr_sched.py)."""
-    if epoch < warmup:
-        return peak * epoch / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 @dataclass(frozen=True)

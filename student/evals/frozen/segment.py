@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...seeds import position_seed
+from ..schedule import rate_at
 from ..watch import Watch, unwatched
-from .linear import rate_at
 
 # n images, N patches in a grid of rows x columns, D width, K classes, S side of a mask, pixels
 
