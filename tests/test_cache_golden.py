@@ -12,10 +12,12 @@ import re
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import Bf16Teacher
 from PIL import Image, __version__, features
 from store_fakes import write_again
 from zarr_oracle import rows_by_zarr
@@ -264,6 +266,38 @@ def test_the_writers_give_the_same_bytes_again(tmp_path):
 
     old, new = files_of(GOLDEN), files_of(tmp_path)
     assert old.keys() == new.keys() and changed(old, new) == []
+
+
+def stores_that_read_alike(golden: Path, names: Iterable[str], reader: str) -> list[StoreReader]:
+    """The stores of a golden cache, read by `reader`, in the order of `names`.
+
+    Asserts that it, and zarr, gives every row of every array as it stands in the files, and that verify finds them sound.
+    """
+    view = Cache(golden).finished_view(0)
+    assert view.store_names() == sorted(names)
+    stores = [StoreReader(view.store_path(name), reader=reader) for name in names]
+    for store in stores:
+        for array in store.spec.array_names:
+            expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
+            np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
+            np.testing.assert_array_equal(rows_by_zarr(store.path, array, range(N_IMAGES)), expected)
+    assert verify(Cache(golden))[0] == []
+    return stores
+
+
+def require_written_again(golden: Path, names: Iterable[str], folder: Path) -> None:
+    """Assert that the stores of a golden cache, written in `folder` from their manifests and rows, have the same files."""
+    for name in names:
+        path, store = Cache(golden).view(0).store_path(name), folder / f"{name}.zarr"
+        write_again(path, store)
+        assert files_of(store) == files_of(path)
+
+
+def require_the_teachers_tokens(golden: Path, last: list) -> None:
+    """Assert that the stores `plain` and `mixed` hold the teacher's tokens `last`, of CLS and patch TOKEN of row ROW."""
+    np.testing.assert_allclose(whitened(golden / "view-000/plain.zarr", 6, ROW)[[0, TOKEN], :6], last, atol=0.05)
+    mixed = whitened(golden / "view-000/mixed.zarr", 6, ROW)[[0, TOKEN], :6]  # in bf16, which the fake tells by an offset
+    np.testing.assert_allclose(mixed - Bf16Teacher.OFFSET, last, atol=0.002)
 
 
 def changed(old: dict[str, bytes], new: dict[str, bytes], *names: str) -> list[str]:

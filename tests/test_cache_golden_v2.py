@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracles import race
-from store_fakes import write_again
 from test_cache_golden import GOLDEN as GOLDEN_V1
-from test_cache_golden import N_IMAGES, ROW, files_of, small_array, stored_row
-from zarr_oracle import rows_by_zarr
+from test_cache_golden import (
+    ROW,
+    require_written_again,
+    small_array,
+    stored_row,
+    stores_that_read_alike,
+)
 
-from teacher_cache.cache import Cache
-from teacher_cache.checking.verify import verify
-from teacher_cache.store.reader import READERS, StoreReader
+from teacher_cache.store.reader import READERS
 
 GOLDEN = GOLDEN_V1.with_name("cache_v2")
 STORES = ("four", "seen")
@@ -52,22 +54,10 @@ def test_a_reader_written_from_the_document_reads_the_targets():
 @pytest.mark.parametrize("reader", READERS)
 def test_the_golden_stores_are_readable(reader):
     """Every reader, and zarr, gives every row of every array as it stands in the files, and verify finds them sound."""
-    view = Cache(GOLDEN).finished_view(0)
-    assert view.store_names() == sorted(STORES)
-    for name in STORES:
-        store = StoreReader(view.store_path(name), reader=reader)
-        for array in store.spec.array_names:
-            expected = [stored_row(store.path, array, row) for row in range(N_IMAGES)]
-            np.testing.assert_array_equal(store.read(array, range(N_IMAGES)), expected)
-            np.testing.assert_array_equal(rows_by_zarr(store.path, array, range(N_IMAGES)), expected)
+    for store in stores_that_read_alike(GOLDEN, STORES, reader):
         np.testing.assert_array_equal(store.tokens([ROW], 6)[0], whitened(store.path, 6, ROW))
-    assert verify(Cache(GOLDEN))[0] == []
 
 
 def test_the_writers_give_the_same_bytes_again(tmp_path):
     """From the same manifests and stored rows every file is written again bit for bit, on any machine."""
-    view = Cache(GOLDEN).view(0)
-    for name in STORES:
-        path, store = view.store_path(name), tmp_path / f"{name}.zarr"
-        write_again(path, store)
-        assert files_of(store) == files_of(path)
+    require_written_again(GOLDEN, STORES, tmp_path)
