@@ -31,12 +31,12 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "memory": ("memory",),
     "fit-memory": ("fit_memory",),
     "cold-disk": ("cold_disk",),
-    "cached-or-live": ("cached_or_live",),
     "student-step": ("student_step",),
+    "cached-or-live": ("cached_or_live",),
     "extraction-gpu": ("extraction", "--device", "cuda"),
     "step-parts": ("step_parts",),
 }
-"""Name -> module and options. The last three need a GPU."""
+"""Name -> module and options. The last four need a GPU."""
 
 
 def run(name: str, options: list[str]) -> dict | None:

@@ -40,12 +40,15 @@ def teacher_alone(teacher, images_u8: torch.Tensor, layers: tuple[int, ...], n_t
 
 @click.command()
 @click.option("--preset", "presets", multiple=True, type=click.Choice(list(TEACHER_OF)), help="[default: all of these]")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="Without a GPU it is not run, unless this is cpu.")
 @click.option("--batch", type=click.IntRange(1), help="[default: 256; on a CPU, and with --tiny, 8]")
 @measure.options
 def main(presets, device: str, batch: int | None, tiny: bool, rounds: int, scratch: Path | None):
     """Speed-up of cached over live training, as a share of the ceiling, method by method. On a CPU, where a step of 8 crops takes
     seconds, 2 rounds of 2 steps at most."""
+    if device == "auto" and measure.gpu_name() is None:
+        measure.not_run("cached-or-live", "no GPU here")
+        return
     where, (device, precision) = measure.environment(), pick_device(device, "auto")
     on_cpu = device == "cpu"
     n_rows, batch, n_steps, n_before = (32, batch or 8, 2, 1) if tiny or on_cpu else (2048, batch or 256, 30, 2)

@@ -75,7 +75,7 @@ def main(tiny: bool, rounds: int, scratch: Path | None):
     conditions = [
         f"stores of {', '.join(apparent.values())} by their file sizes, five int8 layers, shards of {shard_rows}; warm",
         "inspect: the command, start of Python included. open: StoreReader, records checked, one row read. To the first batch: "
-        "the source, the list of images, tables of crops and 64 decoded crops compared, the order of an epoch",
+        "the source, tables of crops with their labels, 64 decoded crops compared, the order of an epoch",
     ]
     measure.report("opening", claims, figures, conditions, where)
 

@@ -25,8 +25,8 @@ from teacher_cache.store.reader import StoreReader
 FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"],
          "step-parts": ["--preset", "maskalign-b16"]}  # fmt: skip
 """Of the presets that a benchmark goes through, one is enough to see that it works."""
-ON_A_GPU = ("student-step", "extraction-gpu", "step-parts")
-CPU = dict.fromkeys((*ON_A_GPU, "cached-or-live"), ["--device", "cpu"])
+ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts")
+CPU = dict.fromkeys(ON_A_GPU, ["--device", "cpu"])
 
 
 def last_line(module: str, arguments: list[str]) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,6 +285,22 @@ def test_options_that_do_not_fit(a_run, images, shared_cache, tmp_path):
     assert "cannot be made" in refused("knn", a_run, "--features", tmp_path / "file" / "x", *both)
     assert "32 px, the student takes 16 px" in refused("knn", a_run, "--train", shared_cache.path, "--val", images, code=1)
     assert "cannot be read as records" in refused("table", tmp_path / "none.jsonl", code=1)
+
+
+def test_without_a_home_no_features_are_kept(a_run, images, monkeypatch):
+    """Where the user has no folder for them, a line says so and the result is the same."""
+    both = ("--train", images, "--val", images)
+    expected = done("knn", a_run, *both)
+    for name in ("STUDENT_FEATURES", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    result = run("knn", a_run, *both)
+    assert result.exit_code == 0 and result.stdout == expected
+    assert "this user has no home folder); none are kept. Give --features DIR" in result.stderr
 
 
 def test_what_was_found_before_a_failure_is_shown(a_run, images, tmp_path):

@@ -188,6 +188,8 @@ def test_settings_as_text():
         ({"readout": "max"}, "mean or cls"),
         ({"epochs": "0"}, "above 0"),
         ({"mixup": "-1"}, "0 or above"),
+        ({"base_rate": "nan"}, "above 0"),
+        ({"weight_decay": "inf"}, "0 or above"),
     ]
     for changes, message in odd:
         with pytest.raises(ConfigError, match=message):

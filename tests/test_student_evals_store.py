@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from fakes import FakeTeacher
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
@@ -17,7 +18,7 @@ from student.errors import RunError
 from student.evals.feature_store import FeatureStore, frozen_features
 from student.evals.records import append, cell, columns, groups, read, summed_up, title
 from student.evals.semantic import most_attended, renormalised, seeing_most_attended
-from student.evals.subject import Subject, TimmEncoder, fingerprint
+from student.evals.subject import Subject, TeacherEncoder, TimmEncoder, fingerprint
 from student.modules.backbones import build_backbone
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -151,6 +152,13 @@ def test_fingerprints():
     with torch.no_grad():
         backbone.norm.bias[3] = 1e-30
     assert fingerprint("vit", backbone) != first
+
+
+def test_a_teacher_without_a_final_norm():
+    """Its tokens are not those of a last norm, and are not measured as if they were."""
+    assert TeacherEncoder(FakeTeacher()).has_cls
+    with pytest.raises(ConfigError, match="fake has no final norm .* Give a teacher that has one"):
+        TeacherEncoder(FakeTeacher(has_head=False))
 
 
 @pytest.mark.parametrize("registers, pool", [(0, "token"), (2, "token"), (0, "avg")])

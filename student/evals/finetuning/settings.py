@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from ...errors import ConfigError
@@ -37,13 +38,13 @@ class FineTune:
 
     def __post_init__(self):
         for name in ("base_rate", "layer_decay", "epochs", "batch_size"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}.")
         for name in ("drop_path", "smoothing", "erasing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in 0..1, not {getattr(self, name)}.")
         for name in ("warmup_epochs", "weight_decay", "min_rate", "mixup", "cutmix", "magnitude"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or above, not {getattr(self, name)}.")
         if self.layer_decay > 1:
             raise ConfigError(f"layer_decay must be at most 1, not {self.layer_decay}.")
