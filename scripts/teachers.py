@@ -180,11 +180,11 @@ def differences(name: str, images_u8: Callable[[int, int], Tensor], native: bool
     with narrow():
         patch = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]
         teacher = load_teacher(f"timm:{name}", "random:0", None if native else OTHER_GRID * patch)
-        counted = {"ref_feat_shape": teacher.spec.grid} if timm_vit.position_rule(teacher._anatomy.model).counts_patches else {}
+        counted = {"ref_feat_shape": teacher.spec.grid} if timm_vit.position_rule(teacher.network).counts_patches else {}
         reference = unfused(timm.create_model(name, num_classes=0, img_size=teacher.spec.image_size, **counted).eval())
     spec, images = teacher.spec, images_u8(2, teacher.spec.image_size)
     output, again = teacher(images, [1, 2]), teacher(images, [1, 2])
-    reference.load_state_dict(teacher._anatomy.model.state_dict())
+    reference.load_state_dict(teacher.network.state_dict())
     normalised = teacher.preprocess(images)
     with softmaxes() as seen:
         features = reference.forward_features(normalised)
