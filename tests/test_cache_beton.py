@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +84,26 @@ def test_raw_crops_are_exact(raw_cache):
         assert stored[int(reader.pointers[row]) :][:3072].tobytes() == pixels.tobytes()
     modes = Reader(str(reader.path)).metadata["f0"].view([("mode", "u1"), ("rest", "V12")])["mode"]
     assert not reader.is_jpeg and set(modes) == {1}
+
+
+@pytest.mark.parametrize("kind", ["shared_cache", "raw_cache"])
+def test_a_few_crops_without_the_loops(request, kind):
+    """What is decoded one by one has the bits of what the compiled loops decode, and names the same damage."""
+    reader = CropReader(request.getfixturevalue(kind).view(0).path)
+    rows = list(range(24))
+    for each, pixels in zip(map(reader._decode, rows), reader.read(rows), strict=True):
+        assert np.array_equal(each, pixels)
+    reader.crcs = reader.crcs ^ np.uint32(1)
+    for read in (reader._decode, lambda row: reader.read([row])):
+        with pytest.raises(CacheCorruptError, match="the crop of row 7 is damaged .its CRC-32C does not fit.; 1 of the 1 rows"):
+            read(7)
+
+
+def test_verify_loads_no_compiler(shared_cache):
+    """Every byte is checked, and crops are decoded, without numba, whose import takes longer than that."""
+    code = "import sys, teacher_cache; assert teacher_cache.verify(sys.argv[1]) == []; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(shared_cache.path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_rows_outside(shared_cache):
@@ -247,8 +269,8 @@ def test_another_decoder(view, monkeypatch):
     """A machine that decodes the recorded crops to other pixels is told, before it learns from them."""
     CropReader(view).require_same_decoder()
     reader = CropReader(view)
-    read = reader.read
-    monkeypatch.setattr(reader, "read", lambda rows: read(rows) ^ (np.arange(len(rows)) == 3)[:, None, None, None])
+    decode = reader._decode
+    monkeypatch.setattr(reader, "_decode", lambda row: decode(row) ^ (row == 3))
     with pytest.raises(MismatchError, match="1 of 24 crops decode to other pixels here than where they were made"):
         reader.require_same_decoder()
 

@@ -25,6 +25,19 @@ def test_an_epoch_has_every_row_once(n_rows, block, window, seed, epoch):
     assert np.array_equal(rows, order.epoch(epoch))
 
 
+@given(
+    n_rows=st.integers(1, 300),
+    block=st.integers(1, 40),
+    window=st.integers(1, 5),
+    bounds=st.tuples(st.integers(0, 300), st.integers(0, 300)),
+)
+def test_a_part_of_an_epoch(n_rows, block, window, bounds):
+    """Places of an epoch that are asked for by themselves hold what they hold in the whole, none where there are none."""
+    order, (first, last) = Order(n_rows, 1, 7, block, window), sorted(bounds)
+    part = order.epoch(2, first, last)
+    assert part.dtype == np.int64 and np.array_equal(part, order.epoch(2)[first:last])
+
+
 def test_epochs_and_seeds_differ():
     """Another epoch and another seed give another order."""
     order = Order(100, 10, seed=3)

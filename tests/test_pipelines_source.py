@@ -319,8 +319,8 @@ def test_another_quantiser_is_another_run(cache, teacher, monkeypatch):
 
 def test_another_decoder_is_refused(cache, monkeypatch):
     """A machine whose JPEG decoder gives other pixels than the teacher saw is refused before the first batch."""
-    read = CropReader.read
-    monkeypatch.setattr(CropReader, "read", lambda self, rows, out=None: read(self, rows, out) ^ 1)
+    decode = CropReader._decode
+    monkeypatch.setattr(CropReader, "_decode", lambda self, row: decode(self, row) ^ 1)
     with pytest.raises(MismatchError, match="24 of 24 crops decode to other pixels"):
         next(iter(CropSource(cache, batch_size=4).micro_batches(0, 1)))
 

@@ -135,9 +135,12 @@ class CropSource:
                 yield self._batch(raw)
 
     def _stretches(self, first_step: int, last_step: int) -> Iterator[Stretch]:
-        """The micro-batches of this process in steps [first_step, last_step), an epoch or less at a time."""
+        """The micro-batches of this process in steps [first_step, last_step), an epoch or less at a time.
+
+        The first step comes alone: it need not wait until the rows of a whole epoch are in order.
+        """
         changing = {step for step, _ in self._views_from if first_step < step < last_step}
-        for begin, end in itertools.pairwise(sorted({first_step, last_step} | changing)):
+        for begin, end in itertools.pairwise(sorted({first_step, min(first_step + 1, last_step), last_step} | changing)):
             step = begin
             for _, rows in self.order.steps(begin, end):
                 view = self._view(step)

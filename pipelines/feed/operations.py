@@ -14,7 +14,7 @@ import numpy as np
 
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.kernels import batch
-from teacher_cache.kernels.loops import check_crops, check_rows
+from teacher_cache.kernels.codes import check_crops, check_rows
 from teacher_cache.store.reader import CHECKS, StoreReader
 
 from .record import Field

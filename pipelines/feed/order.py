@@ -29,23 +29,30 @@ class Order:
     def steps_per_epoch(self) -> int:
         return self.n_rows // self.batch_size
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """int64 [n_rows]: all rows, each once.
+    def epoch(self, epoch: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """int64: all rows, each once; of them those at places [first, last) of the order, for which no other window is sorted.
 
         Shuffled by sorting raw Philox output: numpy may change its own `permutation`, and a resumed run must not notice.
         """
+        last = self.n_rows if last is None else last
         draws = np.random.Philox(key=np.array([self.seed, epoch], "uint64"))
 
-        def shuffled(values: np.ndarray) -> np.ndarray:
-            keys = draws.random_raw(len(values))
+        def shuffled(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
             order = np.argsort(keys)  # twice as fast as a stable sort, and the same unless two of 64 bits are equal
             ordered = keys[order]
             return values[order if (ordered[1:] != ordered[:-1]).all() else np.argsort(keys, kind="stable")]
 
-        starts = shuffled(np.arange(0, self.n_rows, self.block_rows))
-        blocks = [np.arange(start, min(start + self.block_rows, self.n_rows)) for start in starts]
-        windows = [blocks[i : i + self.window_blocks] for i in range(0, len(blocks), self.window_blocks)]
-        return np.concatenate([shuffled(np.concatenate(window)) for window in windows])
+        starts = np.arange(0, self.n_rows, self.block_rows)
+        starts = shuffled(starts, draws.random_raw(len(starts)))
+        begin, wanted = 0, []
+        for i in range(0, len(starts), self.window_blocks):
+            blocks = [np.arange(start, min(start + self.block_rows, self.n_rows)) for start in starts[i : i + self.window_blocks]]
+            window = np.concatenate(blocks)
+            keys, end = draws.random_raw(len(window)), begin + len(window)
+            if first < end and begin < last:
+                wanted.append(shuffled(window, keys)[max(first - begin, 0) : last - begin])
+            begin = end
+        return np.concatenate(wanted) if wanted else np.empty(0, "int64")
 
     def steps(self, first_step: int, last_step: int):
         """(epoch, int64 [k, batch_size]) for the steps [first_step, last_step), an epoch at a time."""
@@ -53,6 +60,6 @@ class Order:
         while step < last_step:
             epoch, within = divmod(step, self.steps_per_epoch)
             n_steps = min(self.steps_per_epoch - within, last_step - step)
-            rows = self.epoch(epoch)[within * self.batch_size : (within + n_steps) * self.batch_size]
+            rows = self.epoch(epoch, within * self.batch_size, (within + n_steps) * self.batch_size)
             yield epoch, rows.reshape(n_steps, self.batch_size)
             step += n_steps

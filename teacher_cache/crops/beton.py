@@ -12,6 +12,8 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..files.durable import crc32c, create_aside, is_sha256, listed_files, open_
 from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, LARGEST_SIZE
 from ..kernels import sigbus
+from ..kernels.codes import check_crops
 from ..words import quoted
 
 MIN_PAGE, MAX_PAGE = 4 << 10, 8 << 20  # bytes
@@ -132,6 +135,18 @@ def read_checksums(view_dir: Path) -> dict:
     return value
 
 
+@contextmanager
+def _hashed_meanwhile(path: Path, sha256: str) -> Iterator[None]:
+    """Hash a file while the block runs. Raises CacheCorruptError if it is another, whatever the block raised."""
+    with ThreadPoolExecutor(1) as aside:
+        hashed = aside.submit(sha256_file, path)
+        try:
+            yield
+        finally:
+            if hashed.result() != sha256:
+                raise CacheCorruptError(f"{path}: not the file that checksums.json names.")
+
+
 class CropReader:
     """The crops of one view: decoded rows on request, each checked against its CRC-32C before it is decoded.
 
@@ -143,14 +158,16 @@ class CropReader:
         crops_npy = Path(view_dir) / layout.CROPS_NPY
         try:
             self._checksums = read_checksums(view_dir)
-            is_own = sha256_file(crops_npy) == self._checksums["files"][layout.CROPS_NPY]
+            with _hashed_meanwhile(crops_npy, self._checksums["files"][layout.CROPS_NPY]):
+                self.crops = read_npy(crops_npy, CROP_DTYPE)
+                if self.crops.ndim != 1:
+                    raise CacheCorruptError(f"{crops_npy}: has shape {self.crops.shape}, one record a row is needed.")
+                self._open_tables()
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{error.filename}: is missing.") from None
-        if not is_own:
-            raise CacheCorruptError(f"{crops_npy}: not the file that checksums.json names.")
-        self.crops = read_npy(crops_npy, CROP_DTYPE)
-        if self.crops.ndim != 1:
-            raise CacheCorruptError(f"{crops_npy}: has shape {self.crops.shape}, one record a row is needed.")
+
+    def _open_tables(self) -> None:
+        """Map the file and see that its tables are those of `crops`."""
         n_rows = len(self.crops)
         try:
             with open_plain(self.path) as file:
@@ -188,8 +205,8 @@ class CropReader:
                 raise ValueError("tables")
         except (ValueError, OverflowError) as error:
             raise CacheCorruptError(
-                f"{self.path}: header or tables do not fit crops.npy ({error}). Make the view again: delete {view_dir} and run "
-                "teacher-cache crop."
+                f"{self.path}: header or tables do not fit crops.npy ({error}). Make the view again: delete "
+                f"{self.path.parent} and run teacher-cache crop."
             ) from error
         self.size = int(image["height"][0])
         """Side of a crop, pixels."""
@@ -206,7 +223,15 @@ class CropReader:
     def decoded(self) -> dict:
         """{"rows", "crc32c"} of the decoded pixels of at most DECODER_CHECKS evenly spaced crops, for checksums.json."""
         rows = np.linspace(0, len(self) - 1, min(DECODER_CHECKS, len(self))).astype("int64").tolist()
-        return {"rows": rows, "crc32c": [crc32c(pixels.tobytes()) for pixels in self.each(rows)]}
+        return {"rows": rows, "crc32c": [crc32c(self._decode(row)) for row in rows]}
+
+    def _decode(self, row: int) -> np.ndarray:
+        """The pixels of one row, uint8 [size, size, 3], without the compiled loops."""
+        from ..kernels.decoder import decode
+
+        data, out = self.bytes[self.pointers[row] :][: self.sizes[row]], np.empty((self.size, self.size, 3), "uint8")
+        check_crops(np.array([decode(data, int(self.crcs[row]), self.is_jpeg, out)]), [row], self.path)
+        return out
 
     def each(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """The pixels of `rows` one by one, uint8 [size, size, 3], decoded at most DECODED_BYTES at a time."""
@@ -242,7 +267,7 @@ class CropReader:
 
         Raises NotInCacheError for rows outside the view, CacheCorruptError naming the row for damaged bytes.
         """
-        from ..kernels.loops import check_crops, decode_rows
+        from ..kernels.loops import decode_rows
 
         rows = np.ascontiguousarray(rows, "int64")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):

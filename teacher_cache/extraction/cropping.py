@@ -202,7 +202,7 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
     `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
     """
-    from ..kernels import loops  # noqa: F401 - they decode every finished view once: where they are missing nothing is begun
+    from ..kernels import decoder  # noqa: F401 - it decodes every finished view once: where it is missing nothing is begun
 
     make_folder(job.cache_dir)
     with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):

@@ -38,7 +38,7 @@ def jpeg_decoder() -> str:
 
     It is the system's (never Pillow's, which brings its own), so no package knows its version, and it has no call that tells it.
     """
-    from ..kernels.outside import DECODER  # loads it
+    from ..kernels.decoder import DECODER  # loads it
 
     loaded = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "turbojpeg" in line}
     for path in [*sorted(loaded), DECODER]:  # the latter if it was linked into FFCV itself

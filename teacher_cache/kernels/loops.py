@@ -16,14 +16,11 @@ from llvmlite import ir
 from numba import carray, prange, types
 from numba.extending import intrinsic
 
-from ..errors import CacheCorruptError, CropNotCachedError
 from ..format.shards import CLOSED, EMPTY_SLOT
+from .codes import BAD_CRC, BAD_JPEG, BAD_SIZE, CUT_SHORT, MISSING, NOT_OPEN, OK
 from .compiled import kernel
 from .crc_instruction import crc_instruction
 from .outside import fadvise, imdecode, madvise, memcpy, pread
-
-OK, BAD_CRC, BAD_JPEG, BAD_SIZE, MISSING, CUT_SHORT, NOT_OPEN = range(7)
-"""Error codes. BAD_SIZE also covers a shard index that points outside of its file."""
 
 
 def _table(polynomial: int = 0x82F63B78) -> np.ndarray:
@@ -347,29 +344,6 @@ def advise(ranges, by_pread):
             start = (handle + offset) & ~page
             n_refused += madvise(start, handle + offset + n_bytes - start, _WILLNEED) != 0
     return n_refused
-
-
-def check_crops(errors: np.ndarray, rows: np.ndarray, path) -> None:
-    """Raise CacheCorruptError for the first crop that failed, if any did."""
-    for i in np.flatnonzero(errors)[:1]:
-        reason = {BAD_CRC: "its CRC-32C does not fit", BAD_JPEG: "the JPEG decoder refuses it", BAD_SIZE: "its size is wrong"}
-        raise CacheCorruptError(
-            f"{path}: the crop of row {rows[i]} is damaged ({reason[int(errors[i])]}); {np.count_nonzero(errors)} of the "
-            f"{len(rows)} rows read. Run teacher-cache verify on this cache."
-        )
-
-
-def check_rows(errors: np.ndarray, rows: np.ndarray, path) -> None:
-    """Raise for the first row of an array that failed, if any did: CropNotCachedError or CacheCorruptError."""
-    for i in np.flatnonzero(errors)[:1]:
-        assert errors[i] != NOT_OPEN, f"{path}: the shard of row {rows[i]} was not opened"
-        if errors[i] == MISSING:
-            raise CropNotCachedError(f"{path}: row {rows[i]} was never extracted. Run teacher-cache extract to finish the store.")
-        reason = {BAD_CRC: "its CRC-32C does not fit", BAD_SIZE: "the shard's index is wrong",
-                  CUT_SHORT: "its shard was cut short, or its disk failed, while it was read"}  # fmt: skip
-        raise CacheCorruptError(
-            f"{path}: row {rows[i]} is damaged ({reason[int(errors[i])]}). Run teacher-cache verify on this cache."
-        )
 
 
 def use_threads(n_threads: int) -> None:

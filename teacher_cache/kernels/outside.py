@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from importlib.util import find_spec
-from pathlib import Path
 
 from llvmlite import binding
 from numba import types
+
+from .decoder import library
 
 _I32, _U32, _I64, _U64 = types.int32, types.uint32, types.int64, types.uint64
 
@@ -21,19 +21,6 @@ throw = types.ExternalFunction("raise", _I32(_I32))
 sigaction = types.ExternalFunction("sigaction", _I32(_I32, _U64, _U64))
 fadvise = types.ExternalFunction("posix_fadvise", _I32(_I32, _I64, _I64, _I32))
 
-
-def _ffcv_library() -> ctypes.CDLL:
-    """FFCV's compiled part alone: importing the package takes seconds, and torch."""
-    package = find_spec("ffcv")
-    if package is None:
-        raise ModuleNotFoundError("No module named 'ffcv'", name="ffcv")
-    (library,) = Path(package.submodule_search_locations[0]).glob("_libffcv*.so")
-    return ctypes.CDLL(str(library))
-
-
-_library = _ffcv_library()
-DECODER = _library._name
-"""Path of the library that decodes crops."""
-binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
+binding.add_symbol("ffcv_imdecode", ctypes.cast(library.imdecode, ctypes.c_void_p).value)
 imdecode = types.ExternalFunction("ffcv_imdecode", _I32(_U64, _U64, _U32, _U32, _U64, *[_U32] * 8))
 """source, its bytes, height, width, target, height and width of the cut, its offset, scale, and whether to cut and to mirror."""

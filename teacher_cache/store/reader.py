@@ -23,6 +23,7 @@ from ..format.quantize import dequantise
 from ..format.race import require_patches
 from ..format.shards import index_bytes
 from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
+from ..kernels.codes import check_rows
 from ..kernels.decompress import decompress
 from .store import Store
 from .window import ShardWindow
@@ -174,7 +175,7 @@ class StoreReader:
             )
 
     def _copy(self, array: str, rows: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> None:
-        from ..kernels.loops import check_rows, copy_rows, copy_tokens
+        from ..kernels.loops import copy_rows, copy_tokens
 
         column, errors = self.columns[array], np.zeros(len(rows), "int64")
         shards, stride = self.shards, out.strides[0] if len(out) else 0
