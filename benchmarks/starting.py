@@ -18,11 +18,14 @@ import click
 from . import measure
 
 COMMANDS = {
-    "verify": ("teacher_cache", "verify", "{cache}"),
-    "train for a step": ("student", "--cache", "{cache}", "--preset", "{preset}", "--max-steps", "1", "--out", "{out}"),
-    "--list": ("student", "--list"),
-    "--show": ("student", "--preset", "maskalign-b16", "--show"),
+    "verify": ("-m", "teacher_cache", "verify", "{cache}"),
+    "train for a step": ("-m", "student", "--cache", "{cache}", "--preset", "{preset}", "--max-steps", "1", "--out", "{out}"),
+    "--list": ("-m", "student", "--list"),
+    "--show": ("-m", "student", "--preset", "maskalign-b16", "--show"),
 }
+LIBRARIES = "the libraries of a training alone"
+"""What no process that trains can do without: timm through torchvision, and every optimizer of torch, import torch._dynamo."""
+IMPORTS = ("-c", "import torch._dynamo, timm, numba")
 GOALS = {"verify": 5.0, "train for a step": 4.0, "--list": 8.0, "--show": 8.0}
 MEASURED = """
 import resource, subprocess, sys
@@ -34,7 +37,7 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 def peak_of(python: Path, root: Path, command: list[str]) -> int:
     """Run a command of the checkout in `root`; its peak memory in KiB. Raises ClickException if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    whole = [sys.executable, "-c", MEASURED, str(python), "-m", *command]
+    whole = [sys.executable, "-c", MEASURED, str(python), *command]
     code, peak = subprocess.run(whole, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout.split()
     if code != "0":
         raise click.ClickException(f"{' '.join(command)} in {root} ended with exit code {code}.")
@@ -66,6 +69,8 @@ def main(against: Path | None, cache: Path | None, preset: str, tiny: bool, roun
                 return 1
 
             runs[f"{what}, {side}"] = run
+        if not tiny:
+            runs[f"{LIBRARIES}, here"] = lambda: peak_of(*sides["here"], list(IMPORTS)) and 1
         found = measure.take_turns(runs, rounds)
     asked = {name.partition(",")[0] for name in runs}
     claims = [
@@ -77,9 +82,12 @@ def main(against: Path | None, cache: Path | None, preset: str, tiny: bool, roun
         measure.claim(f"{what}: MB in memory", [peak * 1024 / 1e6 for peak in peaks[f"{what}, here"][1:]], 100, at_most=True)
         for what in ("--list", "--show")
     ]
+    if not tiny:
+        at_best = found.over(f"{LIBRARIES}, here", "train for a step, before")
+        claims.append(measure.claim(f"train for a step: before / {LIBRARIES}, seconds", at_best, None))
     figures = {
         name: {"unit": "s", "median": 1 / rate["median"], "lowest": 1 / rate["highest"], "highest": 1 / rate["lowest"],
-               "peak_mb": round(max(peaks[name]) * 1024 / 1e6)}
+               "peak_mb": round(max(peaks.get(name, [0])) * 1024 / 1e6)}
         for name, rate in found.figures().items()
     }  # fmt: skip
     other = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=against, capture_output=True, text=True).stdout.strip()
