@@ -28,8 +28,8 @@ def check_spare(files: SmallFiles) -> Finding:
 
 
 def draw_rows(n_rows: int, sample: int, draws: np.random.Generator) -> np.ndarray:
-    """`sample` different rows of n_rows, ascending; all if there are no more."""
-    return np.sort(draws.permutation(n_rows)[:sample])
+    """`sample` different rows of n_rows, ascending; all if there are no more. A small sample takes no memory for the others."""
+    return np.sort(draws.choice(n_rows, min(sample, n_rows), replace=False, shuffle=False))
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
