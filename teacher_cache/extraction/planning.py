@@ -13,8 +13,10 @@ from ..cache import Cache
 from ..errors import MismatchError, UsageError
 from ..format import layout
 from ..format.crop_plan import CropPlan
+from ..format.dtypes import dtype_of
 from ..format.quantize import GROUPS
-from ..format.spec import DTYPES, StoreSpec, TeacherSpec, array_names
+from ..format.spec import StoreSpec, TeacherSpec, array_names
+from ..format.transform import even_bytes, layers_together
 from ..store.manifest import Manifest
 from ..store.store import Store, is_begun
 from ..words import quoted
@@ -81,8 +83,7 @@ class ExtractPlan:
     """K: keep CLS and the first K patches of an attention race (race.py); 0: keep all tokens."""
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; given {self.dtype}.")
+        object.__setattr__(self, "dtype", dtype_of(self.dtype))
         if self.shard_rows < 1 or self.batch_size < 1:
             raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
 
@@ -104,7 +105,7 @@ class ExtractPlan:
         return layers
 
     def store_spec(self, teacher: TeacherSpec, n_rows: int) -> StoreSpec:
-        """The store this plan asks for."""
+        """The store this plan asks for. How the bytes of a klt token are shared out among the layers, the fit will say."""
         layers = self.layers_of(teacher)
         attention = teacher.attention_source is not None
         if self.visible and not attention:
@@ -117,10 +118,12 @@ class ExtractPlan:
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
         names = array_names(layers, self.dtype, attention, self.visible)
+        is_transformed = self.dtype not in (*GROUPS, "float16")
+        group = layers_together(teacher.dim) if is_transformed else GROUPS.get(self.dtype, 0)
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUPS.get(self.dtype, 0), attention=attention, codecs=tuple((name, "none") for name in names),
-            visible=self.visible,
+            group=group, attention=attention, codecs=tuple((name, "none") for name in names), visible=self.visible,
+            token_bytes=even_bytes(self.dtype, len(layers), teacher.dim) if is_transformed else (),
         )  # fmt: skip
 
 
@@ -162,8 +165,8 @@ def _begun(cache_dir: Path, name: str) -> list[Store]:
 
 
 def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
-    """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs."""
-    mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
+    """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs, nor in what a fit says."""
+    mine, theirs = ({**spec.to_json(), "codecs": None, "token_bytes": None} for spec in (asked, found.store))
     return spec_differences(theirs, mine)
 
 
