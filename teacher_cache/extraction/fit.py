@@ -82,6 +82,14 @@ class SampleSize:
         return self.n_rows + self.n_held
 
 
+def least_rows(spec: StoreSpec, teacher: TeacherSpec) -> int:
+    """Images that a store has at least, so that it can be fitted."""
+    if not spec.is_transformed:
+        return 1
+    n_rows = -(-least_tokens(len(spec.layers), teacher.dim) // spec.n_tokens(teacher))
+    return n_rows + max(1, min(HELD_ROWS, -(-n_rows // 7)))
+
+
 def fit_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     """Bytes of the file that a sample takes on the disk of the cache, before any target is there."""
     size = SampleSize.of(spec, teacher)

@@ -70,6 +70,14 @@ def plan_crops(cache_dir: Path, request: CropRequest, default_size: int, may_mak
     return CropWork(len(job.images.names) if job else existing.n_images, n_views, job)
 
 
+def cleaned_name(name: str) -> str:
+    """The name of a store as that of its folder. UsageError for a name that is none."""
+    cleaned = layout.store_file_name(name)
+    if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
+        raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
+    return cleaned
+
+
 @dataclass(frozen=True)
 class ExtractPlan:
     """What of the teacher to keep, and how."""
@@ -167,6 +175,8 @@ def _begun(cache_dir: Path, name: str) -> list[Store]:
 def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
     """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs, nor in what a fit says."""
     mine, theirs = ({**spec.to_json(), "codecs": None, "token_bytes": None} for spec in (asked, found.store))
+    if found.source is not None:
+        theirs["made from"], mine["made from"] = f"the store {found.source['name']}, by recode", "the teacher"
     return spec_differences(theirs, mine)
 
 

@@ -286,8 +286,12 @@ def come_by_themselves(weights: str) -> bool:
 def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
     """The command that makes or finishes this store; whatever it leaves out is taken from what is there.
 
-    A store knows the name of its weights file and not its folder: `PATH/OF/` stands for that.
+    A store knows the name of its weights file and not its folder: `PATH/OF/` stands for that. One that was recoded is made by
+    that.
     """
+    if manifest.source is not None:
+        source, dtype = manifest.source["name"], manifest.store.dtype
+        return f"teacher-cache recode --store {source} --dtype {dtype} --name {store_name} {shlex.quote(str(cache))}"
     weights, name = manifest.teacher.weights, manifest.teacher.name
     if "/" not in weights and not weights.startswith("random:"):
         weights = f"PATH/OF/{weights}" if not come_by_themselves(weights) else weights
