@@ -54,7 +54,7 @@ class StoredTargets:
         }
         self.head = teacher_head(store.head, device)
         self._decode = (
-            TransformDecoder(self.spec, store.transform, store.statistics, self.layers, device)
+            TransformDecoder(self.spec, store.transform, self.layers, device)
             if self.spec.is_transformed and self.layers
             else None
         )

@@ -35,49 +35,47 @@ def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, gr
 class TransformDecoder:
     """format/transform.py on the device: the codes of a klt store -> float32 tokens of some of its layers.
 
-    layers: block numbers. statistics: ChannelStatistics by layer. Products are in float32; on a GPU both factors are rounded to
-    bfloat16 first, each by a relative 2**-9 at most, and added up in float32.
+    layers: block numbers. Products are in float32; on a GPU both factors are rounded to bfloat16 first, each by a relative 2**-9
+    at most, and added up in float32.
     """
 
-    def __init__(self, spec: StoreSpec, transform: Transform, statistics: dict, layers: Sequence[int], device: torch.device):
+    def __init__(self, spec: StoreSpec, transform: Transform, layers: Sequence[int], device: torch.device):
         self.layers = [spec.read_with(layer) for layer in layers]
-        self.gains = torch.tensor(transform.gains, device=device)
-        self.codes = {layer: _Codes(transform.layers[layer], transform, device) for read in self.layers for layer in read}
+        self.values = {layer: _Values(transform.layers[layer], transform, device) for read in self.layers for layer in read}
         self.on_gpu = device.type == "cuda"
         self.products = []
         for read in self.layers:
-            code, of = transform.layers[read[-1]], statistics[read[-1]]
-            dim = len(code.mean)
+            code, dim = transform.layers[read[-1]], len(transform.layers[read[-1]].mean)
             rows = [code.basis[i * dim : i * dim + transform.layers[other].n_kept] for i, other in enumerate(read)]
-            matrix = torch.tensor(np.concatenate(rows) * of.spread, device=device)  # [K of all of them, D]
-            base = torch.tensor(code.mean * of.spread + of.centre, device=device)
-            self.products.append((matrix.bfloat16() if self.on_gpu else matrix, base))
+            basis, mean = (torch.tensor(array, device=device) for array in (np.concatenate(rows), code.mean))
+            self.products.append((basis.bfloat16() if self.on_gpu else basis, mean))
 
     def __call__(self, stored: Callable[[str], Tensor], out: Tensor) -> None:
         """Fill `out`, float32 [L, B, T, D]. stored: the rows of an array by its name, uint8 [B, T, bytes of a token]."""
-        read = {layer: codes(stored(ARRAY_NAME.format(layer)), self.gains) for layer, codes in self.codes.items()}
-        for layers, (matrix, base), tokens in zip(self.layers, self.products, out, strict=True):
+        read = {layer: values(stored(ARRAY_NAME.format(layer))) for layer, values in self.values.items()}
+        for layers, (basis, mean), tokens in zip(self.layers, self.products, out, strict=True):
             values = torch.cat([read[layer] for layer in layers], -1).flatten(0, 1)  # [B * T, K of all of them]
             if self.on_gpu:
-                torch.mm(values.bfloat16(), matrix, out_dtype=torch.float32, out=tokens.view(-1, len(base))).add_(base)
+                torch.mm(values.bfloat16(), basis, out_dtype=torch.float32, out=tokens.view(-1, len(mean))).add_(mean)
             else:
-                torch.addmm(base, values, matrix, out=tokens.view(-1, len(base)))
+                torch.addmm(mean, values, basis, out=tokens.view(-1, len(mean)))
 
 
-class _Codes:
-    """From the bytes of a layer's tokens to its coefficients: which bytes and bits a code has, and what each code stands for."""
+class _Values:
+    """From the bytes of a layer's tokens to its values: which bytes and bits a code has, and what it stands for."""
 
     def __init__(self, code: LayerCode, transform: Transform, device: torch.device):
         bits, starts = code.bits[: code.n_kept], code.starts[: code.n_kept]
-        levels = [code.scale[k] * transform.levels[2**n - 2 : 2 ** (n + 1) - 2] for k, n in enumerate(bits)]
         on = lambda values: torch.tensor(values, device=device)  # noqa: E731
-        self.table = on(np.concatenate(levels))
-        self.first = on((2**bits).cumsum() - 2**bits).int()  # of a component in the table
-        self.byte, self.shift, self.mask = on(1 + starts // 8), on(starts % 8).int(), on(2**bits - 1).int()
+        self.levels, self.scales = on(transform.levels), on(transform.scales)
+        self.byte, self.shift, self.mask, self.first = (
+            on(1 + starts // 8),
+            *(on(values).int() for values in (starts % 8, 2**bits - 1, 2**bits - 2)),
+        )
 
-    def __call__(self, stored: Tensor, gains: Tensor) -> Tensor:
+    def __call__(self, stored: Tensor) -> Tensor:
         """uint8 [B, T, bytes] -> float32 [B, T, K]."""
         wide = torch.nn.functional.pad(stored, (0, 2)).int()
         words = wide[..., :-2] | wide[..., 1:-1] << 8 | wide[..., 2:] << 16  # a code of 10 bits ends within 3 bytes
         codes = words.index_select(-1, self.byte).bitwise_right_shift_(self.shift).bitwise_and_(self.mask).add_(self.first)
-        return self.table[codes].mul_(gains[stored[..., :1].int()])
+        return self.levels[codes].mul_(self.scales[stored[..., :1].int()])

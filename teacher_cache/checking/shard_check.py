@@ -155,8 +155,8 @@ def _int4_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
 
 
 def _klt_fault(data: bytes | bytearray, n_bytes: int, token_bytes: int) -> str | None:
-    """A token begins with the number of its gain, which is never 0."""
-    return None if all(memoryview(data)[:n_bytes:token_bytes]) else "holds the fill value 0 for a token's gain"
+    """A token begins with the number of its scale, which is never 0."""
+    return None if all(memoryview(data)[:n_bytes:token_bytes]) else "holds the fill value 0 for the scale of a token"
 
 
 def _float16_fault(data: bytes | bytearray, n_bytes: int) -> str | None:

@@ -354,7 +354,7 @@ def _begin(job: _Job, crops: CropReader) -> None:
         spec, version = original.spec, original.manifest.format_version
         described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
         _note_changes(original, teacher, plan)
-        fitted = Fitted(spec, original.statistics(), original.manifest.fidelity, original.transform())
+        fitted = Fitted(original.statistics(), original.manifest.fidelity, original.transform())
         head, probe = original.head(), original.small_array(PROBE)
     elif view.number == 0:
         _require_finite_head(teacher)
@@ -365,7 +365,7 @@ def _begin(job: _Job, crops: CropReader) -> None:
             f"View {view.number} shares the quantiser of view 0, which has no store {job.name}: extract view 0 first."
         )
     manifest = Manifest(
-        teacher=described, store=fitted.spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
+        teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
         precision=teacher.precision, fidelity=fitted.fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
         software=software(), made=made_with(teacher, plan.batch_size) if version >= 3 else None, format_version=version,
     )  # fmt: skip

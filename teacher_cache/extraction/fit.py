@@ -149,8 +149,6 @@ class Sample:
 class Fitted:
     """What a store of some dtype needs to begin."""
 
-    spec: StoreSpec
-    """With what the fit says of it."""
     statistics: dict
     """ChannelStatistics by layer; none for float16."""
     fidelity: tuple[LayerFidelity, ...]
@@ -174,7 +172,7 @@ def fit(sample: Sample, spec: StoreSpec) -> Fitted:
         median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
         fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
         del tokens  # before the next layer comes
-    return Fitted(spec, statistics, tuple(fidelity))
+    return Fitted(statistics, tuple(fidelity))
 
 
 def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:

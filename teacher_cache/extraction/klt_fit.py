@@ -6,7 +6,7 @@ what the layers behind it do not predict, and takes what it tells of the others 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -15,13 +15,13 @@ from torch import special
 
 from ..format.quantize import ChannelStatistics, token_errors
 from ..format.spec import ARRAY_NAME, LayerFidelity, StoreSpec
-from ..format.transform import MOST_BITS, N_GAINS, LayerCode, Transform, decode
+from ..format.transform import MOST_BITS, N_SCALES, LayerCode, Transform, decode, token_bytes
 from .fit import Fitted, Sample
 from .klt_encode import TransformEncoder
 
 BLOCK_VALUES = 1 << 24
 """Numbers of several layers that are worked on at a time."""
-GAINS_AN_OCTAVE = 8
+SCALES_AN_OCTAVE = 8
 ROUNDS, LEAST_STEP = 8, 1e-7
 """Of Newton's method for the levels, which ends before that where none moves by more."""
 LEAST_VARIANCE = 1e-12
@@ -35,8 +35,7 @@ def fit_klt(sample: Sample, spec: StoreSpec) -> Fitted:
     statistics = {
         layer: ChannelStatistics.fit(sample.tokens(place, slice(sample.n_fitted))) for place, layer in enumerate(spec.layers)
     }
-    transform, token_bytes = fit_transform(sample, spec, statistics)
-    spec = replace(spec, token_bytes=token_bytes)
+    transform = fit_transform(sample, spec, statistics)
     encode = TransformEncoder(spec, transform, statistics, torch.device("cpu"))
     errors: dict[int, list[np.ndarray]] = {layer: [] for layer in spec.layers}
     n_rows = max(1, BLOCK_VALUES // (sample.n_drawn * sample.shape[1] * sample.n_layers))
@@ -47,10 +46,10 @@ def fit_klt(sample: Sample, spec: StoreSpec) -> Fitted:
         for place, layer in enumerate(spec.layers):
             layers = spec.read_with(layer)
             codes = [stored[ARRAY_NAME.format(needed)][0].numpy() for needed in layers]
-            read = decode(codes, layers, transform, statistics[layer])
+            read = decode(codes, layers, transform)
             errors[layer].append(token_errors(true[place], read, statistics[layer]).reshape(-1, sample.n_drawn))
     fidelity = tuple(_fidelity(layer, np.concatenate(errors[layer]), sample.has_cls) for layer in spec.layers)
-    return Fitted(spec, statistics, fidelity, transform)
+    return Fitted(statistics, fidelity, transform)
 
 
 def _fidelity(layer: int, errors: np.ndarray, has_cls: bool) -> LayerFidelity:
@@ -63,22 +62,17 @@ def _fidelity(layer: int, errors: np.ndarray, has_cls: bool) -> LayerFidelity:
     return LayerFidelity(layer, *figures(patches), patches.size, figures(errors[:, 0]) if has_cls else None)
 
 
-def fit_transform(sample: Sample, spec: StoreSpec, statistics: dict[int, ChannelStatistics]) -> tuple[Transform, tuple[int, ...]]:
-    """The transform for the tokens of a Sample (fit.py), and the bytes of a token in each layer.
-
-    The layers of a group have together what all of `spec.token_bytes` are on average.
-    """
+def fit_transform(sample: Sample, spec: StoreSpec, statistics: dict[int, ChannelStatistics]) -> Transform:
+    """The transform for the tokens that a sample is fitted on. Every layer has equally many bits."""
     levels, distortion = lloyd_max()
+    n_bits = 8 * (token_bytes(spec.dtype, sample.shape[1]) - 1)
     codes: dict[int, LayerCode] = {}
     for group in _groups(spec):
         mean, covariance = _moments(sample, spec, group, statistics)
-        n_bytes = sum(spec.token_bytes[spec.layers.index(layer)] for layer in group)
-        shares = _shares(covariance, len(group), n_bytes - len(group), distortion)
-        codes |= dict(zip(group, _code(mean, covariance, shares, distortion), strict=True))
-    gains = 2.0 ** ((np.arange(N_GAINS) - N_GAINS // 2) / GAINS_AN_OCTAVE)
-    gains[0] = 0
-    transform = Transform(codes, levels.astype("float32"), gains.astype("float32"))
-    return transform, tuple(codes[layer].n_bytes for layer in spec.layers)
+        codes |= zip(group, _codes(mean, covariance, [statistics[layer] for layer in group], n_bits, distortion), strict=True)
+    scales = 2.0 ** ((np.arange(N_SCALES) - N_SCALES // 2) / SCALES_AN_OCTAVE)
+    scales[0] = 0
+    return Transform(codes, levels.astype("float32"), scales.astype("float32"))
 
 
 def _groups(spec: StoreSpec) -> list[tuple[int, ...]]:
@@ -138,59 +132,30 @@ def _moments(sample: Sample, spec: StoreSpec, group: tuple[int, ...], statistics
     return mean, second / weights - np.outer(mean, mean)
 
 
-def _shares(covariance: np.ndarray, n_layers: int, n_bytes: int, distortion: np.ndarray) -> list[int]:
-    """Whole bytes of codes of each layer of a group, `n_bytes` together: reverse water-filling over all of them."""
-    low, high = -60.0, 20.0
-    for _ in range(14):
-        water = (low + high) / 2
-        bits = [int(bits.sum()) for _, _, bits, _ in _layers(covariance, n_layers, distortion, lambda _: water)]  # noqa: B023
-        low, high = (water, high) if sum(bits) > 8 * n_bytes else (low, water)
-    shares = np.array(bits) / max(1, sum(bits)) * n_bytes
-    whole = np.maximum(1, np.floor(shares)).astype(int)
-    while whole.sum() != n_bytes:
-        step = int(np.sign(n_bytes - whole.sum()))
-        lacks = np.where((step > 0) | (whole > 1), step * (shares - whole), -np.inf)
-        whole[lacks.argmax()] += step
-    return whole.tolist()
-
-
-def _layers(covariance: np.ndarray, n_layers: int, distortion: np.ndarray, budget):
-    """For each layer of a group, the last one first: basis [D, D] (a component a column), variances [D], bits [D], and what the
-    components tell of all layers, [W, D].
-
-    budget: of the place of a layer, a water level (float, log2) or a number of bits (int).
-    """
-    dim, left = len(covariance) // n_layers, covariance.copy()
-    for place in range(n_layers):
+def _codes(mean: np.ndarray, covariance: np.ndarray, statistics: list[ChannelStatistics], n_bits: int, distortion: np.ndarray
+           ) -> Iterator[LayerCode]:  # fmt: skip
+    """The codes of a group, the last layer first. statistics: of its layers in this order."""
+    left, dim, told_before = covariance.copy(), len(mean) // len(statistics), []
+    for place, of_layer in enumerate(statistics):
         own = slice(place * dim, (place + 1) * dim)
         variances, basis = np.linalg.eigh(left[own, own])
         variances, basis = variances[::-1], basis[:, ::-1]
         basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(dim)])
         variances = np.maximum(variances, LEAST_VARIANCE * max(variances[0], LEAST_VARIANCE))
-        bits = _bits(variances / np.trace(covariance[own, own]), distortion, budget(place))
-        told = left[:, own] @ basis / variances * (bits > 0)
-        yield basis, variances, bits, told
-        left -= (told * (variances * (1 - distortion[bits]))) @ told.T
+        bits = _bits(variances, distortion, n_bits)
+        has_bits, deviations = bits > 0, np.sqrt(variances)
 
+        # what a component tells of all layers, and what its codes take out of what is left of them
+        told = left[:, own] @ basis / deviations * has_bits  # [W, D]
+        left -= (told * (1 - distortion[bits])) @ told.T
 
-def _bits(variances: np.ndarray, distortion: np.ndarray, budget: float | int) -> np.ndarray:
-    """Bits of each component, int64 [D], descending as the variances are: one more wherever it takes away most of the error."""
-    gains = variances[:, None] * -np.diff(distortion)  # [D, MOST_BITS], descending along both
-    if isinstance(budget, float):
-        return (np.log2(gains) > budget).sum(1)
-    order = np.argsort(-gains.T.ravel(), kind="stable")[:budget]
-    return np.bincount(order % len(variances), minlength=len(variances))
-
-
-def _code(mean: np.ndarray, covariance: np.ndarray, shares: list[int], distortion: np.ndarray):
-    """The LayerCodes of a group, the last layer first."""
-    dim, told_before = len(mean) // len(shares), []
-    for place, (basis, variances, bits, told) in enumerate(
-        _layers(covariance, len(shares), distortion, lambda place: 8 * shares[place])
-    ):
-        own = slice(place * dim, (place + 1) * dim)
-        rows = np.concatenate([*(told[own].T for told in told_before), basis.T])
+        rows = np.concatenate([*(told[own].T for told in told_before), (basis * deviations * has_bits).T]) * of_layer.spread
         told_before.append(told)
-        values = (mean[own], rows, bits, np.sqrt(variances))
-        mean32, rows32, scale32 = (values[i].astype("float32") for i in (0, 1, 3))
-        yield LayerCode(mean32, rows32, bits, scale32)
+        yield LayerCode((mean[own] * of_layer.spread + of_layer.centre).astype("float32"), rows.astype("float32"), bits)
+
+
+def _bits(variances: np.ndarray, distortion: np.ndarray, n_bits: int) -> np.ndarray:
+    """Bits of each component, int64 [D], descending as the variances are: one more wherever it takes away most of the error."""
+    gains = variances * -np.diff(distortion)[:, None]  # [MOST_BITS, D], descending along both
+    order = np.argsort(-gains.ravel(), kind="stable")[:n_bits]
+    return np.bincount(order % len(variances), minlength=len(variances))

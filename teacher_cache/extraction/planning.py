@@ -16,7 +16,7 @@ from ..format.crop_plan import CropPlan
 from ..format.dtypes import dtype_of
 from ..format.quantize import GROUPS
 from ..format.spec import StoreSpec, TeacherSpec, array_names
-from ..format.transform import even_bytes, layers_together
+from ..format.transform import layers_together
 from ..store.manifest import Manifest
 from ..store.store import Store, is_begun
 from ..words import quoted
@@ -113,7 +113,7 @@ class ExtractPlan:
         return layers
 
     def store_spec(self, teacher: TeacherSpec, n_rows: int) -> StoreSpec:
-        """The store this plan asks for. How the bytes of a klt token are shared out among the layers, the fit will say."""
+        """The store this plan asks for."""
         layers = self.layers_of(teacher)
         attention = teacher.attention_source is not None
         if self.visible and not attention:
@@ -131,7 +131,6 @@ class ExtractPlan:
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
             group=group, attention=attention, codecs=tuple((name, "none") for name in names), visible=self.visible,
-            token_bytes=even_bytes(self.dtype, len(layers), teacher.dim) if is_transformed else (),
         )  # fmt: skip
 
 
@@ -173,8 +172,8 @@ def _begun(cache_dir: Path, name: str) -> list[Store]:
 
 
 def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
-    """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs, nor in what a fit says."""
-    mine, theirs = ({**spec.to_json(), "codecs": None, "token_bytes": None} for spec in (asked, found.store))
+    """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs."""
+    mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
     if found.source is not None:
         theirs["made from"], mine["made from"] = f"the store {found.source['name']}, by recode", "the teacher"
     return spec_differences(theirs, mine)

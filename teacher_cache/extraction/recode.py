@@ -19,7 +19,7 @@ from ..files.space import free_bytes, full_disk_explained, require_space
 from ..format.dtypes import dtype_of
 from ..format.layout import PROBE, store_claim, store_claims, store_file_name
 from ..format.spec import MadeWith, StoreSpec, array_names, new_version
-from ..format.transform import even_bytes, layers_together
+from ..format.transform import layers_together
 from ..store.folding import fold, is_folded
 from ..store.manifest import create_store, extract_command
 from ..store.reader import StoreReader
@@ -90,7 +90,6 @@ class _Job:
         names = array_names(spec.layers, dtype, spec.attention, spec.visible)
         self.spec: StoreSpec = replace(
             spec, dtype=dtype, group=layers_together(self.reader.teacher.dim), codecs=tuple((array, "none") for array in names),
-            token_bytes=even_bytes(dtype, len(spec.layers), self.reader.teacher.dim),
         )  # fmt: skip
         self.source = {"name": source, "dtype": spec.dtype, "sha256": self.reader.store.sha256}
 
@@ -126,13 +125,13 @@ class _Job:
         reader, first = self.reader, self.view.cache.view(0).store_path(self.name)
         if self.view.number:
             begun = Store.open(first)
-            fitted = Fitted(begun.spec, begun.statistics(), begun.manifest.fidelity, begun.transform())
+            fitted = Fitted(begun.statistics(), begun.manifest.fidelity, begun.transform())
         else:
             fitted = self._fit()
         made = MadeWith(BATCH, False, device_name(self.device))
         manifest = replace(
-            reader.manifest, store=fitted.spec, fidelity=fitted.fidelity, software=software(), made=made, source=self.source,
-            format_version=new_version(fitted.spec),
+            reader.manifest, store=self.spec, fidelity=fitted.fidelity, software=software(), made=made, source=self.source,
+            format_version=new_version(self.spec),
         )  # fmt: skip
         create_store(self.path, manifest, fitted.statistics, reader.head, reader.store.small_array(PROBE), fitted.transform)
 

@@ -67,9 +67,9 @@ QUANT, HEAD = "quant", "head"
 """Folders of small arrays."""
 STATISTICS = ("centre", "spread")
 """The small arrays of each layer that is not float16."""
-TRANSFORM = ("mean", "basis", "bits", "scale")
+TRANSFORM = ("mean", "basis", "bits")
 """Those of each layer that is coded by a transform, too."""
-LEVELS, GAINS = "quant/levels", "quant/gains"
+LEVELS, SCALES = "quant/levels", "quant/scales"
 """Those that all layers of a transform share."""
 
 

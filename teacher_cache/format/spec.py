@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import CacheCorruptError, UsageError
 from .dtypes import DTYPES, dtype_of
-from .transform import MOST_WIDE
+from .transform import MOST_WIDE, token_bytes
 
 CACHE_VERSIONS = (1, 2)
 """Of caches and their crops; 2 came with random crops of more than 256 pixels, and says nothing else otherwise than 1."""
@@ -223,12 +223,9 @@ class StoreSpec:
     """(array, `zstd` | `lz4` | `none`) for every row array, in the order of their bytes in a commit record."""
     visible: int = 0
     """K, patch tokens kept of each crop: the first of an attention race (race.py), in its order, beside CLS. 0: all N."""
-    token_bytes: tuple[int, ...] = ()
-    """Of klt: bytes of a token in each layer. Their sum follows from the dtype; how it is shared out, from the fit."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "token_bytes", tuple(self.token_bytes))
         object.__setattr__(self, "codecs", tuple(tuple(pair) for pair in self.codecs))
         _require_count("n_rows", self.n_rows, MAX_ROWS)
         _require_count("shard_rows", self.shard_rows, MAX_SHARD_ROWS)
@@ -242,10 +239,6 @@ class StoreSpec:
         if not isinstance(self.attention, bool):
             raise UsageError(f"attention must be true or false, not {self.attention!r}")
         _require_count("visible", self.visible, MAX_SIDE**2, least=0)
-        if len(self.token_bytes) != (len(self.layers) if self.is_transformed else 0):
-            raise UsageError(f"token_bytes must have a number for each layer of a klt store, not {self.token_bytes!r}")
-        for n_bytes in self.token_bytes:
-            _require_count("token_bytes", n_bytes, MAX_WIDTH)
         if self.visible and not self.attention:
             raise UsageError("visible tokens are chosen by attention, which has to be kept too")
         if [name for name, _ in self.codecs] != self.array_names or not {c for _, c in self.codecs} <= set(CODECS):
@@ -326,8 +319,8 @@ class StoreSpec:
         return self.visible + int(teacher.has_cls) if self.visible else teacher.n_tokens
 
     def row_shape(self, array: str, teacher: TeacherSpec, n_tokens: int | None = None) -> tuple[int, ...]:
-        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]; klt: [T, token_bytes]), scale [L, T, G], attention
-        [N], index [K].
+        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]; klt: [T, bytes of a token]), scale [L, T, G],
+        attention [N], index [K].
 
         n_tokens: T, where only some of the stored tokens are meant.
         """
@@ -339,7 +332,7 @@ class StoreSpec:
         if array == "scale":
             return (len(self.layers), n_tokens, self.n_groups(teacher))
         if self.is_transformed:
-            return (n_tokens, self.token_bytes[self.array_names.index(array)])
+            return (n_tokens, token_bytes(self.dtype, teacher.dim))
         return (n_tokens, -(-teacher.dim // 2) if self.dtype == "int4" else teacher.dim)
 
     def row_dtype(self, array: str) -> str:

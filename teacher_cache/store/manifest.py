@@ -21,7 +21,7 @@ from ..format import layout
 from ..format.layout import store_file_name
 from ..format.quantize import ChannelStatistics
 from ..format.spec import NOT_BEFORE_3, NOT_BEFORE_4, STORE_VERSIONS, LayerFidelity, MadeWith, StoreSpec, TeacherSpec
-from ..format.transform import N_GAINS, N_LEVELS, Transform
+from ..format.transform import N_LEVELS, N_SCALES, Transform
 from .spare import pack_members
 
 FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
@@ -92,7 +92,7 @@ class Manifest:
         value = dataclasses.asdict(self)
         version = value.pop("format_version")
         if version < 5:
-            del value["store"]["token_bytes"], value["source"]
+            del value["source"]
             for layer in value["fidelity"]:
                 del layer["cls"]
         unsaid = NOT_BEFORE_4 * (version < 4) + NOT_BEFORE_3 * (version < 3)
@@ -114,7 +114,7 @@ class Manifest:
                 )
             teacher, store, fidelity = value["teacher"], value["store"], value["fidelity"]
             if version < 5:
-                store, value = _with_words(store, {"token_bytes": ()}), _with_words(value, {"source": None})
+                value = _with_words(value, {"source": None})
                 fidelity = [_with_words(layer, {"cls": None}) for layer in fidelity]
             if version < 4:
                 teacher = _with_words(teacher, _of_teacher_before_4(teacher["has_cls"]))
@@ -251,7 +251,7 @@ def create_store(
 
 def _transform_arrays(transform: Transform) -> dict[str, np.ndarray]:
     """The small arrays of a transform, by name."""
-    arrays = {layout.LEVELS: transform.levels, layout.GAINS: transform.gains}
+    arrays = {layout.LEVELS: transform.levels, layout.SCALES: transform.scales}
     for layer, code in transform.layers.items():
         arrays |= {layout.statistics_name(layer, which): getattr(code, which) for which in layout.TRANSFORM}
     return arrays
@@ -271,7 +271,7 @@ def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     for layer in spec.layers if spec.has_statistics else ():
         shapes |= {layout.statistics_name(layer, which): (teacher.dim,) for which in layout.STATISTICS}
     if spec.is_transformed:
-        shapes |= {layout.LEVELS: (N_LEVELS,), layout.GAINS: (N_GAINS,)}
+        shapes |= {layout.LEVELS: (N_LEVELS,), layout.SCALES: (N_SCALES,)}
         for layer in spec.layers:
             shapes |= {layout.statistics_name(layer, which): (teacher.dim,) for which in layout.TRANSFORM}
             shapes[layout.statistics_name(layer, "basis")] = (len(spec.read_with(layer)) * teacher.dim, teacher.dim)

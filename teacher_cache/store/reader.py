@@ -162,7 +162,7 @@ class StoreReader:
         if self.spec.is_transformed and layer in self.spec.layers:
             layers = self.spec.read_with(layer)
             codes = [self.read(ARRAY_NAME.format(needed), rows) for needed in layers]
-            return decode(codes, layers, self.transform, self.statistics[layer])
+            return decode(codes, layers, self.transform)
         stored = self.read(ARRAY_NAME.format(layer), rows)
         if not self.spec.has_scales:
             return stored.astype("float32")

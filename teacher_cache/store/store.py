@@ -21,7 +21,7 @@ from ..files.durable import MAX_JSON, inside, listed_files, read_plain, read_sea
 from ..format import layout
 from ..format.quantize import ChannelStatistics
 from ..format.spec import MAX_FP32_ROWS, StoreSpec, TeacherSpec
-from ..format.transform import LayerCode, Transform
+from ..format.transform import LayerCode, Transform, token_bytes
 from .commits import FILE_DTYPE, NO_ROWS, Commits, read_record, read_table, require_rows
 from .manifest import Manifest, head_shapes, manifest_of, small_array_json, small_array_shapes
 
@@ -142,12 +142,12 @@ class Store:
             return None
         layers = {}
         for layer in self.spec.layers:
-            mean, basis, bits, scale = (self.small_array(layout.statistics_name(layer, which)) for which in layout.TRANSFORM)
+            mean, basis, bits = (self.small_array(layout.statistics_name(layer, which)) for which in layout.TRANSFORM)
             if (bits != np.rint(bits)).any():
                 raise CacheCorruptError(f"{self.path}: bits of layer {layer} are not whole numbers.")
-            layers[layer] = LayerCode(mean, basis, bits.astype("int64"), scale)
-        transform = Transform(layers, self.small_array(layout.LEVELS), self.small_array(layout.GAINS))
-        transform.require_sound(self.spec.token_bytes, self.path)
+            layers[layer] = LayerCode(mean, basis, bits.astype("int64"))
+        transform = Transform(layers, self.small_array(layout.LEVELS), self.small_array(layout.SCALES))
+        transform.require_sound(token_bytes(self.spec.dtype, self.teacher.dim), self.path)
         return transform
 
     def head(self) -> dict[str, np.ndarray]:
