@@ -72,13 +72,8 @@ def test_a_source_reads_the_codes_it_needs(cache, reader):
 def test_cached_is_near_to_live(cache):
     """Batch for batch the same crops and attention, and tokens as near as the store says they are."""
     needs = Needs((-3, -2, -1), attention=True)
-    batches = [
-        next(iter(source.micro_batches(3, 4)))
-        for source in (
-            CachedSource(cache, ["all"], [needs], batch_size=8),
-            LiveSource(cache, [FakeTeacher()], [needs], batch_size=8),
-        )
-    ]
+    sources = CachedSource(cache, ["all"], [needs], batch_size=8), LiveSource(cache, [FakeTeacher()], [needs], batch_size=8)
+    batches = [next(iter(source.micro_batches(3, 4))) for source in sources]
     assert torch.equal(batches[0].rows, batches[1].rows) and torch.equal(batches[0].images, batches[1].images)
     mine, live = (batch.targets[0] for batch in batches)
     torch.testing.assert_close(mine.attention, live.attention)
@@ -88,8 +83,8 @@ def test_cached_is_near_to_live(cache):
 
 
 def test_tokens_of_visible_patches_alone(cache):
-    """Where a run draws its masks ahead, only its visible tokens are read: those of whole rows, and so are loss and gradients."""
-    config = replace(recipe("maskalign-b16").tiny((stored_shape(cache, "all"),)).config, batch_size=8)
+    """Where a run draws its masks ahead, only the codes of visible tokens are read, and their tokens are those of whole rows."""
+    config = replace(recipe("mr-mae-b16").tiny((stored_shape(cache, "all"),)).config, batch_size=8)
     student = Student(config, (stored_shape(cache, "all"),))
     whole = CachedSource(cache, ["all"], student.needs, batch_size=8)
     ahead = CachedSource(cache, ["all"], student.needs, batch_size=8, masks=student.masks_ahead(config))
@@ -123,13 +118,12 @@ def test_a_page_of_a_cache(cache, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_reads_the_same(cache):
     """Rounded to bfloat16 before the product, tokens differ by less than a twentieth of what storing does to them."""
     reader = StoreReader(cache.view(0).store_path("all"))
-    rows = np.arange(20)
-    arrays = {
-        ARRAY_NAME.format(layer): torch.from_numpy(reader.read(ARRAY_NAME.format(layer), rows)).cuda() for layer in (4, 5, 6)
-    }
+    rows, names = np.arange(20), [ARRAY_NAME.format(layer) for layer in (4, 5, 6)]
+    arrays = {name: torch.from_numpy(reader.read(name, rows)).cuda() for name in names}
     out = torch.empty(3, 20, 17, 24, device="cuda")
     TransformDecoder(reader.spec, reader.transform, (4, 5, 6), torch.device("cuda"))(arrays.__getitem__, out)
     expected = torch.from_numpy(stored(cache, "all", rows, (4, 5, 6))).transpose(0, 1)
