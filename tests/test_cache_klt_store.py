@@ -90,7 +90,7 @@ def test_fidelity_is_of_other_rows(made):
     for place, fidelity in enumerate(reader.manifest.fidelity):
         errors = token_errors(true[:, place], reader.tokens(rows, fidelity.layer), reader.statistics[fidelity.layer])
         assert fidelity.n_tokens == 25 * 16 and fidelity.cls is not None
-        held = errors[170:195]
+        held = errors[175:]
         assert np.allclose([np.median(held[:, 1:]), held[:, 1:].max()], [fidelity.median, fidelity.worst], rtol=1e-3)
         assert np.allclose([np.median(held[:, 0]), held[:, 0].max()], [fidelity.cls[0], fidelity.cls[2]], rtol=1e-3)
 
