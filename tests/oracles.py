@@ -6,6 +6,7 @@ import numpy as np
 
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.race import arrivals, places_of
+from teacher_cache.format.transform import LayerCode, Transform
 
 
 def quantise(tokens: np.ndarray, statistics: ChannelStatistics, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +48,31 @@ def _levels(standard: np.ndarray, scale: np.ndarray, group: int, least: int, mos
 def _per_channel(of_groups: np.ndarray, group: int, dim: int) -> np.ndarray:
     """[..., G] -> [..., D]"""
     return np.repeat(of_groups, group, axis=-1)[..., :dim]
+
+
+def klt_components(tokens: np.ndarray, code: LayerCode, statistics: ChannelStatistics, behind: np.ndarray) -> np.ndarray:
+    """float [n, D] -> float64 [n, K]: a layer's own components, of variance about 1, before they are coded.
+
+    behind: float [n, D * layers], the values that are read of the layers behind it.
+    """
+    dim = len(code.mean)
+    rows = code.basis[-dim:][: code.n_kept].astype("float64") / statistics.spread
+    left = (tokens - behind.astype("float64") @ code.basis[:-dim] - code.mean) / statistics.spread
+    return left @ (rows / (rows**2).sum(1, keepdims=True)).T
+
+
+def klt_encode(components: np.ndarray, code: LayerCode, transform: Transform) -> np.ndarray:
+    """float [n, K] -> uint8 [n, bytes of a token]."""
+    edges = transform.scales[1:-1] * transform.scales[2:]
+    number = 1 + np.searchsorted(edges, (components**2).mean(1))
+    stored = [number[:, None].astype("uint8")]
+    bits = np.zeros((len(components), int(code.bits.sum())), "uint8")
+    for k, n_bits in enumerate(code.bits[: code.n_kept]):
+        levels = transform.levels[2**n_bits - 2 : 2 ** (n_bits + 1) - 2]
+        codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, components[:, k] / transform.scales[number])
+        for place in range(n_bits):
+            bits[:, code.starts[k] + place] = codes >> place & 1
+    return np.concatenate([*stored, np.packbits(bits, axis=1, bitorder="little")], 1)
 
 
 def race(attention: np.ndarray, rows: np.ndarray, view: int, n_first: int) -> np.ndarray:

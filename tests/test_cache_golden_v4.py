@@ -295,7 +295,7 @@ def test_a_store_of_version_3_goes_on_with_equal_bytes(tmp_path, monkeypatch):
     """Of a teacher whose pooling head has since become a source of attention, too: such a store has none, and gets none."""
     cache = make_crops(plan_job(tmp_path / "cache", write_images(tmp_path / "images"), PLAN, "jpeg95", 1))
     plan = ExtractPlan(layers="last2", shard_rows=3, batch_size=2)
-    monkeypatch.setattr(extract, "STORE_VERSIONS", (1, 2, 3))
+    monkeypatch.setattr(extract, "new_version", lambda spec: 3)
     for name, then, now in [("cls", FakeTeacher(), FakeTeacher()),
                             ("no cls", FakeTeacher(has_cls=False), FakeTeacher(has_cls=False, pools=True))]:  # fmt: skip
         assert extract_view(cache.view(0), name, then, plan)

@@ -145,11 +145,11 @@ def test_the_sample_costs_a_layer(tmp_path, monkeypatch):
         assert sample._file.seek(0, 2) == fit_bytes(spec, teacher)
         fit(sample, spec)  # what is imported is imported now
         tracemalloc.start()
-        statistics, fidelity = fit(sample, spec)
+        fitted = fit(sample, spec)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     layer = 128 * 32 * 128 * 4
-    assert len(statistics) == len(fidelity) == 12 and layer < peak < 2.5 * layer < fit_bytes(spec, teacher) / 4
+    assert len(fitted.statistics) == len(fitted.fidelity) == 12 and layer < peak < 2.5 * layer < fit_bytes(spec, teacher) / 4
     assert list(tmp_path.iterdir()) == []
 
 

@@ -414,11 +414,11 @@ def test_damaged_commit_records(tmp_path):
 def test_other_format_version(finished):
     """A store of a later format says so instead of being misread."""
     path = finished
-    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format_version": 4', '"format_version": 5'))
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format_version": 4', '"format_version": 6'))
     files = {**read_sealed(path / "store.json")["files"], "zarr.json": sha256_file(path / "zarr.json")}
     (path / "store.json").write_bytes(seal({"files": files}))
     with pytest.raises(
-        BadInputError, match="t.zarr: a store of format version 5; this program reads versions 1, 2, 3, 4. Use the version"
+        BadInputError, match="t.zarr: a store of format version 6; this program reads versions 1, 2, 3, 4, 5. Use the version"
     ):
         StoreReader(path)
 

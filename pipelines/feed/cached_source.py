@@ -21,7 +21,7 @@ from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 
 from .crop_source import CropSource
-from .dequantise import dequantise
+from .dequantise import TransformDecoder, dequantise
 from .loader import RawBatch
 from .record import Field
 from .teacher_values import block_numbers, teacher_head
@@ -53,7 +53,12 @@ class StoredTargets:
             "dtype": self.spec.dtype,
         }
         self.head = teacher_head(store.head, device)
-        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.is_quantised else []
+        self._decode = (
+            TransformDecoder(self.spec, store.transform, self.layers, device)
+            if self.spec.is_transformed and self.layers
+            else None
+        )
+        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.has_scales else []
         stacked = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in statistics])).to(device)  # noqa: E731
         self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
 
@@ -84,8 +89,13 @@ class StoredTargets:
         if self.spec.visible:
             index = view("index").long()
         shape = (len(record), len(self.layers), n_tokens or self.spec.n_tokens(self.teacher), self.teacher.dim)
+        if self._decode is not None:
+            n_rows, n_layers, *of_layer = shape
+            tokens = record.new_empty((n_layers, n_rows, *of_layer), dtype=torch.float32)
+            self._decode(view, tokens)
+            return Targets(tokens.transpose(0, 1), self.needs.layers, self.teacher.has_cls, attention, self.head, index)
         tokens = record.new_empty(shape, dtype=torch.float32)
-        scale = view("scale") if self.layers and self.spec.is_quantised else None  # [B, layers of the store, T, G]
+        scale = view("scale") if self.layers and self.spec.has_scales else None  # [B, layers of the store, T, G]
         for i, layer in enumerate(self.layers):
             stored = view(ARRAY_NAME.format(layer))
             if scale is None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-# B batch, T tokens of a row, D width, G groups of channels
+from teacher_cache.format.spec import ARRAY_NAME, StoreSpec
+from teacher_cache.format.transform import LayerCode, Transform
+
+# B batch, T tokens of a row, D width, G groups of channels, K components of a layer that are kept
 
 
 def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, group: int, out: Tensor | None = None) -> Tensor:
@@ -24,3 +30,52 @@ def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, gr
     else:
         standardised = levels * scale.float().repeat_interleave(group, dim=-1)[..., :dim]
     return torch.addcmul(centre, standardised, spread, out=out)
+
+
+class TransformDecoder:
+    """format/transform.py on the device: the codes of a klt store -> float32 tokens of some of its layers.
+
+    layers: block numbers. Products are in float32; on a GPU both factors are rounded to bfloat16 first, each by a relative 2**-9
+    at most, and added up in float32.
+    """
+
+    def __init__(self, spec: StoreSpec, transform: Transform, layers: Sequence[int], device: torch.device):
+        self.layers = [spec.read_with(layer) for layer in layers]
+        self.values = {layer: _Values(transform.layers[layer], transform, device) for read in self.layers for layer in read}
+        self.on_gpu = device.type == "cuda"
+        self.products = []
+        for read in self.layers:
+            code, dim = transform.layers[read[-1]], len(transform.layers[read[-1]].mean)
+            rows = [code.basis[i * dim : i * dim + transform.layers[other].n_kept] for i, other in enumerate(read)]
+            basis, mean = (torch.tensor(array, device=device) for array in (np.concatenate(rows), code.mean))
+            self.products.append((basis.bfloat16() if self.on_gpu else basis, mean))
+
+    def __call__(self, stored: Callable[[str], Tensor], out: Tensor) -> None:
+        """Fill `out`, float32 [L, B, T, D]. stored: the rows of an array by its name, uint8 [B, T, bytes of a token]."""
+        read = {layer: values(stored(ARRAY_NAME.format(layer))) for layer, values in self.values.items()}
+        for layers, (basis, mean), tokens in zip(self.layers, self.products, out, strict=True):
+            values = torch.cat([read[layer] for layer in layers], -1).flatten(0, 1)  # [B * T, K of all of them]
+            if self.on_gpu:
+                torch.mm(values.bfloat16(), basis, out_dtype=torch.float32, out=tokens.view(-1, len(mean))).add_(mean)
+            else:
+                torch.addmm(mean, values, basis, out=tokens.view(-1, len(mean)))
+
+
+class _Values:
+    """From the bytes of a layer's tokens to its values: which bytes and bits a code has, and what it stands for."""
+
+    def __init__(self, code: LayerCode, transform: Transform, device: torch.device):
+        bits, starts = code.bits[: code.n_kept], code.starts[: code.n_kept]
+        on = lambda values: torch.tensor(values, device=device)  # noqa: E731
+        self.levels, self.scales = on(transform.levels), on(transform.scales)
+        self.byte, self.shift, self.mask, self.first = (
+            on(1 + starts // 8),
+            *(on(values).int() for values in (starts % 8, 2**bits - 1, 2**bits - 2)),
+        )
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """uint8 [B, T, bytes] -> float32 [B, T, K]."""
+        wide = torch.nn.functional.pad(stored, (0, 2)).int()
+        words = wide[..., :-2] | wide[..., 1:-1] << 8 | wide[..., 2:] << 16  # a code of 10 bits ends within 3 bytes
+        codes = words.index_select(-1, self.byte).bitwise_right_shift_(self.shift).bitwise_and_(self.mask).add_(self.first)
+        return self.levels[codes].mul_(self.scales[stored[..., :1].int()])

@@ -53,7 +53,8 @@ def mending_commands(cache_dir: Path, findings: Sequence[Finding], images: str =
             continue
         command = _extract_command(cache_dir, name)
         repair = any(_is_of_store(parts) and parts[1] == store_folder(name) for parts in damaged)
-        commands.append(command.replace("teacher-cache extract", "teacher-cache extract --repair", 1) if repair else command)
+        words = command.split(" ", 2)
+        commands.append(" ".join([*words[:2], "--repair", *words[2:]]) if repair else command)
     return commands
 
 

@@ -202,7 +202,8 @@ def load_teacher_of(cache: Cache, weights: str, name: str | None = None) -> tupl
 
 def limits(fidelity: LayerFidelity, tolerance: float) -> tuple[float, float]:
     """The largest errors of a row's median token and of any token that storing and rounding explain."""
-    return fidelity.p99 + tolerance, 2 * fidelity.worst + 4 * tolerance
+    p99, worst = (max(pair) for pair in zip((fidelity.p99, fidelity.worst), (fidelity.cls or (0, 0, 0))[1:], strict=True))
+    return p99 + tolerance, 2 * worst + 4 * tolerance
 
 
 def reteach(view: View, path: Path, teacher, rows: np.ndarray, checked: Checked | None = None) -> Iterator[Finding]:

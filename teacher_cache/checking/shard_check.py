@@ -140,6 +140,8 @@ def _value_check(array: str, manifest: Manifest) -> Callable[[bytes | bytearray,
         return _attention_fault
     if array == "index":
         return partial(_index_fault, n_patches=manifest.teacher.n_patches)
+    if manifest.store.is_transformed:
+        return partial(_klt_fault, token_bytes=manifest.store.row_shape(array, manifest.teacher)[-1])
     return {"int8": _int8_fault, "int4": _int4_fault, "float16": _float16_fault}[manifest.store.dtype]
 
 
@@ -150,6 +152,11 @@ def _int8_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
 def _int4_fault(data: bytes | bytearray, n_bytes: int) -> str | None:
     """Every value of a byte says something; only a row of nothing but the fill value is none."""
     return None if any(memoryview(data)[:n_bytes]) else "holds nothing but the fill value 0"
+
+
+def _klt_fault(data: bytes | bytearray, n_bytes: int, token_bytes: int) -> str | None:
+    """A token begins with the number of its scale, which is never 0."""
+    return None if all(memoryview(data)[:n_bytes:token_bytes]) else "holds the fill value 0 for the scale of a token"
 
 
 def _float16_fault(data: bytes | bytearray, n_bytes: int) -> str | None:

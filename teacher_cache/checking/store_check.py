@@ -105,6 +105,11 @@ def _contradictions(view: View, store: Store) -> Iterator[Finding]:
     if hashlib.sha256(values[layout.PROBE].tobytes()).hexdigest() != manifest.probe_sha256:
         yield judge(path / layout.PROBE, "its SHA-256 is not the one that the manifest names.")
 
+    try:
+        store.transform()
+    except CacheCorruptError as error:
+        yield judge(path / layout.QUANT, without(path, error))
+
     expected = small_files(manifest, values)
     if expected.keys() != store.files.keys():
         odd = ", ".join(sorted(expected.keys() ^ store.files.keys()))

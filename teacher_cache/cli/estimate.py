@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
-from ..format.spec import DTYPES
 from ..terminal.command import one_line_errors
-from .options import CROP_FORMAT, CROP_SIZE, JSON, SIDE, TokenChoice
+from .options import CROP_FORMAT, CROP_SIZE, JSON, SIDE, Dtype, TokenChoice
 
 
 @click.command()
@@ -21,7 +20,8 @@ from .options import CROP_FORMAT, CROP_SIZE, JSON, SIDE, TokenChoice
 @click.option("--n-images", type=click.IntRange(1), help="How many there will be, where they are not at hand.")
 @click.option("--views", type=click.IntRange(1), help="Passes over the images. [default: 1, or what the cache has]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--dtype", type=Dtype(), help="klt: coded by a transform, BITS a value on average, 1 to 6; klt alone is klt:3.2. "
+              "[default: int8]")  # fmt: skip
 @click.option("--tokens", "visible", type=TokenChoice(), help="all, or visible:K, as for extract. [default: all]")
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard. [default: 2048]")
 @click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from ..files.claims import taking_over
-from ..format.spec import DTYPES
 from ..terminal.command import one_line_errors, say
 from ..words import quoted
 from .options import (
@@ -18,6 +17,7 @@ from .options import (
     REPAIR,
     SIDE,
     TAKE_OVER,
+    Dtype,
     ShardRange,
     TokenChoice,
     grid_of,
@@ -33,7 +33,8 @@ from .repair import refuse_beside_repair, repair_and_say
 @click.option("--weights", help="The teacher's weights: a file, or random:SEED for a trial.")
 @click.option("--name", help="Name of the store, to keep several of one teacher. [default: the teacher's]")
 @click.option("--layers", help="Blocks to keep: last5, last, or numbers from 1: 8,10,12. [default: last5]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: int8]")
+@click.option("--dtype", type=Dtype(), help="klt: coded by a transform, BITS a value on average, 1 to 6; klt alone is klt:3.2. "
+              "[default: int8]")  # fmt: skip
 @click.option("--tokens", "visible", type=TokenChoice(), help="all; or visible:K, CLS and the K patches of each crop that its "
               "attention draws first, for methods that learn from visible patches alone. [default: all]")  # fmt: skip
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "

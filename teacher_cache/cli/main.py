@@ -8,6 +8,7 @@ from .crop import crop
 from .estimate import estimate
 from .extract import extract
 from .inspect import inspect
+from .recode import recode
 from .remove import remove
 from .report import report
 from .show import show
@@ -31,5 +32,5 @@ def main():
     """
 
 
-for command in (crop, extract, estimate, inspect, show, report, verify, teachers, remove):
+for command in (crop, extract, recode, estimate, inspect, show, report, verify, teachers, remove):
     main.add_command(command)

@@ -10,6 +10,7 @@ import click
 
 from ..errors import UsageError
 from ..format.crop_plan import CROP_FORMATS, LARGEST_SIZE, LEAST_SIZE
+from ..format.dtypes import DTYPES, dtype_of
 
 KEPT = "Finished work is kept; the same command goes on from there."
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
@@ -75,6 +76,18 @@ class TokenChoice(click.ParamType):
 
         try:
             return n_visible(value)
+        except UsageError as error:
+            self.fail(str(error), param, context)
+
+
+class Dtype(click.ParamType):
+    """How values are stored, in the spelling that stores have."""
+
+    name = "|".join(DTYPES)
+
+    def convert(self, value, param, context) -> str:
+        try:
+            return dtype_of(value)
         except UsageError as error:
             self.fail(str(error), param, context)
 

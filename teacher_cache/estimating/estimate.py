@@ -117,7 +117,7 @@ def answer(asked: Question, student: PresetFacts | None) -> dict:
         "shards": spec.n_shards,
         "fit_bytes": fit_bytes(spec, teacher), "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
         "free_bytes": free, "present_bytes": present, "folder": str(asked.folder), "bytes_read_per_crop": read,
-        "layers_read": layers,
+        "layers_read": layers, "codes_read": sorted({other for layer in layers for other in spec.read_with(layer)}),
         "rates": {**dataclasses.asdict(rates), "how": measured.get("how", [])},
         "disk": dataclasses.asdict(disk) if disk else None, **verdict_json,
     }  # fmt: skip
@@ -263,6 +263,9 @@ def in_words(answered: dict) -> str:
     if answered["extraction_s"] is not None:
         lines.append(f"extraction {hours(answered['extraction_s'])} on one device")
     read = f"{human(answered['bytes_read_per_crop'])} a crop"
+    if answered["codes_read"] != sorted(answered["layers_read"]):
+        blocks = [", ".join(map(str, answered[key])) for key in ("layers_read", "codes_read")]
+        read += f" (the codes of blocks {blocks[1]}: {blocks[0]} cannot be read without those behind)"
     if answered["needed_bytes_per_s"] is not None:
         read += (
             f", {human(answered['needed_bytes_per_s'])}/s for one device that trains {answered['rates']['student']:,.4g} crops/s"

@@ -14,7 +14,7 @@ from ..errors import BadInputError
 from ..extraction.cropping import sample_crop_bytes
 from ..format import layout
 from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
-from ..format.spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec
+from ..format.spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec, new_version
 from ..store.manifest import Manifest, small_array_shapes, small_files
 from ..store.sizes import store_bytes
 from ..store.spare import pack_members
@@ -89,7 +89,8 @@ def _small_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     """Bytes of the small files of a store and of their second copies."""
     nothing = "0" * 64
     fidelity = tuple(LayerFidelity(layer, 1 / 3, 1 / 3, 1 / 3, 65536) for layer in spec.layers)
-    manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {}, MadeWith(1 << 20, False, "x" * 40))
+    made = MadeWith(1 << 20, False, "x" * 40)
+    manifest = Manifest(teacher, spec, 0, nothing, nothing, "fp32", fidelity, nothing, {}, made, new_version(spec))
     arrays = {name: np.zeros(shape, "float32") for name, shape in small_array_shapes(manifest).items()}
     files = small_files(manifest, arrays)
     files[layout.STORE_JSON] = bytes(100 * len(files))

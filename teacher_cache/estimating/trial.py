@@ -19,7 +19,7 @@ from ..crops.images import ImageList, read_image
 from ..errors import BadInputError
 from ..extraction.cropping import make_crops, plan_job
 from ..extraction.extract import extract_view
-from ..extraction.fit import fit_bytes
+from ..extraction.fit import fit_bytes, least_rows
 from ..extraction.planning import ExtractPlan
 from ..files.space import require_space
 from ..format.crop_plan import CropPlan
@@ -28,7 +28,7 @@ LASTS_S = 8.0
 """What is aimed at, for each of the two timings."""
 LEAST_ROWS, MOST_ROWS = 16, 2048
 MOST_BYTES = 800_000_000
-"""Of the targets that are written, two views of them, unless LEAST_ROWS take more."""
+"""Of the targets that are written, two views of them, unless LEAST_ROWS take more, or what a transform is fitted on."""
 ORIGINAL_BYTES = 200_000
 """Room for an original, and for its crops."""
 N_ORIGINALS = 64
@@ -65,7 +65,7 @@ def extraction_rate(folder: Path, teacher, plan: ExtractPlan, crop_plan: CropPla
     spec = plan.store_spec(teacher.spec, MOST_ROWS)
     row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     n_rows = int(min(MOST_ROWS, MOST_BYTES // (2 * row_bytes), expected * LASTS_S))
-    n_rows = max(LEAST_ROWS, n_rows)
+    n_rows = max(LEAST_ROWS, least_rows(spec, teacher.spec), n_rows)
     fit = fit_bytes(replace(spec, n_rows=n_rows, shard_rows=min(spec.shard_rows, n_rows)), teacher.spec)
     require_space(folder, max(fit, 2 * n_rows * row_bytes) + n_rows * ORIGINAL_BYTES)
     with tempfile.TemporaryDirectory(dir=folder, prefix="teacher-cache-trial-") as name:

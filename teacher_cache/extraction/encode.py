@@ -14,7 +14,9 @@ from torch import Tensor
 from ..format.quantize import ChannelStatistics
 from ..format.race import arrivals
 from ..format.spec import ARRAY_NAME, StoreSpec
+from ..format.transform import Transform
 from ..store.nonfinite import finite_rows
+from .klt_encode import TransformEncoder
 
 # B batch, L layers, C+N tokens of the teacher, T tokens that are kept, D channels, G groups of channels
 
@@ -22,11 +24,13 @@ from ..store.nonfinite import finite_rows
 class Encoder:
     """Row arrays of one store from a teacher's output.
 
-    statistics: of each layer; empty for float16. view: of the store.
+    statistics: of each layer; empty for float16. view: of the store. transform: of klt.
     """
 
-    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], view: int, device: torch.device):
+    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], view: int, device: torch.device,
+                 transform: Transform | None = None):  # fmt: skip
         self.spec, self.view, self.device = spec, view, device
+        self.transform = None if transform is None else TransformEncoder(spec, transform, statistics, device)
         self.statistics = {
             layer: (torch.tensor(channel.centre, device=device), torch.tensor(channel.spread, device=device))
             for layer, channel in statistics.items()
@@ -44,9 +48,11 @@ class Encoder:
             arrays["index"] = race(attention, rows, self.view, spec.visible)  # int32 [B, K]
             places = token_places(arrays["index"], tokens.shape[2] - attention.shape[1])
             tokens = take_tokens(tokens, places)  # [B, L, T, D]
+        if self.transform is not None:
+            arrays |= self.transform(tokens)
         scales = []
-        for i, layer in enumerate(spec.layers):
-            if spec.is_quantised:
+        for i, layer in enumerate(spec.layers if self.transform is None else ()):
+            if spec.has_scales:
                 stored, scale = quantise(tokens[:, i], *self.statistics[layer], spec.dtype, spec.group)
                 scales.append(scale)
             else:

@@ -27,7 +27,7 @@ from ..errors import BadInputError, ClaimLostError, MismatchError, NotInCacheErr
 from ..files.claims import claimed, claimed_range, is_claimed_or_left
 from ..files.space import full_disk_explained
 from ..format.layout import PROBE, store_claim, store_claims
-from ..format.spec import STORE_VERSIONS, StoreSpec, comparable
+from ..format.spec import StoreSpec, comparable, new_version
 from ..store import writer
 from ..store.folding import fold, is_folded
 from ..store.manifest import Manifest, create_store
@@ -37,7 +37,7 @@ from ..terminal.progress import note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder, race, take_tokens, token_places
-from .fit import Sample, fit, n_fit_rows
+from .fit import Fitted, Sample, fit
 from .planning import ExtractPlan, in_words_of, own_shards, require_like, spec_differences, target_differences
 from .record import changes, made_with, software
 
@@ -278,7 +278,7 @@ class _Begun:
 
     def __init__(self, view: View, store: Store, teacher):
         self.view, self.store, self.teacher = view, store, teacher
-        self.encode = Encoder(store.spec, store.statistics(), store.manifest.view, teacher.device)
+        self.encode = Encoder(store.spec, store.statistics(), store.manifest.view, teacher.device, store.transform())
         self.forced = store.read_fp32_rows_to_make() if store.has_fp32_rows else NO_ROWS
         self.n_fp32 = 0
         self._of_shard = (-1, 0)
@@ -347,17 +347,18 @@ def _begin(job: _Job, crops: CropReader) -> None:
     """Create the store with the quantiser of a view that has it; else, on view 0, with a freshly fitted one."""
     view, teacher, plan, spec = job.view, job.teacher, job.plan, job.spec
     having = [other for other in view.cache.views() if is_begun(other.store_path(job.name))]
-    described, version = teacher.spec, STORE_VERSIONS[-1]
+    described, version = teacher.spec, new_version(spec)
     if having:
         original = having[0].store(job.name)
         job.require_same(original, having[0])
-        spec, fidelity, version = original.spec, original.manifest.fidelity, original.manifest.format_version
+        spec, version = original.spec, original.manifest.format_version
         described = replace(original.teacher, weights=teacher.spec.weights)  # in the words of its version
         _note_changes(original, teacher, plan)
-        statistics, head, probe = original.statistics(), original.head(), original.small_array(PROBE)
+        fitted = Fitted(original.statistics(), original.manifest.fidelity, original.transform())
+        head, probe = original.head(), original.small_array(PROBE)
     elif view.number == 0:
         _require_finite_head(teacher)
-        statistics, fidelity = _fit(view, teacher, crops, spec, plan)
+        fitted = _fit(view, teacher, crops, spec, plan)
         head, probe = teacher.head, probe_output(teacher, spec.layers)
     else:
         raise NotInCacheError(
@@ -365,10 +366,10 @@ def _begin(job: _Job, crops: CropReader) -> None:
         )
     manifest = Manifest(
         teacher=described, store=spec, view=view.number, crops_id=view.cache.crops_id, crops_sha256=view.crops_sha256,
-        precision=teacher.precision, fidelity=fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
+        precision=teacher.precision, fidelity=fitted.fidelity, probe_sha256=hashlib.sha256(probe.tobytes()).hexdigest(),
         software=software(), made=made_with(teacher, plan.batch_size) if version >= 3 else None, format_version=version,
     )  # fmt: skip
-    create_store(job.path, manifest, statistics, head, probe)
+    create_store(job.path, manifest, fitted.statistics, head, probe, fitted.transform)
 
 
 def _require_finite_head(teacher) -> None:
@@ -381,13 +382,14 @@ def _require_finite_head(teacher) -> None:
             )
 
 
-def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan):
-    """Run the teacher over the first rows of view 0: channel statistics, and fidelity per layer.
+def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractPlan) -> Fitted:
+    """Run the teacher over the first rows of view 0, and fit the quantiser to what it says.
 
     Rows are in random order (images.py), so the first ones are a fair sample. Only what is sampled leaves the teacher's device.
     """
-    n_rows, n_fp32 = n_fit_rows(len(crops)), 0
+    n_fp32 = 0
     with Sample(view.path, spec, teacher.spec) as sample:
+        n_rows = sample.size.all_rows
         with progress("fitting the quantiser", n_rows, "crops") as advance:
             batches = _cut(range(n_rows), plan.batch_size)
             for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):

@@ -8,20 +8,27 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from ..files.durable import ASIDE
 from ..format.quantize import ChannelStatistics, dequantise, token_errors
 from ..format.spec import LayerFidelity, StoreSpec, TeacherSpec
+from ..format.transform import Transform, least_tokens
 
 FIT_ROWS = 2048
 """Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
+TRANSFORM_ROWS = 4096
+"""That a transform is fitted on, if there are as many. Crops count, more than tokens of each (docs/design/0014)."""
 FIT_TOKENS = 32
 """Tokens drawn from each of these rows."""
 LEAST_ROWS = 16
 """Of a small set, if it has as many."""
+HELD_ROWS = 256
+"""Further rows, at most, on which the error of a transform is measured."""
 NAMED = "fit-"
 """How the file's name begins where it must have one for a moment."""
 BLOCK_VALUES = 1 << 22
@@ -42,14 +49,53 @@ def _nameless(folder: Path) -> int:
     return descriptor
 
 
-def n_fit_rows(n_rows: int) -> int:
-    """Rows that are sampled, the first of view 0."""
-    return min(FIT_ROWS, max(LEAST_ROWS, n_rows // 8), n_rows)
+@dataclass(frozen=True)
+class SampleSize:
+    """How many tokens a store is fitted on."""
+
+    n_rows: int
+    """The first of view 0."""
+    n_tokens: int
+    """Drawn from each of them."""
+    n_held: int = 0
+    """Rows behind them, from which as many are drawn, to measure the error on."""
+
+    @classmethod
+    def of(cls, spec: StoreSpec, teacher: TeacherSpec) -> SampleSize:
+        """Of a store. UsageError if there are too few images to fit a transform on."""
+        n_tokens = spec.n_tokens(teacher)
+        n_rows, n_drawn = min(FIT_ROWS, max(LEAST_ROWS, spec.n_rows // 8), spec.n_rows), min(FIT_TOKENS, n_tokens)
+        if not spec.is_transformed:
+            return cls(n_rows, n_drawn)
+        least = least_tokens(len(spec.layers), teacher.dim)
+        n_held = max(1, min(HELD_ROWS, spec.n_rows // 8))
+        n_rows = min(max(TRANSFORM_ROWS, -(-least // n_drawn)), spec.n_rows - n_held)
+        n_drawn = min(n_tokens, max(n_drawn, -(-least // max(1, n_rows))))
+        if n_rows * n_drawn < least:
+            raise UsageError(
+                f"--dtype {spec.dtype}: a transform of {len(spec.layers)} layers of width {teacher.dim} is fitted on at least "
+                f"{least:,} tokens; {spec.n_rows:,} images have {max(0, n_rows) * n_tokens:,} to fit on. Give --dtype int4 or "
+                "int8, fewer --layers, or more images."
+            )
+        return cls(n_rows, n_drawn, n_held)
+
+    @property
+    def all_rows(self) -> int:
+        return self.n_rows + self.n_held
+
+
+def least_rows(spec: StoreSpec, teacher: TeacherSpec) -> int:
+    """Images that a store has at least, so that it can be fitted."""
+    if not spec.is_transformed:
+        return 1
+    n_rows = -(-least_tokens(len(spec.layers), teacher.dim) // spec.n_tokens(teacher))
+    return n_rows + max(1, min(HELD_ROWS, -(-n_rows // 7)))
 
 
 def fit_bytes(spec: StoreSpec, teacher: TeacherSpec) -> int:
     """Bytes of the file that a sample takes on the disk of the cache, before any target is there."""
-    return 4 * len(spec.layers) * n_fit_rows(spec.n_rows) * min(FIT_TOKENS, spec.n_tokens(teacher)) * teacher.dim
+    size = SampleSize.of(spec, teacher)
+    return 4 * len(spec.layers) * size.all_rows * size.n_tokens * teacher.dim
 
 
 class Sample:
@@ -59,10 +105,12 @@ class Sample:
     """
 
     def __init__(self, folder: Path, spec: StoreSpec, teacher: TeacherSpec):
-        self._n_tokens = spec.n_tokens(teacher)
-        self.n_drawn = min(FIT_TOKENS, self._n_tokens)
-        self.shape = (n_fit_rows(spec.n_rows) * self.n_drawn, teacher.dim)
-        self.n_layers, self._n_added = len(spec.layers), 0
+        self.size = SampleSize.of(spec, teacher)
+        self.n_fitted, self.n_drawn = self.size.n_rows * self.size.n_tokens, self.size.n_tokens
+        self.shape = (self.size.all_rows * self.n_drawn, teacher.dim)
+        self.has_cls = bool(spec.is_transformed and teacher.has_cls)
+        """Whether the first token drawn of a row is CLS, always; else it comes by chance as any other."""
+        self._n_tokens, self.n_layers, self._n_added = spec.n_tokens(teacher), len(spec.layers), 0
         self._draws = np.random.Philox(key=0)
         self._file = open(_nameless(folder), "w+b")  # noqa: SIM115 - closed by __exit__
 
@@ -73,40 +121,60 @@ class Sample:
         self._file.close()
 
     def draw(self, n_rows: int) -> np.ndarray:
-        """int64 [n_rows, FIT_TOKENS]: which of the T tokens are drawn of the next rows; all of them where there are fewer."""
-        drawn = [np.argsort(self._draws.random_raw(self._n_tokens), kind="stable")[:FIT_TOKENS] for _ in range(n_rows)]
-        return np.array(drawn, "int64").reshape(n_rows, -1)
+        """int64 [n_rows, n_drawn]: which of the T tokens are drawn of the next rows; all of them where there are fewer."""
+        n_cls = int(self.has_cls)
+        drawn = np.zeros((n_rows, self.n_drawn), "int64")
+        for row in drawn:
+            order = np.argsort(self._draws.random_raw(self._n_tokens - n_cls), kind="stable")
+            row[n_cls:] = order[: self.n_drawn - n_cls] + n_cls
+        return drawn
 
     def add(self, drawn: np.ndarray) -> None:
-        """drawn: float32 [B, L, FIT_TOKENS, D], the tokens drawn of the next rows."""
+        """drawn: float32 [B, L, n_drawn, D], the tokens drawn of the next rows."""
         rows = drawn.swapaxes(0, 1).reshape(self.n_layers, -1, drawn.shape[-1])
         for layer in range(self.n_layers):
             self._file.seek(4 * (layer * self.shape[0] + self._n_added) * self.shape[1])
             self._file.write(np.ascontiguousarray(rows[layer], "float32").data.cast("B"))
         self._n_added += rows.shape[1]
 
-    def tokens(self, layer: int) -> np.ndarray:
-        """float32 [n, D] of the layer at place `layer`."""
-        values = np.empty(self.shape, "float32")
-        self._file.seek(layer * values.nbytes)
+    def tokens(self, layer: int, of: slice = slice(None)) -> np.ndarray:
+        """float32 [n, D], the tokens `of` the layer at place `layer`; by default all."""
+        first, stop, _ = of.indices(self.shape[0])
+        values = np.empty((stop - first, self.shape[1]), "float32")
+        self._file.seek(4 * (layer * self.shape[0] + first) * self.shape[1])
         if self._file.readinto(values.data.cast("B")) != values.nbytes:
             raise OSError("the sample that the quantiser is fitted on is shorter than what was written to it")
         return values
 
 
-def fit(sample: Sample, spec: StoreSpec):
-    """Channel statistics by layer (none for float16), and fidelity of each layer."""
+@dataclass(frozen=True)
+class Fitted:
+    """What a store of some dtype needs to begin."""
+
+    statistics: dict
+    """ChannelStatistics by layer; none for float16."""
+    fidelity: tuple[LayerFidelity, ...]
+    transform: Transform | None = None
+    """Of klt."""
+
+
+def fit(sample: Sample, spec: StoreSpec) -> Fitted:
+    """Fit the quantiser of a store, and measure on the sample what storing does."""
+    if spec.is_transformed:
+        from .klt_fit import fit_klt  # needs torch
+
+        return fit_klt(sample, spec)
     statistics, fidelity = {}, []
     for place, layer in enumerate(spec.layers):
         tokens = sample.tokens(place)
         channel = ChannelStatistics.fit(tokens)
-        if spec.is_quantised:
+        if spec.has_statistics:
             statistics[layer] = channel
         errors = _errors(tokens, channel, spec)
         median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
         fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
         del tokens  # before the next layer comes
-    return statistics, tuple(fidelity)
+    return Fitted(statistics, tuple(fidelity))
 
 
 def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:
@@ -118,7 +186,7 @@ def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> 
 
 def _round_trip(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:
     """Tokens [..., D], stored and read back: float32 [..., D]."""
-    if not spec.is_quantised:
+    if not spec.has_scales:
         return tokens.astype("float16").astype("float32")
     from .encode import quantise_on_host  # needs torch
 

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..files.claims import taking_over
 from ..files.space import free_bytes, require_space
 from ..format.crop_plan import CropPlan
-from ..format.layout import CACHE_JSON, SKIPPED_TXT, store_file_name, store_folder, view_path
+from ..format.layout import CACHE_JSON, SKIPPED_TXT, store_folder, view_path
 from ..format.spec import StoreSpec, TeacherSpec
 from ..store.store import Store, is_begun
 from ..store.writer import bytes_under_way, missing_bytes
@@ -32,6 +32,7 @@ from .planning import (
     CropWork,
     ExtractPlan,
     begun_teacher,
+    cleaned_name,
     in_words_of,
     own_shards,
     plan_crops,
@@ -75,11 +76,7 @@ class TargetRequest:
     @property
     def store_name(self) -> str:
         """Of the store's folder. UsageError for a name that is none."""
-        name = self.name or self.teacher_name
-        cleaned = store_file_name(name)
-        if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
-            raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
-        return cleaned
+        return cleaned_name(self.name or self.teacher_name)
 
     @property
     def given(self) -> dict:

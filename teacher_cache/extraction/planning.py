@@ -13,8 +13,10 @@ from ..cache import Cache
 from ..errors import MismatchError, UsageError
 from ..format import layout
 from ..format.crop_plan import CropPlan
+from ..format.dtypes import dtype_of
 from ..format.quantize import GROUPS
-from ..format.spec import DTYPES, StoreSpec, TeacherSpec, array_names
+from ..format.spec import StoreSpec, TeacherSpec, array_names
+from ..format.transform import layers_together
 from ..store.manifest import Manifest
 from ..store.store import Store, is_begun
 from ..words import quoted
@@ -68,6 +70,14 @@ def plan_crops(cache_dir: Path, request: CropRequest, default_size: int, may_mak
     return CropWork(len(job.images.names) if job else existing.n_images, n_views, job)
 
 
+def cleaned_name(name: str) -> str:
+    """The name of a store as that of its folder. UsageError for a name that is none."""
+    cleaned = layout.store_file_name(name)
+    if not cleaned or cleaned.startswith(".") or not all(c.isalnum() or c in "._-" for c in cleaned):
+        raise UsageError(f"--name {name!r}: give letters, digits, '.', '_' and '-'.")
+    return cleaned
+
+
 @dataclass(frozen=True)
 class ExtractPlan:
     """What of the teacher to keep, and how."""
@@ -81,8 +91,7 @@ class ExtractPlan:
     """K: keep CLS and the first K patches of an attention race (race.py); 0: keep all tokens."""
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype is one of {', '.join(DTYPES)}; given {self.dtype}.")
+        object.__setattr__(self, "dtype", dtype_of(self.dtype))
         if self.shard_rows < 1 or self.batch_size < 1:
             raise UsageError(f"shard rows and batch size must be positive, given {self.shard_rows} and {self.batch_size}.")
 
@@ -117,10 +126,11 @@ class ExtractPlan:
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
         names = array_names(layers, self.dtype, attention, self.visible)
+        is_transformed = self.dtype not in (*GROUPS, "float16")
+        group = layers_together(teacher.dim) if is_transformed else GROUPS.get(self.dtype, 0)
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
-            group=GROUPS.get(self.dtype, 0), attention=attention, codecs=tuple((name, "none") for name in names),
-            visible=self.visible,
+            group=group, attention=attention, codecs=tuple((name, "none") for name in names), visible=self.visible,
         )  # fmt: skip
 
 
@@ -164,6 +174,8 @@ def _begun(cache_dir: Path, name: str) -> list[Store]:
 def target_differences(found: Manifest, plan: ExtractPlan, asked: StoreSpec) -> list[str]:
     """In what `asked`, the store of a plan, is not that of a manifest, a line each; not in codecs."""
     mine, theirs = ({**spec.to_json(), "codecs": None} for spec in (asked, found.store))
+    if found.source is not None:
+        theirs["made from"], mine["made from"] = f"the store {found.source['name']}, by recode", "the teacher"
     return spec_differences(theirs, mine)
 
 

@@ -66,7 +66,11 @@ PROBE = "probe"
 QUANT, HEAD = "quant", "head"
 """Folders of small arrays."""
 STATISTICS = ("centre", "spread")
-"""The small arrays of each quantised layer."""
+"""The small arrays of each layer that is not float16."""
+TRANSFORM = ("mean", "basis", "bits")
+"""Those of each layer that is coded by a transform, too."""
+LEVELS, SCALES = "quant/levels", "quant/scales"
+"""Those that all layers of a transform share."""
 
 
 def view_path(cache: Path, number: int) -> Path:
@@ -140,7 +144,7 @@ def is_shard_file(name: str) -> bool:
 
 
 def statistics_name(layer: int, which: str) -> str:
-    """The small array of the channel statistics of a layer; which: one of STATISTICS."""
+    """A small array of a layer; which: one of STATISTICS or TRANSFORM."""
     return f"{QUANT}/{layer:02d}/{which}"
 
 

@@ -11,12 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import CacheCorruptError, UsageError
+from .dtypes import DTYPES, dtype_of
+from .transform import MOST_WIDE, token_bytes
 
 CACHE_VERSIONS = (1, 2)
 """Of caches and their crops; 2 came with random crops of more than 256 pixels, and says nothing else otherwise than 1."""
-STORE_VERSIONS = (1, 2, 3, 4)
-"""Of stores, the last being that of new ones. 2 came with int4 and visible tokens; 3 with the teacher's activation and position
-rule, and what made the store; 4 with where the attention comes from and whether there is a final norm."""
+STORE_VERSIONS = (1, 2, 3, 4, 5)
+"""Of stores. 2 came with int4 and visible tokens; 3 with the teacher's activation and position rule, and what made the store; 4
+with where the attention comes from and whether there is a final norm; 5 is that of stores coded by a transform, and of no other:
+new ones of another dtype are of version 4 (new_version)."""
 
 MAX_SIDE = 1 << 14
 """Of images and patches in pixels, of grids in patches."""
@@ -188,7 +191,6 @@ def comparable(a: dict, b: dict) -> tuple[dict, dict]:
     return a, b
 
 
-DTYPES = ("float16", "int8", "int4")
 CODECS = ("none", "zstd", "lz4")
 """Of the rows of an array. A store is begun with `none`; the others are of stores that were begun before."""
 ARRAY_NAME = "tokens/{:02d}"
@@ -199,7 +201,7 @@ NOT_BY_TOKEN = ("attention", "index")
 def array_names(layers: tuple[int, ...], dtype: str, attention: bool, visible: int) -> list[str]:
     """The row arrays of a store that keeps this: see StoreSpec.array_names."""
     tokens = [ARRAY_NAME.format(layer) for layer in layers]
-    return tokens + ["scale"] * (dtype != "float16") + ["attention"] * attention + ["index"] * (visible > 0)
+    return tokens + ["scale"] * (dtype in ("int8", "int4")) + ["attention"] * attention + ["index"] * (visible > 0)
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,9 @@ class StoreSpec:
     layers: tuple[int, ...]
     """Stored block numbers, ascending, from 1."""
     dtype: str
-    """`float16`: whitened values as they are. `int8`, `int4`: see quantize.py."""
+    """`float16`: whitened values as they are. `int8`, `int4`: see quantize.py. `klt:BITS`: see transform.py."""
     group: int
-    """Channels that share a scale; 0 for float16."""
+    """Channels that share a scale (int8, int4); layers that are coded together, at most (klt); 0 for float16."""
     attention: bool
     """Whether the teacher's attention to the patches (`TeacherSpec.attention_source`) is kept."""
     codecs: tuple[tuple[str, str], ...]
@@ -227,7 +229,7 @@ class StoreSpec:
         object.__setattr__(self, "codecs", tuple(tuple(pair) for pair in self.codecs))
         _require_count("n_rows", self.n_rows, MAX_ROWS)
         _require_count("shard_rows", self.shard_rows, MAX_SHARD_ROWS)
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or dtype_of(self.dtype) != self.dtype:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if not self.layers or not all(type(layer) is int for layer in self.layers) or self.layers[0] < 1:
             raise UsageError(f"layers must be block numbers from 1, not {self.layers!r}")
@@ -255,6 +257,8 @@ class StoreSpec:
             raise UsageError("attention of a teacher that gives none")
         if self.visible > teacher.n_patches:
             raise UsageError(f"{self.visible} visible patches of a teacher with {teacher.n_patches}")
+        if self.is_transformed and teacher.dim * min(self.group, len(self.layers)) > MOST_WIDE:
+            raise UsageError(f"a transform of {self.group} layers of width {teacher.dim}; at most {MOST_WIDE} are allowed")
         largest = max(self.row_bytes(array, teacher) for array in self.array_names)
         if largest > MAX_ROW_BYTES:
             raise UsageError(f"rows of {largest:,} bytes; at most {MAX_ROW_BYTES:,} are allowed")
@@ -266,13 +270,32 @@ class StoreSpec:
 
     def arrays_read(self, layers: Iterable[int], attention: bool) -> list[str]:
         """The row arrays that give these stored layers, with what belongs to them, and the attention if it is wanted."""
-        tokens = [ARRAY_NAME.format(layer) for layer in layers]
-        scale = ["scale"] * (self.is_quantised and bool(tokens))
+        read = sorted({needed for layer in layers for needed in self.read_with(layer)})
+        tokens = [ARRAY_NAME.format(layer) for layer in read]
+        scale = ["scale"] * (self.has_scales and bool(tokens))
         return tokens + scale + ["attention"] * attention + ["index"] * (self.visible > 0)
 
+    def read_with(self, layer: int) -> tuple[int, ...]:
+        """The stored layers whose codes give this one, itself last; of klt also those behind it that are coded together with it,
+        the last of them first."""
+        if not self.is_transformed:
+            return (layer,)
+        behind = len(self.layers) - 1 - self.layers.index(layer)
+        return tuple(reversed(self.layers[-1 - behind : len(self.layers) - behind // self.group * self.group]))
+
     @property
-    def is_quantised(self) -> bool:
-        """Whether tokens come with scales, and the store with channel statistics."""
+    def is_transformed(self) -> bool:
+        """Whether tokens are coded by a transform (klt)."""
+        return self.dtype.startswith("klt:")
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether tokens come with an array of scales."""
+        return self.dtype in ("int8", "int4")
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the store has channel statistics."""
         return self.dtype != "float16"
 
     @property
@@ -289,14 +312,15 @@ class StoreSpec:
 
     def n_groups(self, teacher: TeacherSpec) -> int:
         """G, scales a token and layer."""
-        return -(-teacher.dim // self.group) if self.group else 0
+        return -(-teacher.dim // self.group) if self.has_scales else 0
 
     def n_tokens(self, teacher: TeacherSpec) -> int:
         """T, stored tokens of a crop and layer: C + N, or C + K of visible tokens."""
         return self.visible + int(teacher.has_cls) if self.visible else teacher.n_tokens
 
     def row_shape(self, array: str, teacher: TeacherSpec, n_tokens: int | None = None) -> tuple[int, ...]:
-        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]), scale [L, T, G], attention [N], index [K].
+        """Shape of one row of `array`: tokens [T, D] (int4: [T, ceil(D / 2)]; klt: [T, bytes of a token]), scale [L, T, G],
+        attention [N], index [K].
 
         n_tokens: T, where only some of the stored tokens are meant.
         """
@@ -307,11 +331,13 @@ class StoreSpec:
             return (self.visible,)
         if array == "scale":
             return (len(self.layers), n_tokens, self.n_groups(teacher))
+        if self.is_transformed:
+            return (n_tokens, token_bytes(self.dtype, teacher.dim))
         return (n_tokens, -(-teacher.dim // 2) if self.dtype == "int4" else teacher.dim)
 
     def row_dtype(self, array: str) -> str:
         """numpy name of the array's little-endian dtype."""
-        of_tokens = "uint8" if self.dtype == "int4" else self.dtype
+        of_tokens = self.dtype if self.dtype in ("int8", "float16") else "uint8"
         return {"attention": "float32", "scale": "float16", "index": "int32"}.get(array, of_tokens)
 
     def row_bytes(self, array: str, teacher: TeacherSpec, n_tokens: int | None = None) -> int:
@@ -332,9 +358,14 @@ class StoreSpec:
         return from_json(cls, value)
 
 
+def new_version(spec: StoreSpec) -> int:
+    """The format version of a new store."""
+    return 5 if spec.is_transformed else 4
+
+
 @dataclass(frozen=True)
 class LayerFidelity:
-    """What storing did to one layer, measured on the tokens the quantiser was fitted on.
+    """What storing did to one layer, measured on the tokens the quantiser was fitted on; of klt on rows it was not fitted on.
 
     Error of a token: ||stored - true|| / ||true||, both standardised by channel (centre and spread of quantize.py), where no
     outlier channel can flatter the figure.
@@ -345,10 +376,15 @@ class LayerFidelity:
     p99: float
     worst: float
     n_tokens: int
+    cls: tuple[float, float, float] | None = None
+    """Median, p99 and worst of CLS tokens, where the figures above are of patches alone (klt); None: they are of both, or there
+    is no CLS."""
 
     def __post_init__(self) -> None:
         _require_count("layer", self.layer, MAX_WIDTH)
         _require_count("n_tokens", self.n_tokens, 2**62, least=0)
+        if self.cls is not None and not (isinstance(self.cls, tuple) and len(self.cls) == 3 and _are_numbers(self.cls)):
+            raise UsageError(f"cls of layer {self.layer} must be three numbers or null, not {self.cls!r}")
         if not _are_numbers([self.median, self.p99, self.worst]):
             raise UsageError(f"errors of layer {self.layer} must be numbers, not {self.median!r}, {self.p99!r}, {self.worst!r}")
 

@@ -55,6 +55,7 @@ def _describe_store(view: View, name: str) -> dict:
         "name": name, "complete": complete, "rows_done": n_rows, "rows": spec.n_rows,
         "shards_done": int(finished.sum()), "shards": spec.n_shards, "missing_shards": ranges(~finished), "bytes": n_bytes,
         "bytes_per_crop": bytes_per_crop(manifest, n_bytes / n_rows if n_rows else None),
+        "read_with": {str(layer): list(spec.read_with(layer)[:-1]) for layer in spec.layers}, "source": manifest.source,
         "teacher": teacher.to_json(), "store": spec.to_json(), "precision": manifest.precision,
         "fidelity": [asdict(layer) for layer in manifest.fidelity], "probe_sha256": manifest.probe_sha256,
         "shared_sha256": hashlib.sha256(canonical_json(store.shared_sha256)).hexdigest(), "software": manifest.software,

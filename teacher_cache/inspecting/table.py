@@ -95,6 +95,7 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
          f"{teacher['image_size']} px, {first['precision']}"),
         ("keeps", f"layers {', '.join(map(str, spec['layers']))} of {teacher['depth']}, {spec['dtype']}, codec {codecs}"
          + attention + visible + head),
+        *_read_with(first),
         ("made with", _made_with(first)),
         ("a crop", f"{human(per_crop['float16'])} as float16 -> {human(per_crop['quantised'])} quantised -> {on_disk}"),
     ], is_title=True)  # fmt: skip
@@ -117,10 +118,24 @@ def _store_parts(name: str, found: dict[int, dict], views: list[int], bar: Bar) 
         table = _table("layer", "median", "p99", "worst", "standardised error of a token, by what was stored")
         for layer in first["fidelity"]:
             table.add_row(str(layer["layer"]), *(f"{layer[key]:.2%}" for key in ("median", "p99", "worst")))
+            if layer["cls"]:
+                table.add_row(f"{layer['layer']} CLS", *(f"{value:.2%}" for value in layer["cls"]))
         yield Padding(table, (0, 0, 0, 2))
     for view, store in found.items():
         if store["finish"]:
             yield Text(f"  to finish view {view}: {store['finish']}", "yellow", overflow="fold")
+
+
+def _read_with(store: dict) -> list[tuple[str, str]]:
+    """What cannot be read apart, of a store that is coded by a transform; and what it was recoded from."""
+    lines = [
+        f"block {layer} with the codes of {', '.join(map(str, behind))}" if behind else f"block {layer} alone"
+        for layer, behind in reversed(store["read_with"].items())
+    ]
+    facts = [("is read", "; ".join(lines))] if any(store["read_with"].values()) else []
+    if source := store["source"]:
+        facts.append(("made from", f"the store {source['name']}, {source['dtype']} (sha256 {source['sha256'][:12]})"))
+    return facts
 
 
 def _made_with(store: dict) -> str:

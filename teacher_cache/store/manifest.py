@@ -21,6 +21,7 @@ from ..format import layout
 from ..format.layout import store_file_name
 from ..format.quantize import ChannelStatistics
 from ..format.spec import NOT_BEFORE_3, NOT_BEFORE_4, STORE_VERSIONS, LayerFidelity, MadeWith, StoreSpec, TeacherSpec
+from ..format.transform import N_LEVELS, N_SCALES, Transform
 from .spare import pack_members
 
 FILL = {"int8": -128, "uint8": 0, "int32": -1, "float16": "NaN", "float32": "NaN"}
@@ -52,7 +53,9 @@ class Manifest:
     software: dict
     made: MadeWith | None
     """None: not on record, as in stores before version 3."""
-    format_version: int = STORE_VERSIONS[-1]
+    format_version: int = 4
+    source: dict | None = None
+    """Of a store that was recoded from another (recode.py): its `name`, `dtype` and the `sha256` of its zarr.json."""
 
     def __post_init__(self) -> None:
         if type(self.view) is not int or not 0 <= self.view < 2**31:
@@ -72,6 +75,15 @@ class Manifest:
         for name, value in since_3.items():
             if is_new == (value is None):
                 raise ValueError(f"{name} is {value!r} in version {self.format_version}")
+        if (self.format_version >= 5) != self.store.is_transformed:
+            raise ValueError(f"format version {self.format_version} of a store of dtype {self.store.dtype}")
+        if self.source is not None and not (
+            self.format_version >= 5 and isinstance(self.source, dict) and set(self.source) == {"name", "dtype", "sha256"}
+            and all(isinstance(value, str) for value in self.source.values()) and is_sha256(self.source["sha256"])
+        ):  # fmt: skip
+            raise ValueError(f"source must give name, dtype and sha256 of a store, not {self.source!r}")
+        if self.format_version < 5 and any(layer.cls is not None for layer in self.fidelity):
+            raise ValueError(f"fidelity of CLS apart in version {self.format_version}, which has no words for it")
         of_then = {name: getattr(self.teacher, name) for name in NOT_BEFORE_4}
         if self.format_version < 4 and of_then != _of_teacher_before_4(self.teacher.has_cls):
             raise ValueError(f"{of_then} in version {self.format_version}, which has no words for it")
@@ -79,6 +91,10 @@ class Manifest:
     def to_json(self) -> dict:
         value = dataclasses.asdict(self)
         version = value.pop("format_version")
+        if version < 5:
+            del value["source"]
+            for layer in value["fidelity"]:
+                del layer["cls"]
         unsaid = NOT_BEFORE_4 * (version < 4) + NOT_BEFORE_3 * (version < 3)
         value["teacher"] = {key: item for key, item in value["teacher"].items() if key not in unsaid}
         if version < 3:
@@ -96,7 +112,10 @@ class Manifest:
                     f"a store of format version {version}; this program reads versions {', '.join(map(str, STORE_VERSIONS))}. "
                     "Use the version of teacher-cache that wrote it."
                 )
-            teacher, store = value["teacher"], value["store"]
+            teacher, store, fidelity = value["teacher"], value["store"], value["fidelity"]
+            if version < 5:
+                value = _with_words(value, {"source": None})
+                fidelity = [_with_words(layer, {"cls": None}) for layer in fidelity]
             if version < 4:
                 teacher = _with_words(teacher, _of_teacher_before_4(teacher["has_cls"]))
             if version < 3:
@@ -106,7 +125,7 @@ class Manifest:
             if version < 2:
                 store = _with_words(store, {"visible": 0})
             value["teacher"], value["store"] = TeacherSpec.from_json(teacher), StoreSpec.from_json(store)
-            value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in value["fidelity"])
+            value["fidelity"] = tuple(LayerFidelity.from_json(layer) for layer in fidelity)
             return cls(**value)
         except BadInputError:
             raise
@@ -201,17 +220,20 @@ def create_store(
     statistics: dict[int, ChannelStatistics],
     head: dict[str, np.ndarray],
     probe: np.ndarray,
+    transform: Transform | None = None,
 ) -> None:
     """Begin a store: all its small files and their spare, in a folder aside that is renamed into place.
 
     statistics: per layer (not for float16). head: the arrays of `head_shapes`.
-    probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image.
+    probe: float32 [L, D], the teacher's mean whitened token per stored layer on the probe image. transform: of klt.
     """
     arrays = {
         layout.statistics_name(layer, which): getattr(channel, which)
         for layer, channel in statistics.items()
         for which in layout.STATISTICS
     }
+    if transform is not None:
+        arrays |= _transform_arrays(transform)
     arrays |= {layout.head_name(which): values for which, values in head.items()}
     files = small_files(manifest, {**arrays, layout.PROBE: probe})
     files[layout.STORE_JSON] = seal({"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}})
@@ -227,6 +249,14 @@ def create_store(
     publish(aside, path)
 
 
+def _transform_arrays(transform: Transform) -> dict[str, np.ndarray]:
+    """The small arrays of a transform, by name."""
+    arrays = {layout.LEVELS: transform.levels, layout.SCALES: transform.scales}
+    for layer, code in transform.layers.items():
+        arrays |= {layout.statistics_name(layer, which): getattr(code, which) for which in layout.TRANSFORM}
+    return arrays
+
+
 def head_shapes(teacher: TeacherSpec) -> dict[str, tuple[int, ...]]:
     """`gamma`, `beta` [D] where there is a final norm, and `projection` [D, E] where there is one; by name, float32 all."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("gamma", "beta") * teacher.has_final_norm, (teacher.dim,))
@@ -238,8 +268,13 @@ def small_array_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     teacher, spec = manifest.teacher, manifest.store
     shapes = {layout.PROBE: (len(spec.layers), teacher.dim)}
     shapes |= {layout.head_name(which): shape for which, shape in head_shapes(teacher).items()}
-    for layer in spec.layers if spec.is_quantised else ():
+    for layer in spec.layers if spec.has_statistics else ():
         shapes |= {layout.statistics_name(layer, which): (teacher.dim,) for which in layout.STATISTICS}
+    if spec.is_transformed:
+        shapes |= {layout.LEVELS: (N_LEVELS,), layout.SCALES: (N_SCALES,)}
+        for layer in spec.layers:
+            shapes |= {layout.statistics_name(layer, which): (teacher.dim,) for which in layout.TRANSFORM}
+            shapes[layout.statistics_name(layer, "basis")] = (len(spec.read_with(layer)) * teacher.dim, teacher.dim)
     return shapes
 
 
@@ -251,8 +286,12 @@ def come_by_themselves(weights: str) -> bool:
 def extract_command(cache: Path, store_name: str, manifest: Manifest) -> str:
     """The command that makes or finishes this store; whatever it leaves out is taken from what is there.
 
-    A store knows the name of its weights file and not its folder: `PATH/OF/` stands for that.
+    A store knows the name of its weights file and not its folder: `PATH/OF/` stands for that. One that was recoded is made by
+    that.
     """
+    if manifest.source is not None:
+        source, dtype = manifest.source["name"], manifest.store.dtype
+        return f"teacher-cache recode --store {source} --dtype {dtype} --name {store_name} {shlex.quote(str(cache))}"
     weights, name = manifest.teacher.weights, manifest.teacher.name
     if "/" not in weights and not weights.startswith("random:"):
         weights = f"PATH/OF/{weights}" if not come_by_themselves(weights) else weights

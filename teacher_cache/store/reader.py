@@ -23,6 +23,7 @@ from ..format.quantize import dequantise
 from ..format.race import require_patches
 from ..format.shards import index_bytes
 from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
+from ..format.transform import decode
 from ..kernels.codes import check_rows
 from ..kernels.decompress import decompress
 from .store import Store
@@ -63,6 +64,11 @@ class StoreReader:
     def statistics(self):
         """ChannelStatistics per layer; empty for float16."""
         return self.store.statistics()
+
+    @cached_property
+    def transform(self):
+        """The Transform of a klt store; None of another."""
+        return self.store.transform()
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
@@ -154,8 +160,12 @@ class StoreReader:
         C+K, in the order of `index`. Raises NotInCacheError for a block that is not kept; else as `read`.
         """
         layer += self.teacher.depth + 1 if layer < 0 else 0
+        if self.spec.is_transformed and layer in self.spec.layers:
+            layers = self.spec.read_with(layer)
+            codes = [self.read(ARRAY_NAME.format(needed), rows) for needed in layers]
+            return decode(codes, layers, self.transform)
         stored = self.read(ARRAY_NAME.format(layer), rows)
-        if not self.spec.is_quantised:
+        if not self.spec.has_scales:
             return stored.astype("float32")
         scale = self.read("scale", rows)[:, self.spec.layers.index(layer)]
         return dequantise(stored, scale, self.statistics[layer], self.spec.dtype, self.spec.group)

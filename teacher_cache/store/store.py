@@ -21,6 +21,7 @@ from ..files.durable import MAX_JSON, inside, listed_files, read_plain, read_sea
 from ..format import layout
 from ..format.quantize import ChannelStatistics
 from ..format.spec import MAX_FP32_ROWS, StoreSpec, TeacherSpec
+from ..format.transform import LayerCode, Transform, token_bytes
 from .commits import FILE_DTYPE, NO_ROWS, Commits, read_record, read_table, require_rows
 from .manifest import Manifest, head_shapes, manifest_of, small_array_json, small_array_shapes
 
@@ -133,7 +134,21 @@ class Store:
     def statistics(self) -> dict[int, ChannelStatistics]:
         """Per stored layer; empty for float16."""
         names = {layer: [layout.statistics_name(layer, which) for which in layout.STATISTICS] for layer in self.spec.layers}
-        return {i: ChannelStatistics(*map(self.small_array, names[i])) for i in self.spec.layers if self.spec.is_quantised}
+        return {i: ChannelStatistics(*map(self.small_array, names[i])) for i in self.spec.layers if self.spec.has_statistics}
+
+    def transform(self) -> Transform | None:
+        """How tokens are coded (klt); None of another dtype. CacheCorruptError for one that cannot be."""
+        if not self.spec.is_transformed:
+            return None
+        layers = {}
+        for layer in self.spec.layers:
+            mean, basis, bits = (self.small_array(layout.statistics_name(layer, which)) for which in layout.TRANSFORM)
+            if (bits != np.rint(bits)).any():
+                raise CacheCorruptError(f"{self.path}: bits of layer {layer} are not whole numbers.")
+            layers[layer] = LayerCode(mean, basis, bits.astype("int64"))
+        transform = Transform(layers, self.small_array(layout.LEVELS), self.small_array(layout.SCALES))
+        transform.require_sound(token_bytes(self.spec.dtype, self.teacher.dim), self.path)
+        return transform
 
     def head(self) -> dict[str, np.ndarray]:
         """Final norm (`gamma`, `beta` [D]) and `projection` [D, E], each where the teacher has one. float32."""

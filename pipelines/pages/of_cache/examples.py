@@ -60,6 +60,8 @@ def fidelity(view: View, store: StoreReader, gathered: Gathered, album: Album, t
     for i, layer in enumerate(recorded):
         line = [str(layer.layer), *map(_percent, (layer.median, layer.p99, layer.worst)), f"{layer.n_tokens:,}"]
         table.append(line + ([_percent(measured[i]), _percent(errors[i].max())] if measured else []))
+        if layer.cls is not None:
+            table.append([f"{layer.layer} CLS", *map(_percent, layer.cls), "", *([""] * 2 if measured else [])])
     return {
         "table": table,
         "chart": charts.fidelity_chart(recorded, measured) if recorded else None,

@@ -56,11 +56,11 @@ def gather(store: StoreReader, rows: np.ndarray) -> Gathered:
     with progress("reading a sample", len(rows), "crops") as advance:
         for start in range(0, len(rows), BLOCK):
             block = slice(start, min(start + BLOCK, len(rows)))
-            scale = store.read("scale", rows[block]) if store.spec.is_quantised else None
+            scale = store.read("scale", rows[block]) if store.spec.has_scales else None
             for i, layer in enumerate(layers):
                 tokens = store.tokens(rows[block], layer)  # [b, T, D]
                 statistics[layer].add(tokens[:, int(has_cls) :])
-                if store.spec.is_quantised:
+                if store.spec.has_scales:
                     standard = store.statistics[layer].standardise(tokens)
                     errors[i, block] = expected_errors(standard, scale[:, i], store.spec.group).max(1)
                 if layer == layers[-1]:
@@ -74,5 +74,5 @@ def gather(store: StoreReader, rows: np.ndarray) -> Gathered:
         are_cls=has_cls,
         layers=tuple(statistics[layer].figures(layer) for layer in layers),
         attention=attention.figures() if attention else None,
-        expected_errors=errors if store.spec.is_quantised else None,
+        expected_errors=errors if store.spec.has_scales else None,
     )
