@@ -18,7 +18,7 @@ PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "
 """Package -> the other packages that it may import."""
 ROOMS = {
     "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
-                      "teachers", "extraction", "checking", "estimating", "inspecting"],
+                      "teachers", "extraction", "engines", "checking", "estimating", "inspecting"],
     "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "exports", "run", "evals"],
     "pipelines": ["feed", "presets", "pages", "demo"],
 }  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import UsageError
 from ..files.claims import taking_over
 from ..format.spec import DTYPES
 from ..terminal.command import one_line_errors, say
@@ -25,6 +27,9 @@ from .options import (
 )
 from .repair import refuse_beside_repair, repair_and_say
 
+if TYPE_CHECKING:
+    from ..extraction.make import Made
+
 
 @click.command()
 @CACHE
@@ -39,6 +44,9 @@ from .repair import refuse_beside_repair, repair_and_say
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
+@click.option("--engine", type=click.Choice(["ray"]), help="Share the work among the nodes of a Ray cluster.")
+@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster: auto, the one this machine belongs to; "
+              "local, a new one of this machine; or HOST:PORT.")  # fmt: skip
 @click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -49,8 +57,9 @@ from .repair import refuse_beside_repair, repair_and_say
 @TAKE_OVER
 @DRY_RUN
 def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: int | None, shard_rows,
-            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, take_over: bool,
-            dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
+            shards: range | None, engine: str | None, address: str, image_size, batch_size, device, precision,
+            compiled: bool, repair: bool, take_over: bool, dry_run: bool, skip_bad: bool, workers: int | None,
+            **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
@@ -85,6 +94,15 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         process = Process.current(shards, repair)
         request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
                                 precision, compiled, grid_of(crop_options["preset"]))  # fmt: skip
+        if engine == "ray":
+            from ..engines.ray_core import extract_on_ray
+
+            if given := "--shards" if shards else "--repair" if repair else "--take-over" if take_over else None:
+                raise UsageError(f"{given} is for processes that one starts oneself. Leave it out, or leave out --engine ray.")
+            made = extract_on_ray(cache, CropRequest(**with_preset(crop_options)), request, address, skip_bad, dry_run)
+            if not dry_run:
+                _say_made(made, cache, teacher)
+            return
         if repair:
             refuse_beside_repair(cache, dry_run, shards)
             repair_and_say(cache, crop_options["images"], request.store_name)
@@ -94,11 +112,14 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         from ..kernels import sigbus
 
         sigbus.install()
-        made = work.make(skip_bad, workers)
-        if made.n_missing:
-            say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
-        elif made.is_new:
-            where = quoted(cache)
-            say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
-        else:
-            say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
+        _say_made(work.make(skip_bad, workers), cache, teacher)
+
+
+def _say_made(made: Made, cache: Path, teacher: str) -> None:
+    if made.n_missing:
+        say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
+    elif made.is_new:
+        where = quoted(cache)
+        say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
+    else:
+        say(f"{cache} already holds these targets of {teacher}. Nothing to do.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -196,8 +196,11 @@ def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
     return crop_bytes * (job.work.n_missing_crops + n_unpublished * len(job.images.names))
 
 
-def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None) -> Cache:
+def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None,
+               cut_all: Callable[[CropJob], None] | None = None) -> Cache:  # fmt: skip
     """Make the job's views; returns the cache.
+
+    cut_all: has every part cut and committed that is missing, while this process holds the claim. [default: `workers` threads]
 
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
     `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
@@ -208,7 +211,7 @@ def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None)
     with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
         job.work.begin(job.identity)
         _take_back_mended(job)
-        _cut_all(job, workers or os.cpu_count() or 1)
+        (cut_all or partial(_cut_all, workers=workers or os.cpu_count() or 1))(job)
         bad = job.work.bad()
         if bad and not (skip_bad and job.is_new):
             raise BadInputError(_complaint(job, bad))
@@ -316,6 +319,15 @@ def _take_back_mended(job: CropJob) -> None:
                     job.work.take_back(part, view)
 
 
+def cut_part(job: CropJob, part: int, views: list[int]) -> None:
+    """Cut and commit a part of these views. Made twice it is the same, whoever makes it."""
+    job.work.commit(part, views, _cut_part(job, part, views, map))
+
+
+def _cut_part(job: CropJob, part: int, views: list[int], each: Callable) -> list[list[tuple[np.void, bytes]] | str]:
+    return list(each(partial(_try_cut, job, views), job.images.names[job.work.rows_of(part)], _known(job, part)))
+
+
 def _cut_all(job: CropJob, workers: int) -> None:
     """Cut and commit every part that is not there yet. Pillow works without the GIL, so threads are enough."""
     parts = [(part, job.images.names[job.work.rows_of(part)], job.work.missing_views(part)) for part in range(job.work.n_parts)]
@@ -327,7 +339,7 @@ def _cut_all(job: CropJob, workers: int) -> None:
             for part, names, views in parts:
                 if views:
                     with advance.waits_for("decode"):
-                        results = list(pool.map(partial(_try_cut, job, views), names, _known(job, part)))
+                        results = _cut_part(job, part, views, pool.map)
                     with advance.waits_for("disk"):
                         job.work.commit(part, views, results)
                     advance(len(names))

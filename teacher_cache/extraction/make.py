@@ -127,7 +127,7 @@ class CacheWork:
         if self.is_idle:
             return Made(False)
         if self.may_make_crops:
-            _make_crops(self.path, self.crops.job, skip_bad, workers)
+            make_missing_crops(self.path, self.crops.job, skip_bad, workers)
         if self.targets is None:
             return Made(self.crops.job is not None)
         return self._make_targets(self.targets)
@@ -294,12 +294,16 @@ def _require_grid(teacher: TeacherSpec, grid: tuple[int, int] | None) -> None:
     )
 
 
-def _make_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None) -> None:
-    """Make the crops that are missing, or clear away what a killed process left when it had made the last of them."""
+def make_missing_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None = None,
+                       cut_all: Callable[[CropJob], None] | None = None) -> None:  # fmt: skip
+    """Make the crops that are missing, or clear away what a killed process left when it had made the last of them.
+
+    cut_all: as for `cropping.make_crops`.
+    """
     if job is None:
         remove_left_over(path)
         return
-    made = make_crops(job, skip_bad, workers)
+    made = make_crops(job, skip_bad, workers, cut_all)
     if made.n_skipped:
         note(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / SKIPPED_TXT} lists them.")
 
