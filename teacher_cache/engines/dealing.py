@@ -46,6 +46,7 @@ class Dealer:
         self.missing = list(look())
         self.left: dict[Piece, str] = {}
         self._out: dict[Piece, float] = {}
+        self._given: Counter[Piece] = Counter()
         self._failures: Counter[Piece] = Counter()
 
     def refresh(self) -> bool:
@@ -65,8 +66,13 @@ class Dealer:
         most = max(1, min(self.most, len(fresh) // (SPLIT * n_workers)))
         n_pieces = next((n for n in range(1, most) if among[n : n + 1] != [(group, first + n)]), most)
         block = Block(group, first, first + n_pieces)
+        self._given.update(block.pieces())
         self.came_back(block)
         return block
+
+    def is_first(self, block: Block) -> bool:
+        """Whether none of a block was handed out before."""
+        return all(self._given[piece] == 1 for piece in block.pieces())
 
     def came_back(self, block: Block) -> None:
         """A block was made, or is somebody else's: for a while nobody is asked for what is missing of it."""

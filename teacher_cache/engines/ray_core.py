@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import BadInputError, NoSpaceError, UsageError
+from ..errors import BadInputError, NoSpaceError, TeacherCacheError, UsageError
 from ..extraction.cropping import CropJob
 from ..extraction.make import Made, TargetRequest, make_missing_crops
 from ..extraction.planning import CropRequest
@@ -48,25 +49,26 @@ def extract_on_ray(path: Path, crops: CropRequest, request: TargetRequest, addre
     """
     if request.device.startswith("cuda:"):
         raise UsageError(f"--device {request.device}: Ray gives each worker a GPU of its own. Give auto, cuda or cpu.")
+    _said.clear()
     path, request = path.absolute(), replace(request, weights=_absolute(request.weights))
     crops = replace(crops, images=crops.images and crops.images.absolute())
     with _connected(address) as ray:
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         resource = "GPU" if request.device.startswith("cuda") or request.device == "auto" and has_gpus else "CPU"
-        with _Pool(ray, resource, AGAIN, Extractor, path, crops, request) as pool:
+        pool = _Pool(ray, resource, AGAIN, Extractor, path, crops, request)
+        plan = _planned(pool, path)
+        if dry_run:
+            return Made(False)
+        if plan.job is not None:
+            pool.end()  # whoever cuts crops needs the slots
+        make_missing_crops(path, plan.job, skip_bad, cut_all=partial(_cut_all, ray))
+        if plan.job is not None:
             plan = _planned(pool, path)
-            if dry_run:
-                return Made(False)
-            if plan.job is not None:
-                pool.end()  # whoever cuts crops needs the slots
-            make_missing_crops(path, plan.job, skip_bad, cut_all=partial(_cut_all, ray))
-            if plan.job is not None:
-                plan = _planned(pool, path)
-            is_new = any(_missing(plan))
-            with _claim_on_nothing(plan) as witness:
-                _run(pool, Dealer(lambda: _missing(plan)), (plan, witness), f"{request.store_name} on Ray", "crops",
-                     plan.n_rows * len(plan.stores), lambda piece: min(plan.shard_rows, plan.n_rows - piece[1] * plan.shard_rows),
-                     may_share=lambda: is_begun(plan.stores[0]))  # fmt: skip
+        is_new = any(_missing(plan))
+        with _claim_on_nothing(plan) as witness:
+            _run(pool, Dealer(lambda: _missing(plan)), (plan, witness), f"{request.store_name} on Ray", "crops",
+                 plan.n_rows * len(plan.stores), lambda piece: min(plan.shard_rows, plan.n_rows - piece[1] * plan.shard_rows),
+                 may_share=lambda: is_begun(plan.stores[0]))  # fmt: skip
     return Made(is_new)
 
 
@@ -82,7 +84,6 @@ def _connected(address: str) -> Iterator:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to ~/.ray/auth_token
-    is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     options = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -94,18 +95,21 @@ def _connected(address: str) -> Iterator:
             "ray start --address HOST:6379; or give --address local for this machine alone."
         ) from error
     try:
-        if is_main and before is not None:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has put its own in the place of ours
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray says what it does about workers that died
+            yield ray
+    except ray.exceptions.RayError as error:
+        raise TeacherCacheError(f"The Ray cluster fails: {_last_line(error)} What is made is kept.") from error
     finally:
-        ray.shutdown()
+        ray.shutdown()  # and with it the workers
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
 class _Pool:
-    """A worker for each GPU, or each CPU slot, of the cluster as it is now. A context manager: they end with it.
+    """A worker for each GPU, or each CPU slot, of the cluster as it is now.
 
     A worker that does not fit is kept and given nothing, so that no other one is started in its place.
     """
@@ -120,12 +124,6 @@ class _Pool:
         self.refused: list[str] = []
         self.calls: dict = {}
         self.n_calls, self.n_deaths, self._began = 0, 0, time.monotonic()
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.end()
 
     def end(self) -> None:
         for worker in self.workers:
@@ -155,42 +153,38 @@ class _Pool:
             try:
                 receipt = self.ray.get(call)
             except self.ray.exceptions.RayActorError as error:
-                self._drop(worker)
-                receipt = Receipt("a worker", "failed", _last_line(error))
-                self._require_few_deaths(receipt)
+                self.workers.remove(worker)
+                self.n_deaths += 1
+                if self.n_deaths > TRIES * (1 + len(self.workers)):
+                    raise
+                receipt = Receipt("A worker", "failed", _last_line(error))
             except self.ray.exceptions.RayTaskError as error:
                 self.idle.append(worker)
-                receipt = Receipt("a worker", "failed", f"{type(error.cause).__name__}: {error.cause}")
+                receipt = Receipt("A worker", "failed", f"{type(error.cause).__name__}: {error.cause}")
             else:
                 self.n_calls, self.n_deaths = self.n_calls + 1, 0
                 if receipt.outcome == "refused":
                     self.refused.append(f"{receipt.who} is given no work: {receipt.words}")
                 else:
                     self.idle.append(worker)
-            self._tell(receipt)
+            for line in [
+                *receipt.lines,
+                *self.refused,
+                *[f"{receipt.who} failed: {receipt.words}"] * (receipt.outcome == "failed"),
+            ]:
+                _say(line)
+            if receipt.outcome == "stop":
+                raise NoSpaceError(receipt.words)
             yield block, receipt
 
-    def _drop(self, worker) -> None:
-        for of in (self.workers, self.idle):
-            with contextlib.suppress(ValueError):
-                of.remove(worker)
 
-    def _require_few_deaths(self, receipt: Receipt) -> None:
-        self.n_deaths += 1
-        if self.n_deaths > TRIES * max(1, len(self.workers)):
-            raise BadInputError(f"Workers die as fast as Ray starts them: {receipt.words}")
-
-    def _tell(self, receipt: Receipt) -> None:
-        for line in [*receipt.lines, *self.refused]:
-            _say(line)
-        if receipt.outcome == "failed":
-            _say(f"{receipt.who} failed: {receipt.words}")
+_said: set[str] = set()
 
 
-def _say(line: str, said: set[str] = set()) -> None:  # noqa: B006
+def _say(line: str) -> None:
     """Say what was not said before: every worker has the same lines."""
-    if line not in said:
-        said.add(line)
+    if line not in _said:
+        _said.add(line)
         note(line)
 
 
@@ -216,11 +210,9 @@ def _run(pool: _Pool, dealer: Dealer, orders: tuple, what: str, unit: str, total
                 pool.give(block, *orders)
                 n_given += 1
             for block, receipt in pool.outcomes():
-                if receipt.outcome == "stop":
-                    raise NoSpaceError(receipt.words)
                 if block is None:
                     continue
-                if receipt.outcome == "held" and not is_told:
+                if receipt.outcome == "held" and dealer.is_first(block) and not is_told:
                     is_told = True
                     note(f"Others work on it too, and what they hold is left to them: {receipt.words.partition('. ')[0]}.")
                 if receipt.outcome == "failed":
@@ -246,9 +238,7 @@ def _planned(pool: _Pool, path: Path) -> Plan:
     there = path / CACHE_JSON if (path / CACHE_JSON).exists() else None
     while not pool.idle:
         pool.grow(None, there, most=1)
-        for _, receipt in pool.outcomes():
-            if receipt.outcome == "stop":
-                raise NoSpaceError(receipt.words)
+        list(pool.outcomes())
     plan = pool.ray.get(pool.idle[0].plan.remote())
     for line in plan.lines:
         _say(line)
@@ -280,6 +270,7 @@ def _cut_all(ray, job: CropJob) -> None:
         made = [{int(file.stem) for file in view_path(job.work.path, view).glob(RECORDS)} for view in job.views]
         return sorted(pieces - {(0, part) for part in set.intersection(*made)})
 
-    with _Pool(ray, "CPU", {}, Cutter, ray.put(replace(job)), witness) as pool:
-        _run(pool, Dealer(missing), (), "cropping on Ray", "images", len(job.images.names),
-             lambda piece: len(job.images.names[job.work.rows_of(piece[1])]))  # fmt: skip
+    pool = _Pool(ray, "CPU", {}, Cutter, ray.put(replace(job)), witness)
+    _run(pool, Dealer(missing), (), "cropping on Ray", "images", len(job.images.names),
+         lambda piece: len(job.images.names[job.work.rows_of(piece[1])]))  # fmt: skip
+    pool.end()

@@ -32,7 +32,7 @@ class Receipt:
 
     who: str
     outcome: str = "made"
-    """`made`; `held`: by somebody else; `refused`: this node does not fit; `failed`; `stop`: no worker could go on either."""
+    """`made`; `held`: by somebody else; `refused`: this node does not fit; `failed`: a piece; `stop`: nobody could go on."""
     words: str = ""
     lines: tuple[str, ...] = ()
     """What a single process would have printed."""
