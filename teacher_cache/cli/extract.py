@@ -95,7 +95,7 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
                                 precision, compiled, grid_of(crop_options["preset"]))  # fmt: skip
         if engine == "ray":
-            from ..engines.ray_core import extract_on_ray
+            from ..sharing.ray_core import extract_on_ray
 
             if given := "--shards" if shards else "--repair" if repair else "--take-over" if take_over else None:
                 raise UsageError(f"{given} is for processes that one starts oneself. Leave it out, or leave out --engine ray.")

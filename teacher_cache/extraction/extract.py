@@ -24,7 +24,8 @@ import torch
 from ..cache import View
 from ..crops.beton import CropReader
 from ..errors import BadInputError, ClaimLostError, MismatchError, NotInCacheError
-from ..files.claims import claimed, claimed_range, is_claimed_or_left
+from ..files.claims import claimed, is_claimed_or_left
+from ..files.range_claims import claimed_range
 from ..files.space import full_disk_explained
 from ..format.layout import PROBE, store_claim, store_claims
 from ..format.spec import STORE_VERSIONS, StoreSpec, comparable

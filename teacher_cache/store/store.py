@@ -179,10 +179,14 @@ class Store:
         n_records = self._unless_complete(len)
         return self.spec.n_shards if n_records is None else n_records
 
-    def finished_by_name(self) -> set[int]:
-        """Numbers of the finished shards as they are now, from names alone (fast at any size)."""
-        found = self._unless_complete(lambda records: {int(path.stem) for path in records if path.stem.isdecimal()})
-        return set(range(self.spec.n_shards)) if found is None else found
+    def unfinished(self) -> list[int]:
+        """`missing_shards` from names alone, which is fast at any size; what stands in the records is not looked at."""
+
+        def missing(records: list[Path]) -> list[int]:
+            names = {record.name for record in records}
+            return [s for s in range(self.spec.n_shards) if layout.record_path(self.path, s).name not in names]
+
+        return self._unless_complete(missing) or []
 
     def records(self) -> list[Path]:
         """The commit records of a store that is not complete. CacheCorruptError if it has lost complete.json or its records."""

@@ -25,13 +25,13 @@ from ..extraction.cropping import CropJob
 from ..extraction.make import Made, TargetRequest, make_missing_crops
 from ..extraction.planning import CropRequest
 from ..files import guard
-from ..files.claims import claimed_range
+from ..files.range_claims import claimed_range
 from ..format.layout import CACHE_JSON, RECORDS, store_claims, view_path
 from ..store.folding import is_folded
 from ..store.store import Store, is_begun
 from ..terminal.progress import note, progress
 from .dealing import TRIES, Block, Dealer, Piece
-from .workers import Cutter, Extractor, Plan, Receipt
+from .ray_workers import Cutter, Extractor, Plan, Receipt
 
 POLL_S = 2.0
 WAIT_S = 30.0
@@ -167,11 +167,9 @@ class _Pool:
                     self.refused.append(f"{receipt.who} is given no work: {receipt.words}")
                 else:
                     self.idle.append(worker)
-            for line in [
-                *receipt.lines,
-                *self.refused,
-                *[f"{receipt.who} failed: {receipt.words}"] * (receipt.outcome == "failed"),
-            ]:
+            if receipt.outcome == "failed":
+                _say(f"{receipt.who} failed: {receipt.words}")
+            for line in (*receipt.lines, *self.refused):
                 _say(line)
             if receipt.outcome == "stop":
                 raise NoSpaceError(receipt.words)
@@ -254,11 +252,12 @@ def _claim_on_nothing(plan: Plan) -> Iterator[Path]:
 
 
 def _missing(plan: Plan) -> Iterator[Piece]:
-    """What has no commit record, from names alone; of a store that nobody has completed yet its last shard."""
+    """What has no commit record, from names alone; of a store that only has to be completed its last shard."""
     for view, store in enumerate(plan.stores):
-        if not is_begun(store) or not is_folded(store):
-            made = Store.open(store).finished_by_name() if is_begun(store) else set()
-            yield from ((view, shard) for shard in range(plan.n_shards) if shard not in made or shard == plan.n_shards - 1)
+        if not is_begun(store):
+            yield from ((view, shard) for shard in range(plan.n_shards))
+        elif not is_folded(store):
+            yield from ((view, shard) for shard in Store.open(store).unfinished() or [plan.n_shards - 1])
 
 
 def _cut_all(ray, job: CropJob) -> None:

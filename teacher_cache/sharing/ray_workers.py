@@ -1,4 +1,4 @@
-"""What a process of an engine does on its node: it checks that it fits, and makes the pieces that it is told to. Knows no engine.
+"""What a worker of Ray does on its node: it checks that it fits, and makes the pieces that it is told to. Knows nothing of Ray.
 
 It writes its shards itself, under the claim of their range; what it returns is a receipt of less than 1 kB. Nothing depends on
 receipts: a shard is made when its commit record is there.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from ..extraction.planning import CropRequest, in_words_of
 from ..extraction.ranks import Process
 from ..extraction.record import software
 from ..files.claims import ClaimHeldError
+from ..store import failures
+from ..store.failures import Failure
+from ..store.store import Store
 from ..terminal.progress import told_to
 
 MOST_CHARACTERS = 500
@@ -108,8 +112,13 @@ class Extractor(_Worker):
         def work() -> None:
             from ..extraction.extract import extract_view
 
-            targets = self._work.targets
-            extract_view(Cache(self.path).finished_view(view), targets.name, targets.teacher, targets.plan, range(first, last))
+            targets, own = self._work.targets, range(first, last)
+            try:
+                extract_view(Cache(self.path).finished_view(view), targets.name, targets.teacher, targets.plan, own)
+            except Exception as error:
+                _note_failure(targets.stores[view], own, error)
+                raise
+            failures.forget(targets.stores[view], own)
 
         return self._receipt(lambda: self._start(plan, witness), work)
 
@@ -176,6 +185,14 @@ def _require_software(plan: Plan) -> None:
     if differing := [f"{name} {here.get(name)} (elsewhere {plan.software[name]})" for name in plan.software
                      if here.get(name) != plan.software[name]]:  # fmt: skip
         raise MismatchError(f"This node has other software, on which bytes may depend: {', '.join(differing)}. Install the same.")
+
+
+def _note_failure(path: Path, own: range, error: Exception) -> None:
+    """Leave a record of what failed, the first shard that is not finished. Nothing may hide `error`."""
+    with suppress(Exception):
+        failure = Failure.of(next(shard for shard in Store.open(path).unfinished() if shard in own), error)
+        if failure.counts:
+            failures.record(path, failure)
 
 
 def _cut(text: str) -> str:

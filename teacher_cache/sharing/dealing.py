@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from .blocks import TRIES
+
 MOST = 16
 """Pieces of a block."""
 SPLIT = 4
 """Blocks, for each worker, that what is missing is cut into at least: the last ones are small."""
-TRIES = 3
-"""Failures after which a piece is left."""
 AGAIN_S = 20.0
 """For so long nobody else is asked for a piece that is handed out, or that somebody else holds."""
 
