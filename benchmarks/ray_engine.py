@@ -1,7 +1,7 @@
 """Extraction on Ray against one process: two workers of one CPU slot each, on a cluster of this machine, over twice one process.
 
 A compute-bound teacher with one core and one thread a process: dino-s16 with random weights. Crops are there, the store is begun
-and its quantiser fitted; counted are the shards behind the first quarter of a run, decoding included, from commit to commit, so that
+and its quantiser fitted; counted are the shards behind the first quarter of a run, decoding included, from commit to commit:
 starting Python and the teacher is in neither.
 """
 
