@@ -97,7 +97,8 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
         if engine == "ray":
             from ..sharing.ray_core import extract_on_ray
 
-            if given := "--shards" if shards else "--repair" if repair else "--take-over" if take_over else None:
+            not_with_ray = {"--shards": shards, "--repair": repair, "--take-over": take_over, "torchrun": process.world_size > 1}
+            for given in (name for name, is_given in not_with_ray.items() if is_given):
                 raise UsageError(f"{given} is for processes that one starts oneself. Leave it out, or leave out --engine ray.")
             made = extract_on_ray(cache, CropRequest(**with_preset(crop_options)), request, address, skip_bad, dry_run)
             if not dry_run:

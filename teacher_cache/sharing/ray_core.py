@@ -147,8 +147,10 @@ class _Pool:
 
     def outcomes(self) -> Iterator[tuple[Block | None, Receipt]]:
         """Calls that have ended since, or do within POLL_S; block: None for a worker that has started, or has not."""
-        done, _ = self.ray.wait(list(self.calls), timeout=POLL_S) if self.calls else ([], time.sleep(POLL_S))
-        for call in done:
+        calls = list(self.calls)
+        if not calls or not self.ray.wait(calls, timeout=POLL_S)[0]:
+            return
+        for call in self.ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
             worker, block = self.calls.pop(call)
             try:
                 receipt = self.ray.get(call)
@@ -207,6 +209,8 @@ def _run(pool: _Pool, dealer: Dealer, orders: tuple, what: str, unit: str, total
             while pool.idle and (may_share() or not n_given) and (block := dealer.take(len(pool.workers))):
                 pool.give(block, *orders)
                 n_given += 1
+            if not pool.calls:
+                time.sleep(POLL_S)  # all that is missing is held by others, or there is no slot
             for block, receipt in pool.outcomes():
                 if block is None:
                     continue
@@ -236,7 +240,8 @@ def _planned(pool: _Pool, path: Path) -> Plan:
     there = path / CACHE_JSON if (path / CACHE_JSON).exists() else None
     while not pool.idle:
         pool.grow(None, there, most=1)
-        list(pool.outcomes())
+        if not list(pool.outcomes()):
+            time.sleep(POLL_S)
     plan = pool.ray.get(pool.idle[0].plan.remote())
     for line in plan.lines:
         _say(line)
