@@ -25,7 +25,7 @@ ROOMS = {
 """Package -> its rooms, folders and modules, from the lowest: a room imports from those before it. Beside them, programs."""
 APART = [("teacher_cache.store", "teacher_cache.crops")]
 """Rooms of which neither knows the other."""
-TORCH_ROOMS = ("extraction.extract", "extraction.encode", "estimating.trial", "device", "teachers")
+TORCH_ROOMS = ("extraction.extract", "extraction.encode", "extraction.probe", "estimating.trial", "device", "teachers")
 MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
 """In the package of the format; everything else there works where torch is not installed."""
 BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
