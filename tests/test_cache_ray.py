@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -255,21 +256,30 @@ def add_node(cluster):
 def start(cluster, made: Path, cache: Path, *words: str) -> subprocess.Popen:
     engine = ["--engine", "ray", "--address", cluster.address, "--weights", str(made / "w.safetensors")]
     command = [sys.executable, "-m", "teacher_cache", "extract", *SHARED, *engine, *words, str(cache)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with tempfile.NamedTemporaryFile("w", dir=cache.parent, suffix=".said", delete=False) as said:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=said)
+    driver.said = Path(said.name)
+    return driver
+
+
+def wait_until(what, driver: subprocess.Popen) -> None:
+    """Until `what` is true; the driver must still be at work then."""
+    began = time.monotonic()
+    while not what():
+        assert driver.poll() is None and time.monotonic() - began < 300, driver.said.read_text()
+        time.sleep(0.1)
 
 
 def wait_for_shards(cache: Path, n_shards: int, driver: subprocess.Popen) -> None:
-    began = time.monotonic()
-    while len(list(cache.glob("view-*/demo.zarr/commits/*.json"))) < n_shards:
-        assert driver.poll() is None and time.monotonic() - began < 300, driver.stderr.read() if driver.poll() else "too slow"
-        time.sleep(0.1)
+    wait_until(lambda: len(list(cache.glob("view-*/demo.zarr/commits/*.json"))) >= n_shards, driver)
 
 
 def ended(driver: subprocess.Popen, code: int = 0) -> str:
     """What a driver said, when it has ended."""
-    out, error = driver.communicate(timeout=300)
-    assert driver.returncode == code and out == "" and "Traceback" not in error, (out, error)
-    return error
+    out, _ = driver.communicate(timeout=300)
+    said = driver.said.read_text()
+    assert driver.returncode == code and out == "" and "Traceback" not in said, (out, said)
+    return said
 
 
 @pytest.mark.slow
@@ -303,12 +313,13 @@ def test_a_node_without_the_weights(cluster, made, begun, tmp_path):
     """A node that comes in mid-work and has no weights is given none, one sentence says so, and the others end the work."""
     here = tmp_path / "weights"
     shutil.copytree(made, here, ignore=shutil.ignore_patterns("one"))
-    shutil.rmtree(begun / "view-000/demo.zarr")
-    driver = start(cluster, here, begun)
-    wait_for_shards(begun, 1, driver)
-    (here / "w.safetensors").unlink()
-    add_node(cluster)
+    with claimed_range(store_claims(begun / "view-001/demo.zarr"), 23, 24, "The store"):  # so that the work does not end before
+        driver = start(cluster, here, begun)
+        wait_for_shards(begun, 1, driver)
+        (here / "w.safetensors").unlink()
+        add_node(cluster)
+        wait_until(lambda: "is given no work" in driver.said.read_text(), driver)
     said = ended(driver)
     assert said.count("is given no work") == 1 and "w.safetensors" in said.partition("is given no work: ")[2].partition("\n")[0]
-    assert verify(Cache(begun))[0] == []
+    assert said.count("what they hold is left to them") == 1 and verify(Cache(begun))[0] == []
     assert "No worker fits. process " in ended(start(cluster, here, begun, "--name", "other"), 2)

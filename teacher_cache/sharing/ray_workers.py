@@ -21,10 +21,12 @@ from ..extraction.planning import CropRequest, in_words_of
 from ..extraction.ranks import Process
 from ..extraction.record import software
 from ..files.claims import ClaimHeldError
+from ..files.range_claims import claimed_range
+from ..format.layout import store_claims
 from ..store import failures
 from ..store.failures import Failure
 from ..store.store import Store
-from ..terminal.progress import told_to
+from ..terminal.progress import Progress, told_to
 
 MOST_CHARACTERS = 500
 """Of the words of a receipt, and of its lines together."""
@@ -92,6 +94,7 @@ class Extractor(_Worker):
         super().__init__(n_beside)
         self.path, self.crops, self.request = path, crops, request
         self._work = None
+        self._fillings: dict = {}
 
     def start(self, plan: Plan | None = None, witness: Path | None = None) -> Receipt:
         """Load the teacher. plan, witness: as for `make`; None: there is none yet."""
@@ -110,17 +113,32 @@ class Extractor(_Worker):
         """Make shards first, ..., last - 1 of a view's store. witness: a file that whoever gives the orders sees in the cache."""
 
         def work() -> None:
-            from ..extraction.extract import extract_view
-
-            targets, own = self._work.targets, range(first, last)
-            try:
-                extract_view(Cache(self.path).finished_view(view), targets.name, targets.teacher, targets.plan, own)
-            except Exception as error:
-                _note_failure(targets.stores[view], own, error)
-                raise
-            failures.forget(targets.stores[view], own)
+            filling, own = self._filling(view), range(first, last)
+            what = f"The store {filling.path}"
+            with filling.losses_explained(own), claimed_range(store_claims(filling.path), first, last, what) as claim:
+                missing = [shard for shard in filling.store.unfinished() if shard in own]
+                try:
+                    if missing:
+                        filling.make(missing, Progress(what, 0, "crops"), claim.report)
+                except Exception as error:
+                    _note_failure(filling.store, own, error)
+                    raise
+                failures.forget(filling.path, own)
+                if not filling.store.unfinished():
+                    filling.complete()
 
         return self._receipt(lambda: self._start(plan, witness), work)
+
+    def _filling(self, view: int):
+        """The store of a view, begun; what filling it needs is opened and compared once."""
+        from ..extraction.extract import Filling
+
+        if view not in self._fillings:
+            targets = self._work.targets
+            filling = Filling(Cache(self.path).finished_view(view), targets.name, targets.teacher, targets.plan, lambda _: None)
+            filling.begin()
+            self._fillings[view] = filling
+        return self._fillings[view]
 
     def _described(self):
         return in_words_of(self.path, self._work.targets.name, self._work.targets.teacher.spec)
@@ -187,12 +205,12 @@ def _require_software(plan: Plan) -> None:
         raise MismatchError(f"This node has other software, on which bytes may depend: {', '.join(differing)}. Install the same.")
 
 
-def _note_failure(path: Path, own: range, error: Exception) -> None:
+def _note_failure(store: Store, own: range, error: Exception) -> None:
     """Leave a record of what failed, the first shard that is not finished. Nothing may hide `error`."""
     with suppress(Exception):
-        failure = Failure.of(next(shard for shard in Store.open(path).unfinished() if shard in own), error)
+        failure = Failure.of(next(shard for shard in store.unfinished() if shard in own), error)
         if failure.counts:
-            failures.record(path, failure)
+            failures.record(store.path, failure)
 
 
 def _cut(text: str) -> str:
