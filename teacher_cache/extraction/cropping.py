@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -196,16 +196,20 @@ def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
     return crop_bytes * (job.work.n_missing_crops + n_unpublished * len(job.images.names))
 
 
-def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None) -> Cache:
+def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None,
+               wait: Callable[[str], None] | None = None) -> Cache:  # fmt: skip
     """Make the job's views; returns the cache.
 
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
-    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
+    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt. wait: told whom one waits for while
+    another process makes them, which leaves nothing to do; None: that is an error.
     """
     from ..kernels import loops  # noqa: F401 - they decode every finished view once: where they are missing nothing is begun
 
     make_folder(job.cache_dir)
-    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
+    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir, wait):
+        if wait is not None and _has_views(job):
+            return Cache(job.cache_dir)
         job.work.begin(job.identity)
         _take_back_mended(job)
         _cut_all(job, workers or os.cpu_count() or 1)
@@ -225,8 +229,14 @@ def remove_left_over(cache_dir: Path) -> None:
                 remove_folder(cache_dir / WORK)
 
 
-def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
-    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}")
+def _has_views(job: CropJob) -> bool:
+    """Whether another process has finished what the job was to make."""
+    has_cache = (job.cache_dir / layout.CACHE_JSON).exists()
+    return has_cache and all(Cache(job.cache_dir).view(view).is_cropped for view in job.views)
+
+
+def _claimed(cache_dir: Path, wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}", wait)
 
 
 def _kept(job: CropJob) -> str:
