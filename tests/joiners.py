@@ -75,7 +75,11 @@ def serve(seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    from serial_loops import compile_now
+
     import teacher_cache.extraction.extract  # noqa: F401 - loaded once, before the forks
-    import teacher_cache.kernels.loops  # noqa: F401
+    from teacher_cache.kernels import sigbus_handler  # noqa: F401 - compiled when it is imported
+
+    compile_now()
 
     serve(float(sys.argv[1]))
