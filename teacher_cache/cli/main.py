@@ -11,6 +11,7 @@ from .inspect import inspect
 from .remove import remove
 from .report import report
 from .show import show
+from .status import status
 from .teachers import teachers
 from .verify import verify
 
@@ -31,5 +32,5 @@ def main():
     """
 
 
-for command in (crop, extract, estimate, inspect, show, report, verify, teachers, remove):
+for command in (crop, extract, status, estimate, inspect, show, report, verify, teachers, remove):
     main.add_command(command)

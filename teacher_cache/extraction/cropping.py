@@ -197,18 +197,21 @@ def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
 
 
 def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None,
-               cut_all: Callable[[CropJob], None] | None = None) -> Cache:  # fmt: skip
+               wait: Callable[[str], None] | None = None, cut_all: Callable[[CropJob], None] | None = None) -> Cache:  # fmt: skip
     """Make the job's views; returns the cache.
 
     cut_all: has every part cut and committed that is missing, while this process holds the claim. [default: `workers` threads]
 
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
-    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
+    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt. wait: told whom one waits for while
+    another process makes them, which leaves nothing to do; None: that is an error.
     """
     from ..kernels import loops  # noqa: F401 - they decode every finished view once: where they are missing nothing is begun
 
     make_folder(job.cache_dir)
-    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
+    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir, wait):
+        if wait is not None and _has_views(job):
+            return Cache(job.cache_dir)
         job.work.begin(job.identity)
         _take_back_mended(job)
         (cut_all or partial(_cut_all, workers=workers or os.cpu_count() or 1))(job)
@@ -228,8 +231,14 @@ def remove_left_over(cache_dir: Path) -> None:
                 remove_folder(cache_dir / WORK)
 
 
-def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
-    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}")
+def _has_views(job: CropJob) -> bool:
+    """Whether another process has finished what the job was to make."""
+    has_cache = (job.cache_dir / layout.CACHE_JSON).exists()
+    return has_cache and all(Cache(job.cache_dir).view(view).is_cropped for view in job.views)
+
+
+def _claimed(cache_dir: Path, wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}", wait)
 
 
 def _kept(job: CropJob) -> str:

@@ -79,20 +79,26 @@ class Observer:
 
         An owner elsewhere that has not moved since the last look may be gone or not, and the words say so.
         """
-        for file in _files_of(path):
-            try:
-                found = self._patience.look(file)
-            except OSError:  # no claim of ours, or not for us to read
-                continue
-            if found is None or found.is_dead or self._patience.is_over(found):
-                continue
-            if found.is_alive or self._patience.has_moved(found):
+        for found, is_seen in self.look(path):
+            if is_seen:
                 return found.who
             return (
                 f"{found.who} (if it is still there: nobody can see that from here, and a writer that wants its place waits "
                 f"{_minutes()} or is told --take-over)"
             )
         return None
+
+    def look(self, path: Path) -> list[tuple[Found, bool]]:
+        """The claims that make up `path` and whose owners may live; whether they were seen to: by their locks, or moving."""
+        seen = []
+        for file in _files_of(path):
+            try:
+                found = self._patience.look(file)
+            except OSError:  # no claim of ours, or not for us to read
+                continue
+            if found is not None and not found.is_dead and not self._patience.is_over(found):
+                seen.append((found, found.is_alive or self._patience.has_moved(found)))
+        return seen
 
 
 def holder_of(path: Path) -> str | None:

@@ -12,7 +12,7 @@ by whoever comes next, and then left.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,11 +83,13 @@ class Blocks:
     """The shards of `store` that are still to be made, a block at a time. A context manager.
 
     look, holders: how things stood when `next` was asked last, and who works on the store beside this process, in words.
+    failed: the shard that its block failed on, and how often that has failed by now; None if it did not.
     """
 
     def __init__(self, store: Store):
         self.store = store
         self.look, self.holders = Look((), (), {}), list[str]()
+        self.failed: tuple[int, int] | None = None
         self._claims = RangeClaims(store_claims(store.path), f"The store {store.path}")
         self._own: OwnRange | None = None
         self._failed_here: set[int] = set()
@@ -107,6 +109,7 @@ class Blocks:
         exception leaves a record of what failed, the first shard of the block that is not finished, and goes on its way; an
         interrupt only gives the block back. The claims of the dead are removed, and what they had not finished is free.
         """
+        self.failed = None
         held, dead = self._claims.look()
         if not dead and self._see(held).next_block() is None:
             yield None  # without a word to the disk: many may be waiting
@@ -130,6 +133,10 @@ class Blocks:
         self._claims.rate = rate
         if self._own is not None:
             self._own.report(rate)
+
+    def see(self) -> Look:
+        """How things stand now; nothing is written."""
+        return self._see(self._claims.look()[0])
 
     def _see(self, held: list[Found]) -> Look:
         """What is missing is read behind the claims: who has let go since then had finished before."""
@@ -158,3 +165,15 @@ class Blocks:
             if failure.counts:
                 self._failed_here.add(shard)
             failures.record(self.store.path, failure)
+            self.failed = shard, len(self.look.failed.get(shard, ())) + 1
+
+
+def runs(numbers: Sequence[int]) -> list[range]:
+    """Ascending numbers as the runs they are made of."""
+    found: list[range] = []
+    for number in numbers:
+        if found and found[-1].stop == number:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found

@@ -20,16 +20,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import BadInputError, NoSpaceError, TeacherCacheError, UsageError
+from ..errors import NoSpaceError, ShardsLeftError, TeacherCacheError, UsageError
 from ..extraction.cropping import CropJob
-from ..extraction.make import Made, TargetRequest, make_missing_crops
+from ..extraction.make import TargetRequest, make_missing_crops
 from ..extraction.planning import CropRequest
 from ..files import guard
 from ..files.range_claims import claimed_range
 from ..format.layout import CACHE_JSON, RECORDS, store_claims, view_path
 from ..store.folding import is_folded
 from ..store.store import Store, is_begun
-from ..terminal.progress import note, progress
+from ..terminal.progress import note, progress, waiting
 from .dealing import TRIES, Block, Dealer, Piece
 from .ray_workers import Cutter, Extractor, Plan, Receipt
 
@@ -41,11 +41,11 @@ AGAIN = {"max_restarts": TRIES - 1, "max_task_retries": TRIES - 1}
 
 
 def extract_on_ray(path: Path, crops: CropRequest, request: TargetRequest, address: str = "auto", skip_bad: bool = False,
-                   dry_run: bool = False) -> Made:  # fmt: skip
-    """Make a cache, or what is missing of one, with the workers of a Ray cluster; as `CacheWork.make`, which each of them calls.
+                   dry_run: bool = False) -> bool:  # fmt: skip
+    """Make a cache, or what is missing of one, with the workers of a Ray cluster; as `make_cache`. Returns whether anything was missing.
 
     address: as ray.init takes it: `auto` for the cluster that this machine belongs to, `local` for one of this machine alone.
-    Raises UsageError without a cluster, or if no worker fits; BadInputError if shards were left behind three failures.
+    Raises UsageError without a cluster, or if no worker fits; ShardsLeftError if some were left behind three failures.
     """
     if request.device.startswith("cuda:"):
         raise UsageError(f"--device {request.device}: Ray gives each worker a GPU of its own. Give auto, cuda or cpu.")
@@ -58,10 +58,11 @@ def extract_on_ray(path: Path, crops: CropRequest, request: TargetRequest, addre
         pool = _Pool(ray, resource, AGAIN, Extractor, path, crops, request)
         plan = _planned(pool, path)
         if dry_run:
-            return Made(False)
+            return False
         if plan.job is not None:
             pool.end()  # whoever cuts crops needs the slots
-        make_missing_crops(path, plan.job, skip_bad, cut_all=partial(_cut_all, ray))
+        wait = waiting(f"The crop stage of {path}")
+        make_missing_crops(path, plan.job, skip_bad, None, wait, partial(_cut_all, ray))
         if plan.job is not None:
             plan = _planned(pool, path)
         is_new = any(_missing(plan))
@@ -69,7 +70,7 @@ def extract_on_ray(path: Path, crops: CropRequest, request: TargetRequest, addre
             _run(pool, Dealer(lambda: _missing(plan)), (plan, witness), f"{request.store_name} on Ray", "crops",
                  plan.n_rows * len(plan.stores), lambda piece: min(plan.shard_rows, plan.n_rows - piece[1] * plan.shard_rows),
                  may_share=lambda: is_begun(plan.stores[0]))  # fmt: skip
-    return Made(is_new)
+    return is_new
 
 
 def _absolute(weights: str | None) -> str | None:
@@ -226,7 +227,7 @@ def _run(pool: _Pool, dealer: Dealer, orders: tuple, what: str, unit: str, total
         advance(n_left - sum(map(size, dealer.missing)))
     if dealer.left:
         listed = "\n  ".join(f"{group}:{number}: {why}" for (group, number), why in sorted(dealer.left.items())[:20])
-        raise BadInputError(
+        raise ShardsLeftError(
             f"{len(dealer.left):,} pieces failed {TRIES} times and were left (view:shard, or 0:part of the crop stage):\n  "
             f"{listed}\nAll else is made. Mend what is wrong and run the same command again."
         )
