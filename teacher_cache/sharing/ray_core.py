@@ -42,7 +42,7 @@ AGAIN = {"max_restarts": TRIES - 1, "max_task_retries": TRIES - 1}
 
 def extract_on_ray(path: Path, crops: CropRequest, request: TargetRequest, address: str = "auto", skip_bad: bool = False,
                    dry_run: bool = False) -> bool:  # fmt: skip
-    """Make a cache, or what is missing of one, with the workers of a Ray cluster; as `make_cache`. Returns whether anything was missing.
+    """Make a cache, or what is missing of one, with the workers of a Ray cluster; returns whether anything was missing.
 
     address: as ray.init takes it: `auto` for the cluster that this machine belongs to, `local` for one of this machine alone.
     Raises UsageError without a cluster, or if no worker fits; ShardsLeftError if some were left behind three failures.
