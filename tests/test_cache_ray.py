@@ -241,7 +241,7 @@ def cluster(monkeypatch) -> Iterator:
     pytest.importorskip("ray", reason="ray is not installed (pip install 'teacher-cache[ray]')")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+    cluster = patiently(lambda: Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20}))
     try:
         add_node(cluster)
         yield cluster
@@ -250,7 +250,19 @@ def cluster(monkeypatch) -> Iterator:
 
 
 def add_node(cluster):
-    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    return patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+
+
+def patiently(start_node):
+    """Ray gives a node 30 s to start, which a busy machine may not have."""
+    n_failed = 0
+    while True:
+        try:
+            return start_node()
+        except Exception as error:
+            n_failed += 1
+            if n_failed == 3 or "timed out during startup" not in str(error):
+                raise
 
 
 def start(cluster, made: Path, cache: Path, *words: str) -> subprocess.Popen:
