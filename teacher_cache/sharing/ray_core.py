@@ -8,10 +8,11 @@ file system. It may die: its workers end with it, and a second one goes on from 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,33 +78,43 @@ def _absolute(weights: str | None) -> str | None:
     return weights if weights is None or weights.startswith("random:") else str(Path(weights).absolute())
 
 
+class _FirstLines(io.StringIO):
+    """Where Ray prints what happens to nodes and workers, with pages of its logs: their first lines are said, on stderr."""
+
+    def write(self, text: str) -> int:
+        if line := re.sub(r"\x1b\[[0-9;]*m", "", text).strip().partition("\n")[0]:
+            _say(line)
+        return len(text)
+
+
 @contextmanager
 def _connected(address: str) -> Iterator:
     """Ray, connected to a cluster while the block runs. One of this machine alone leaves nothing in anybody's home."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}.items():  # the latter says things at the very end
+        os.environ.setdefault(name, value)
     if address == "local" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to ~/.ray/auth_token
+    import ray
+
     before = signal.getsignal(signal.SIGTERM)
     options = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"--address {address}: no Ray cluster answers ({why}). Start one with: ray start --head, and on every other node "
-            "ray start --address HOST:6379; or give --address local for this machine alone."
-        ) from error
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray has put its own in the place of ours
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray says what it does about workers that died
+    with contextlib.redirect_stdout(_FirstLines()):
+        try:
+            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            why = str(error).strip().partition("\n")[0]
+            raise UsageError(
+                f"--address {address}: no Ray cluster answers ({why}). Start one with: ray start --head, and on every other node "
+                "ray start --address HOST:6379; or give --address local for this machine alone."
+            ) from error
+        try:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray has put its own in the place of ours
             yield ray
-    except ray.exceptions.RayError as error:
-        raise TeacherCacheError(f"The Ray cluster fails: {_last_line(error)} What is made is kept.") from error
-    finally:
-        ray.shutdown()  # and with it the workers
+        except ray.exceptions.RayError as error:
+            raise TeacherCacheError(f"The Ray cluster fails: {_last_line(error)} What is made is kept.") from error
+        finally:
+            ray.shutdown()  # and with it the workers
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
