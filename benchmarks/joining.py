@@ -44,7 +44,8 @@ size = teacher.spec.image_size
 teacher(torch.zeros(shard_rows, size, size, 3, dtype=torch.uint8), (teacher.spec.depth,))
 print("ready", flush=True)
 for line in sys.stdin:
-    join_views([Cache(Path(line.strip())).view(0)], name, teacher, ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows))
+    plan = ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows)
+    join_views([Cache(Path(line.strip())).view(0)], name, teacher, plan)
     print("done", flush=True)
 """
 NAMED_SHARD = 2048
@@ -133,16 +134,15 @@ def main(teacher: str | None, crops: int | None, tiny: bool, rounds: int, scratc
     alone, joined, helps, claims = [], [], [], []
     with measure.scratch_folder(scratch) as folder:
         begun = made_up.make_cache(folder / "begun", n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0))).path
-        filling = Filling(
-            Cache(begun).view(0), name, loaded, ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows), None
-        )
-        filling.begin()
+        plan = ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows)
+        Filling(Cache(begun).view(0), name, loaded, plan, wait=None).begin()
 
         def fresh() -> Path:
             shutil.rmtree(folder / "run", ignore_errors=True)
             return shutil.copytree(begun, folder / "run")
 
         with Workers(name, cores, shard_rows) as workers:
+            timed(workers, fresh(), len(cores), n_rows)  # each compiles its loops
             for _ in range(min(rounds, MOST_ROUNDS)):
                 alone.append(timed(workers, fresh(), 1, n_rows))
                 joined.append(timed(workers, fresh(), 2, n_rows))
