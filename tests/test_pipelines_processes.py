@@ -36,6 +36,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["2", "4", "moved"])
 def test_processes_equal_one(runs, other):
     """2 and 4 processes that share each step of a real cache, masks drawn ahead, have the losses of one process, step by step; so
