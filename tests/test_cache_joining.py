@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,8 +18,13 @@ from click.testing import CliRunner
 from fakes import FakeTeacher
 
 from teacher_cache import make_cache
+from teacher_cache.cache import Cache
 from teacher_cache.cli.main import main
+from teacher_cache.errors import NoSpaceError
+from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.layout import store_claims
+from teacher_cache.sharing.joining import join_views
+from teacher_cache.store import failures
 
 HERE = Path(__file__).parent
 SHARDS = 12
@@ -101,6 +107,7 @@ def held_by(cache: Path) -> set[int]:
     return {text["pid"] for text in texts}
 
 
+@pytest.mark.slow
 def test_processes_come_and_go(workers, image_folder, undisturbed):
     """Two begin together with the originals, a third comes, one is killed at its work: the rest make the bytes that one makes.
 
@@ -121,6 +128,7 @@ def test_processes_come_and_go(workers, image_folder, undisturbed):
     assert "Done. Next:" in ended["one"][1]
 
 
+@pytest.mark.slow
 def test_stopped_and_failing(workers, cropped, undisturbed):
     """SIGTERM ends a worker with 75, its block is free; a shard that fails three times is left, told of, and mended."""
     bad = ("bad=17",)  # behind the rows that the quantiser is fitted on
@@ -148,6 +156,53 @@ def test_stopped_and_failing(workers, cropped, undisturbed):
     assert "shards 8:9 failed: a crop that nobody can bear" in result.output and "was killed" not in result.output
     make_cache(cropped, teacher=FakeTeacher(), shards=range(8, 9), say=None)
     assert contents(cropped / "view-000") == contents(undisturbed / "view-000")
+
+
+class Failing(FakeTeacher):
+    """Raises `error` from its `first` call on, counted from 1."""
+
+    def __init__(self, first: int, error: Exception):
+        super().__init__()
+        self.first, self.error = first, error
+
+    def __call__(self, images, layers):
+        output = super().__call__(images, layers)
+        if self.n_calls >= self.first:
+            raise self.error
+        return output
+
+
+def join(cache: Path, teacher: FakeTeacher) -> bool:
+    return join_views([Cache(cache).view(0)], "fake", teacher, ExtractPlan("last", shard_rows=2, batch_size=2))
+
+
+FITTED = 9
+"""Calls until the quantiser is fitted: eight batches, and the probe."""
+
+
+def test_a_broken_machine(cropped, undisturbed, capsys):
+    """Three shards that fail one after the other, as none did before, end the process; the others' failures do not; all can be
+    made by another machine then, which finds nothing to do when it is asked again."""
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        join(cropped, Failing(FITTED + 3, RuntimeError("illegal memory access")))
+    found = failures.read(cropped / "view-000/fake.zarr")
+    assert (n_made(cropped), [(f.shard, f.error) for f in found]) == (
+        2, [(shard, "RuntimeError: illegal memory access") for shard in (2, 3, 4)],
+    )  # fmt: skip
+    assert (
+        "3 shards in a row failed here that had not failed before: it is this machine, or all are bad." in capsys.readouterr().err
+    )
+    assert join(cropped, FakeTeacher()) is True
+    assert contents(cropped / "view-000") == contents(undisturbed / "view-000")
+    assert join(cropped, Failing(1, AssertionError())) is False
+
+
+def test_a_full_disk_is_no_shards_fault(cropped):
+    """What the next shard would meet too ends the process at once, and is on record without being counted."""
+    with pytest.raises(NoSpaceError, match="0 of 12 shards are finished and kept"):
+        join(cropped, Failing(FITTED + 1, OSError(errno.ENOSPC, "No space left on device")))
+    (failure,) = failures.read(cropped / "view-000/fake.zarr")
+    assert (failure.shard, failure.counts) == (0, False) and held_by(cropped) == set()
 
 
 @pytest.mark.parametrize(

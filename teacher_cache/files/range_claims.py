@@ -128,12 +128,20 @@ class RangeClaims:
         """
         held: list[Found] = []
         dead: list[Found] = []
-        for path in sorted(self.folder.glob("*.claim")):
+        for path in claims_in(self.folder):
             with refusal_explained(self.folder.parent):
                 found = self._patience.look(path)
             if found is not None:
                 (dead if is_gone(found, self._patience) else held).append(found)
         return held, dead
+
+
+def claims_in(folder: Path) -> list[Path]:
+    """The claims of ranges in `folder`, by their ranges; none if it goes away meanwhile."""
+    try:
+        return sorted(folder.glob("*.claim"))
+    except FileNotFoundError:
+        return []
 
 
 class OwnRange(Own):

@@ -13,6 +13,7 @@ from ..errors import CacheCorruptError
 from ..files.claim_file import Found
 from ..files.claims import Observer, extent_of
 from ..files.durable import read_sealed
+from ..files.range_claims import claims_in
 from ..format import layout
 from ..format.layout import CACHE_JSON, CROPS_CLAIM, WORK, store_claim, store_claims, store_name, view_number
 from ..sharing.blocks import TRIES, Look, runs
@@ -68,7 +69,7 @@ class Watcher:
                     "rows": view.cache.n_images, "rows_made": 0, "rate": 0.0, "left_s": None, "claimed_by": beginning,
                     "workers": [], "failed": []}  # fmt: skip
         store = view.store(name)
-        claims = [seen for claim in sorted(store_claims(path).glob(layout.CLAIMS)) for seen in self._observer.look(claim)]
+        claims = [seen for claim in claims_in(store_claims(path)) for seen in self._observer.look(claim)]
         workers = [{**_worker(*seen), "shards": _extent(seen[0], store.spec.n_shards)} for seen in claims]
         missing, failed = store.unfinished(), failures.read(path)
         counted = {shard: [f for f in failed if f.shard == shard and f.counts] for shard in {f.shard for f in failed}}

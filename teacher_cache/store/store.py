@@ -201,7 +201,7 @@ class Store:
         """What `read` makes of the commit records; None if the store is complete, or another process completed it meanwhile."""
         try:
             found = None if self.is_complete else read(self.records())
-        except CacheCorruptError:
+        except (CacheCorruptError, FileNotFoundError):
             if self.is_complete:
                 return None
             raise
