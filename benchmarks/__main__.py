@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "joined-peers": ("joined_peers",),
     "visible-tokens": ("visible_tokens",),
     "extraction": ("extraction", "--device", "cpu"),
+    "joining": ("joining",),
     "fidelity-int8": ("fidelity", "--dtype", "int8"),
     "fidelity-int4": ("fidelity", "--dtype", "int4"),
     "opening": ("opening",),

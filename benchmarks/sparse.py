@@ -47,16 +47,22 @@ def sparse_cache(path: Path, n_rows: int, crop_size: int) -> Cache:
 
 def add_sparse_targets(view: View, teacher: TeacherSpec, layers: str = "last5", shard_rows: int = 2048, readable=()) -> Path:
     """Give a view a complete store of holes; the rows in `readable` can be read, and are zeros. Returns its path."""
-    spec = made_up.store_spec(teacher, view.cache.n_images, layers, shard_rows=shard_rows)
     path = view.store_path(teacher.name)
-    made_up.begin_store(path, teacher, spec, view)
+    made_up.begin_store(path, teacher, made_up.store_spec(teacher, view.cache.n_images, layers, shard_rows=shard_rows), view)
+    fill_sparse(path, readable)
+    fold(Store.open(path))
+    return path
+
+
+def fill_sparse(path: Path, readable=()) -> None:
+    """Give a begun store all its shards, as holes; the rows in `readable` can be read, and are zeros."""
+    store = Store.open(path)
+    teacher, spec = store.teacher, store.spec
     shards = np.array(sorted(readable), "int64") // spec.shard_rows
     for shard in range(spec.n_shards):
         slots = [row % spec.shard_rows for row in sorted(readable)[slice(*np.searchsorted(shards, [shard, shard + 1]))]]
         sizes = [_write_shard(path, teacher, spec, column, shard, slots) for column in range(len(spec.array_names))]
-        Store.open(path).write_commit(shard, np.array([(n_bytes, 0) for n_bytes in sizes], FILE_DTYPE))
-    fold(Store.open(path))
-    return path
+        store.write_commit(shard, np.array([(n_bytes, 0) for n_bytes in sizes], FILE_DTYPE))
 
 
 def _write_shard(store: Path, teacher: TeacherSpec, spec: StoreSpec, column: int, shard: int, slots: list[int]) -> int:

@@ -7,6 +7,7 @@
     ├── BadInputError (ValueError)       the images or the weights are wrong: mend the files
     ├── NotAllowedError (OSError)        a file is there and this user may not read it: ask its owner, or be another user
     ├── ClaimLostError                   another process has taken the work over: leave it to that one
+    ├── ShardsLeftError                  some shards failed again and again, all others are made: see what it lists
     ├── NoSpaceError (OSError)           the disk is too small: make room, or store less
     ├── CacheCorruptError (OSError)      bytes on disk are not those that were written: restore or redo
     └── NotInCacheError (KeyError)       the cache is sound but does not hold it: extract it
@@ -45,6 +46,10 @@ class NotAllowedError(TeacherCacheError, OSError):
 
 class ClaimLostError(TeacherCacheError):
     """What this process was working on is no longer its own."""
+
+
+class ShardsLeftError(TeacherCacheError):
+    """Processes that share a store have given up some of its shards; the message says which, and what went wrong."""
 
 
 class NoSpaceError(TeacherCacheError, OSError):

@@ -16,7 +16,8 @@ import pytest
 
 from teacher_cache.errors import MismatchError
 from teacher_cache.files import claim_file, claims
-from teacher_cache.files.claims import claimed, claimed_range, extent_of
+from teacher_cache.files.claims import claimed, extent_of
+from teacher_cache.files.range_claims import claimed_range
 
 HOST = socket.gethostname()
 ELSEWHERE = {"host": "node-17", "pid": 4711}
@@ -28,7 +29,8 @@ def holder(hold: str, *arguments):
     script = f"""
 import sys
 from pathlib import Path
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
+from teacher_cache.files.range_claims import claimed_range
 arguments = [Path(sys.argv[1]), *map(int, sys.argv[2:]), "x"]
 with {hold}(*arguments):
     print("held", flush=True)
@@ -194,7 +196,8 @@ def test_a_symlink_is_no_claim(tmp_path, hold, target):
 CONTENDER = """
 import errno, fcntl, mmap, os, random, sys, time
 from pathlib import Path
-from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, extent_of
+from teacher_cache.files.claims import ClaimHeldError, claimed, extent_of
+from teacher_cache.files.range_claims import claimed_range
 
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 if sys.argv[4] == "no locks":

@@ -20,9 +20,11 @@ from teacher_cache.cache import Cache
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import BadInputError, MismatchError, NoSpaceError, NotInCacheError, UsageError
 from teacher_cache.extraction import extract
-from teacher_cache.extraction.extract import ExtractPlan, extract_view, probe_image
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.extraction.probe import probe_image
 from teacher_cache.files import claims
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.layout import store_claim, store_claims
 from teacher_cache.store import writer
 from teacher_cache.store.reader import StoreReader

@@ -20,7 +20,8 @@ from teacher_cache.crops.beton import CropReader
 from teacher_cache.crops.cutting import encode
 from teacher_cache.errors import MismatchError, UnknownNameError, UsageError
 from teacher_cache.extraction import cropping
-from teacher_cache.extraction.extract import PROBE_TOLERANCE, ExtractPlan, extract_view, probe_image
+from teacher_cache.extraction.extract import ExtractPlan, extract_view
+from teacher_cache.extraction.probe import PROBE_TOLERANCE, probe_image
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.teachers.base import TeacherOutput
 

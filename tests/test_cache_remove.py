@@ -20,7 +20,8 @@ from teacher_cache.errors import MismatchError, NotInCacheError, UnknownNameErro
 from teacher_cache.extraction import remove
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.extraction.remove import remove_store, remove_view
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.layout import CROPS_CLAIM, store_claim, store_claims
 from teacher_cache.inspecting.inspect import describe
 

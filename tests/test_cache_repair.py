@@ -19,7 +19,8 @@ from teacher_cache.checking.verify import verify_folder
 from teacher_cache.crops import beton
 from teacher_cache.errors import BadInputError, CacheCorruptError, MismatchError, UsageError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.layout import CROPS_CLAIM
 from teacher_cache.store.store import Store

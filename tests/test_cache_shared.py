@@ -20,8 +20,9 @@ from teacher_cache.cli.main import main
 from teacher_cache.errors import NotAllowedError
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.files import claims
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
 from teacher_cache.files.durable import write_whole
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.layout import store_claim, store_claims
 from teacher_cache.store.reader import StoreReader
 

@@ -23,7 +23,8 @@ from click.testing import CliRunner
 from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 from teacher_cache.files import claim_file, claims, durable, guard
-from teacher_cache.files.claims import ClaimHeldError, Observer, claimed, claimed_range, holder_of, taking_over
+from teacher_cache.files.claims import ClaimHeldError, Observer, claimed, holder_of, taking_over
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.layout import store_claim, store_claims
 
 HOST = socket.gethostname()
@@ -309,7 +310,8 @@ SLEEPER = """
 import fcntl, sys, time
 from pathlib import Path
 from teacher_cache.files import claim_file, durable
-from teacher_cache.files.claims import claimed, claimed_range
+from teacher_cache.files.claims import claimed
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.cli.main import main
 from teacher_cache.errors import ClaimLostError
 fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
@@ -357,7 +359,8 @@ TAKER = """
 import sys, time
 from pathlib import Path
 from teacher_cache.files import claims
-from teacher_cache.files.claims import ClaimHeldError, claimed, claimed_range, taking_over
+from teacher_cache.files.claims import ClaimHeldError, claimed, taking_over
+from teacher_cache.files.range_claims import claimed_range
 root, hold = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
 try:

@@ -21,7 +21,8 @@ from teacher_cache.checking.verify import verify, verify_folder
 from teacher_cache.checking.writers import Snapshot
 from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.files.claims import claimed, claimed_range, holder_of
+from teacher_cache.files.claims import claimed, holder_of
+from teacher_cache.files.range_claims import claimed_range
 from teacher_cache.format.layout import CROPS_CLAIM, store_claim, store_claims
 
 ME = f"process {os.getpid()} on host {socket.gethostname()}"

@@ -18,7 +18,7 @@ PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "
 """Package -> the other packages that it may import."""
 ROOMS = {
     "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
-                      "teachers", "extraction", "checking", "estimating", "inspecting"],
+                      "teachers", "extraction", "sharing", "checking", "estimating", "inspecting"],
     "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "exports", "run", "evals"],
     "pipelines": ["feed", "presets", "pages", "demo"],
 }  # fmt: skip
@@ -30,6 +30,7 @@ TORCH_ROOMS = (
     "extraction.encode",
     "extraction.klt_encode",
     "extraction.klt_fit",
+    "extraction.probe",
     "extraction.recode",
     "estimating.trial",
     "device",
@@ -39,7 +40,9 @@ MAY_IMPORT_TORCH = tuple(f"teacher_cache.{name}" for name in TORCH_ROOMS)
 """In the package of the format; everything else there works where torch is not installed."""
 BASE = ("teacher_cache.errors", *(f"teacher_cache.files.{name}" for name in ("claims", "claim_file", "guard", "durable")))
 """How files are written and who may write them is one thing for a cache and for a run: all that student may know of a cache."""
-MAY_SPELL = ("teacher_cache.files.claims", "teacher_cache.files.guard", "student.files.run_directory")
+MAY_SPELL = (
+    "teacher_cache.files.claims", "teacher_cache.files.range_claims", "teacher_cache.files.guard", "student.files.run_directory",
+)  # fmt: skip
 """Below the format, or apart from it: what they know of the names of files in a cache they say themselves."""
 MOST_LINES, MOST_MODULES = 450, 14
 """Of a module; of a folder, `__init__.py` not counted."""

@@ -211,7 +211,7 @@ def reteach(view: View, path: Path, teacher, rows: np.ndarray, checked: Checked 
     do to it.
 
     teacher: a teachers.base.Teacher with the weights of the store. Rows that are not extracted yet are left out.
-    With p99 and worst of a layer's recorded fidelity, and t = extract.PROBE_TOLERANCE of the precision, a row agrees if the error
+    With p99 and worst of a layer's recorded fidelity, and t = probe.PROBE_TOLERANCE of the precision, a row agrees if the error
     of its median token is at most p99 + t, that of every token at most 2 worst + 4 t, and if its attention differs by at most 4 t
     (relative L2). An unrelated crop differs by about 1. Errors are those of spec.LayerFidelity, with the store's channel
     statistics; of a float16 store, which keeps none, relative L2.
@@ -219,7 +219,8 @@ def reteach(view: View, path: Path, teacher, rows: np.ndarray, checked: Checked 
     crops to other pixels.
     """
     from ..extraction.encode import race  # needs torch
-    from ..extraction.extract import PROBE_TOLERANCE, require_same_probe, run_teacher
+    from ..extraction.extract import run_teacher
+    from ..extraction.probe import PROBE_TOLERANCE, require_same_probe
 
     reader, crops = StoreReader(path, check="always"), CropReader(view.path)
     spec, precision = reader.spec, reader.manifest.precision

@@ -16,8 +16,9 @@ import numpy as np
 from ..cache import Cache, View, require_no_part
 from ..crops.beton import place_crops, read_checksums, write_beton
 from ..errors import BadInputError, CacheCorruptError, UsageError
-from ..files.claims import claimed, claimed_range
+from ..files.claims import claimed
 from ..files.durable import aside_path, inside, make_folder, open_plain, read_npy, write_whole
+from ..files.range_claims import claimed_range
 from ..files.space import full_disk_explained
 from ..format import layout
 from ..format.crop_plan import CROP_DTYPE

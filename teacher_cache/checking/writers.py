@@ -17,6 +17,7 @@ from pathlib import Path
 from ..files.claims import Observer, holder_of
 from ..format import layout
 from ..format.layout import CROPS_CLAIM, is_shard_file, owning_store
+from ..store import failures
 from .findings import Finding
 
 ROW_ARRAYS = ("tokens", "scale", "attention", "index")
@@ -117,8 +118,13 @@ def _found(folder: Path, *patterns: str) -> list[Path]:
 
 
 def left_claims(root: Path) -> Iterator[Finding]:
-    """Claims that nobody holds: their processes were killed."""
+    """Claims that nobody holds: their processes were killed. And what failed beside them."""
     for claim in [root / CROPS_CLAIM, *_found(root, ONE_CLAIM, RANGES)]:
-        held = map(holder_of, _found(claim, layout.CLAIMS) if claim.suffix == layout.CLAIMS_SUFFIX else [claim])
-        if claim.exists() and not any(held):
+        is_of_shards = claim.suffix == layout.CLAIMS_SUFFIX
+        claims = _found(claim, layout.CLAIMS) if is_of_shards else [claim]
+        failed = failures.read(claim.with_suffix("")) if is_of_shards else []
+        if claim.exists() and not any(map(holder_of, claims)) and (claims or not failed):
             yield Finding("unfinished", str(claim), "a writer was killed. Run the same command again.")
+        for failure in {failure.shard: failure for failure in failed}.values():
+            said = f"shards {failure.shard}:{failure.shard + 1} failed: {failure.error} ({failure.at}, on host {failure.host})"
+            yield Finding("unfinished", str(claim), f"{said}. Mend that, and run the same command again.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import UsageError
 from ..files.claims import taking_over
 from ..terminal.command import one_line_errors, say
 from ..words import quoted
@@ -40,6 +41,11 @@ from .repair import refuse_beside_repair, repair_and_say
 @click.option("--shard-rows", type=click.IntRange(1, 1 << 20), help="Crops a shard: what an interruption loses at most. "
               "[default: 2048]")  # fmt: skip
 @click.option("--shards", type=ShardRange(), help="Make only shards A to B-1 of each view; other processes make the others.")
+@click.option("--join", is_flag=True, help="Take the next free block of shards, again and again, until all are made; any number "
+              "of processes, on any machines that see CACHE, may do so at once.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["ray"]), help="Share the work among the nodes of a Ray cluster.")
+@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster: auto, the one this machine belongs to; "
+              "local, a new one of this machine; or HOST:PORT.")  # fmt: skip
 @click.option("--image-size", type=SIDE, help="Side of the teacher's input, pixels. [default: its own]")
 @click.option("--batch-size", type=click.IntRange(1), help="Crops a forward pass. [default: 64, or as the store was begun]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -50,8 +56,9 @@ from .repair import refuse_beside_repair, repair_and_say
 @TAKE_OVER
 @DRY_RUN
 def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: int | None, shard_rows,
-            shards: range | None, image_size, batch_size, device, precision, compiled: bool, repair: bool, take_over: bool,
-            dry_run: bool, skip_bad: bool, workers: int | None, **crop_options):  # fmt: skip
+            shards: range | None, join: bool, engine: str | None, address: str, image_size, batch_size, device, precision,
+            compiled: bool, repair: bool, take_over: bool, dry_run: bool, skip_bad: bool, workers: int | None,
+            **crop_options):  # fmt: skip
     """Run a teacher over the crops of CACHE and store its targets; makes the crops first if there are none.
 
     On a finished cache it does nothing; on an interrupted one it goes on; with other parameters than those the cache was made
@@ -69,37 +76,72 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
     \b
       torchrun --nproc-per-node 8 -m teacher_cache extract --teacher clip-b16 --weights ViT-B-16.pt CACHE
 
-    Many machines: make the crops with teacher-cache crop, see the number of shards with --dry-run, and start one process a range.
-    They may start at the same moment; whoever makes the last shard completes the store. A range that was interrupted is
-    started again. As a Slurm array of 16 tasks, with S shards a task:
+    Many machines: start the same command with --join on each, as often as there are GPUs. Processes may come and go at any time;
+    what a dead one leaves is taken by the others. A shard that fails three times is left, and listed in the end. Without --join
+    each process can be given a range of its own, --shards A:B.
 
     \b
-      sbatch --array=0-15 task.sh, where task.sh has
-      I=$SLURM_ARRAY_TASK_ID
-      teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --shards $((I*S)):$(((I+1)*S)) CACHE
+      teacher-cache extract --join --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE
+      teacher-cache status CACHE --watch
     """
     with one_line_errors(KEPT), taking_over(take_over):
         from ..extraction.make import TargetRequest, plan_cache
         from ..extraction.planning import CropRequest
         from ..extraction.ranks import Process
+        from ..sharing.joining import join_plan, join_work
 
+        if join:
+            _refuse_beside_join(shards, repair, take_over)
         process = Process.current(shards, repair)
         request = TargetRequest(teacher, weights, name, layers, dtype, visible, shard_rows, image_size, batch_size, device,
                                 precision, compiled, grid_of(crop_options["preset"]))  # fmt: skip
+        if engine == "ray":
+            from ..sharing.ray_core import extract_on_ray
+
+            own = {"--join": join, "--shards": shards, "--repair": repair, "--take-over": take_over,
+                   "torchrun": process.world_size > 1}  # fmt: skip
+            for given in (name for name, is_given in own.items() if is_given):
+                raise UsageError(f"{given} is for processes that one starts oneself. Leave it out, or leave out --engine ray.")
+            is_new = extract_on_ray(cache, CropRequest(**with_preset(crop_options)), request, address, skip_bad, dry_run)
+            if not dry_run:
+                _say_done(cache, teacher, is_new)
+            return
         if repair:
             refuse_beside_repair(cache, dry_run, shards)
             repair_and_say(cache, crop_options["images"], request.store_name)
-        work = plan_cache(cache, CropRequest(**with_preset(crop_options)), request, shards, process)
+        crops = CropRequest(**with_preset(crop_options))
+        work = join_plan(cache, crops, request, process) if join else plan_cache(cache, crops, request, shards, process)
         if dry_run or work.is_idle:
             return
         from ..kernels import sigbus
 
         sigbus.install()
+        if join:
+            _say_done(cache, teacher, join_work(work, skip_bad, workers))
+            return
         made = work.make(skip_bad, workers)
         if made.n_missing:
             say("Whoever makes the last one completes the store. Shards that nobody makes: run their range again.")
-        elif made.is_new:
-            where = quoted(cache)
-            say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
         else:
-            say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
+            _say_done(cache, teacher, made.is_new)
+
+
+def _say_done(cache: Path, teacher: str, is_new: bool) -> None:
+    where = quoted(cache)
+    if is_new:
+        say(f"Done. Next: teacher-cache inspect {where}; student-train --cache {where} --preset NAME --out RUN")
+    else:
+        say(f"{cache} already holds these targets of {teacher}. Nothing to do.")
+
+
+def _refuse_beside_join(shards: range | None, repair: bool, take_over: bool) -> None:
+    """Raise UsageError for options that --join has no use for."""
+    if shards is not None:
+        raise UsageError("--join takes what is free, and --shards makes a range of its own. Give one of them.")
+    if repair:
+        raise UsageError("--repair is for one process. First run it without --join.")
+    if take_over:
+        raise UsageError(
+            "--take-over is a person's word, and --join is for many processes: without locks between their hosts they would take "
+            "from each other. Leave it out: what a dead process holds is free five minutes after its last sign of life."
+        )

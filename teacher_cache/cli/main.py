@@ -12,6 +12,7 @@ from .recode import recode
 from .remove import remove
 from .report import report
 from .show import show
+from .status import status
 from .teachers import teachers
 from .verify import verify
 
@@ -32,5 +33,5 @@ def main():
     """
 
 
-for command in (crop, extract, recode, estimate, inspect, show, report, verify, teachers, remove):
+for command in (crop, extract, recode, status, estimate, inspect, show, report, verify, teachers, remove):
     main.add_command(command)

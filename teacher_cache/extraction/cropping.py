@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -196,19 +196,25 @@ def bytes_to_write(job: CropJob, crop_bytes: int) -> int:
     return crop_bytes * (job.work.n_missing_crops + n_unpublished * len(job.images.names))
 
 
-def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None) -> Cache:
+def make_crops(job: CropJob, skip_bad: bool = False, workers: int | None = None,
+               wait: Callable[[str], None] | None = None, cut_all: Callable[[CropJob], None] | None = None) -> Cache:  # fmt: skip
     """Make the job's views; returns the cache.
 
+    cut_all: has every part cut and committed that is missing, while this process holds the claim. [default: `workers` threads]
+
     All images that cannot be decoded, or have changed since the cache was made, are reported together in one BadInputError;
-    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt.
+    `skip_bad` leaves them out of a new cache instead and lists them in its skipped.txt. wait: told whom one waits for while
+    another process makes them, which leaves nothing to do; None: that is an error.
     """
     from ..kernels import decoder  # noqa: F401 - it decodes every finished view once: where it is missing nothing is begun
 
     make_folder(job.cache_dir)
-    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir):
+    with full_disk_explained(job.cache_dir, lambda: _kept(job)), _claimed(job.cache_dir, wait):
+        if wait is not None and _has_views(job):
+            return Cache(job.cache_dir)
         job.work.begin(job.identity)
         _take_back_mended(job)
-        _cut_all(job, workers or os.cpu_count() or 1)
+        (cut_all or partial(_cut_all, workers=workers or os.cpu_count() or 1))(job)
         bad = job.work.bad()
         if bad and not (skip_bad and job.is_new):
             raise BadInputError(_complaint(job, bad))
@@ -225,8 +231,14 @@ def remove_left_over(cache_dir: Path) -> None:
                 remove_folder(cache_dir / WORK)
 
 
-def _claimed(cache_dir: Path) -> AbstractContextManager[None]:
-    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}")
+def _has_views(job: CropJob) -> bool:
+    """Whether another process has finished what the job was to make."""
+    has_cache = (job.cache_dir / layout.CACHE_JSON).exists()
+    return has_cache and all(Cache(job.cache_dir).view(view).is_cropped for view in job.views)
+
+
+def _claimed(cache_dir: Path, wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    return claimed(cache_dir / CROPS_CLAIM, f"The crop stage of {cache_dir}", wait)
 
 
 def _kept(job: CropJob) -> str:
@@ -316,6 +328,15 @@ def _take_back_mended(job: CropJob) -> None:
                     job.work.take_back(part, view)
 
 
+def cut_part(job: CropJob, part: int, views: list[int]) -> None:
+    """Cut and commit a part of these views. Made twice it is the same, whoever makes it."""
+    job.work.commit(part, views, _cut_part(job, part, views, map))
+
+
+def _cut_part(job: CropJob, part: int, views: list[int], each: Callable) -> list[list[tuple[np.void, bytes]] | str]:
+    return list(each(partial(_try_cut, job, views), job.images.names[job.work.rows_of(part)], _known(job, part)))
+
+
 def _cut_all(job: CropJob, workers: int) -> None:
     """Cut and commit every part that is not there yet. Pillow works without the GIL, so threads are enough."""
     parts = [(part, job.images.names[job.work.rows_of(part)], job.work.missing_views(part)) for part in range(job.work.n_parts)]
@@ -327,7 +348,7 @@ def _cut_all(job: CropJob, workers: int) -> None:
             for part, names, views in parts:
                 if views:
                     with advance.waits_for("decode"):
-                        results = list(pool.map(partial(_try_cut, job, views), names, _known(job, part)))
+                        results = _cut_part(job, part, views, pool.map)
                     with advance.waits_for("disk"):
                         job.work.commit(part, views, results)
                     advance(len(names))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,30 +23,30 @@ import torch
 
 from ..cache import View
 from ..crops.beton import CropReader
-from ..errors import BadInputError, ClaimLostError, MismatchError, NotInCacheError
-from ..files.claims import claimed, claimed_range, is_claimed_or_left
+from ..errors import BadInputError, ClaimLostError, NotInCacheError
+from ..files.claims import claimed, is_claimed_or_left
+from ..files.range_claims import claimed_range
 from ..files.space import full_disk_explained
 from ..format.layout import PROBE, store_claim, store_claims
 from ..format.spec import StoreSpec, comparable, new_version
-from ..store import writer
+from ..store import failures, writer
 from ..store.folding import fold, is_folded
 from ..store.manifest import Manifest, create_store
 from ..store.nonfinite import NO_ROWS, finite_output, require_few, rerun
 from ..store.store import Store, is_begun
-from ..terminal.progress import note, progress, waiting
+from ..terminal.progress import Progress, note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
 from .encode import Encoder, race, take_tokens, token_places
 from .fit import Fitted, Sample, fit
 from .planning import ExtractPlan, in_words_of, own_shards, require_like, spec_differences, target_differences
+from .probe import probe_output, require_same_probe
 from .record import changes, made_with, software
 
 DECODE_AHEAD = 2
 """Batches that are decoded while the teacher works on another."""
 SLOW_SHARE, SLOW_S = 0.1, 60.0
 """A share of the time, and a time, from which one says what the teacher had to wait for."""
-PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-"""Relative L2 difference of the probe's output that another machine may show."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,86 @@ def extract_view(view: View, name: str, teacher, plan: ExtractPlan, shards: rang
     Raises MismatchError if a store of that name was made with anything else than what is given now, or if another process works
     on the same shards; UsageError if `shards` begins behind the last shard.
     """
-    job = _Job.of(view, name, teacher, plan)
-    path, own = job.path, own_shards(shards, job.spec)
-    if is_begun(path):
-        job.require_same(Store.open(path), view)
-        if is_folded(path) and not any(map(is_claimed_or_left, (store_claim(path), store_claims(path)))):
-            return False  # else what follows clears away the claims of the dead
-    wait = None if shards is None else waiting(f"view {view.number}: {name}")
-    with full_disk_explained(path, lambda: _kept(job, own)):
-        crops = CropReader(view.path)
+    filling = Filling(view, name, teacher, plan, None if shards is None else waiting(f"view {view.number}: {name}"))
+    path, own = filling.path, own_shards(shards, filling.spec)
+    if filling.is_done:
+        return False
+    filling.begin()
+    with filling.losses_explained(own), claimed_range(store_claims(path), own.start, own.stop, f"The store {path}") as claim:
+        store = filling.store
+        missing = [shard for shard in store.missing_shards() if shard in own]
+        n_rows, n_missing = (sum(len(store.spec.rows_of(shard)) for shard in which) for which in (own, missing))
+        with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
+            if missing:
+                filling.make(missing, advance, claim.report)
+        return filling.complete() or bool(missing)
+
+
+class Filling:
+    """The store `name` of one view, as this process fills it: begin it, make shards that one has claimed, complete it.
+
+    wait: told whom one waits for while another process begins or completes the store; None: that is an error. path, spec: where
+    the store is or will be, and what it is. Raises MismatchError if it was made with anything else than what is given now.
+    """
+
+    def __init__(self, view: View, name: str, teacher, plan: ExtractPlan, wait: Callable | None):
+        self._job, self._wait, self._is_checked = _Job.of(view, name, teacher, plan), wait, False
+        self.path, self.spec = self._job.path, self._job.spec
+        if is_begun(self.path):
+            self._job.require_same(Store.open(self.path), view)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the store is complete, and no claims of the dead are left to be cleared away."""
+        is_claimed = any(map(is_claimed_or_left, (store_claim(self.path), store_claims(self.path))))
+        return is_begun(self.path) and is_folded(self.path) and not is_claimed
+
+    @contextmanager
+    def losses_explained(self, own: range) -> Iterator[None]:
+        """Say of a disk that is full, or a store that goes away meanwhile, what that means. own: the shards of this process."""
+        with full_disk_explained(self.path, lambda: _kept(self._job, own)), _loss_explained(self.path):
+            yield
+
+    def begin(self) -> None:
+        """Begin the store unless it was begun, perhaps by another process that is at it."""
+        with full_disk_explained(self.path, lambda: _kept(self._job, range(self.spec.n_shards))):
+            self._is_checked = _begin_once(self._job, self._crops, self._wait)
+
+    @cached_property
+    def _crops(self) -> CropReader:
+        crops = CropReader(self._job.view.path)
         crops.require_same_decoder()
-        is_new = _begin_once(job, crops, wait)
-        with _loss_explained(path), claimed_range(store_claims(path), own.start, own.stop, f"The store {path}"):
-            store = Store.open(path)
-            missing = [shard for shard in store.missing_shards() if shard in own]
-            if missing and not is_new:
-                require_same_probe(store, teacher)
-                _note_changes(store, teacher, plan)
-            n_rows, n_missing = (sum(len(store.spec.rows_of(shard)) for shard in which) for which in (own, missing))
-            with progress(f"view {view.number}: {name}", n_rows, "crops", n_rows - n_missing) as advance:
-                if missing:
-                    _extract_shards(view, store, missing, crops, teacher, plan.batch_size, advance)
-            return _complete(store, wait) or bool(missing)
+        return crops
+
+    @cached_property
+    def store(self) -> Store:
+        """It has to be begun."""
+        return Store.open(self.path)
+
+    def make(self, shards: list[int], advance: Progress, report: Callable[[float], None]) -> None:
+        """Make these shards, which nobody else makes meanwhile. report: told again and again how many crops a second."""
+        view, teacher, plan = self._job.view, self._job.teacher, self._job.plan
+        if not self._is_checked:
+            require_same_probe(self.store, teacher)
+            _note_changes(self.store, teacher, plan)
+            self._is_checked = True
+
+        def count(n: int) -> None:
+            advance(n)
+            report(advance.n_new / advance.seconds)
+
+        _extract_shards(view, self.store, shards, self._crops, teacher, plan.batch_size, advance, count)
+
+    def complete(self) -> bool:
+        """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
+        with claimed(store_claim(self.path), f"The store {self.path}", self._wait):
+            self.store.require_unchanged()
+            if self.store.missing_shards():
+                return False
+            was_complete = self.store.is_complete
+            fold(self.store)
+            failures.forget(self.path)
+            return not was_complete
 
 
 def _begin_once(job: _Job, crops: CropReader, wait: Callable | None) -> bool:
@@ -122,17 +180,6 @@ def _begin_once(job: _Job, crops: CropReader, wait: Callable | None) -> bool:
             return False
         _begin(job, crops)
         return True
-
-
-def _complete(store: Store, wait: Callable | None) -> bool:
-    """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
-    with claimed(store_claim(store.path), f"The store {store.path}", wait):
-        store.require_unchanged()
-        if store.missing_shards():
-            return False
-        was_complete = store.is_complete
-        fold(store)
-        return not was_complete
 
 
 @contextmanager
@@ -164,39 +211,6 @@ def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> N
     path = view.store_path(name)
     if is_begun(path):
         _Job.of(view, name, teacher, plan).require_same(Store.open(path), view)
-
-
-def require_same_probe(store: Store, teacher) -> None:
-    """Raise MismatchError if the teacher does not answer to the probe image as it did when the store was begun."""
-    before, now = store.small_array(PROBE), probe_output(teacher, store.spec.layers)
-    difference = float(np.linalg.norm(now - before) / np.linalg.norm(before))
-    tolerance, then = PROBE_TOLERANCE[store.manifest.precision], store.manifest.software
-    if not difference <= tolerance:
-        raise MismatchError(
-            f"{store.path}: {teacher.spec.name} answers to the probe image {difference:.2g} (relative L2) differently from when "
-            f"the store was begun; up to {tolerance} is rounding. Software then: {then}. Continue on a machine "
-            f"with that software, or delete {store.path}."
-        )
-
-
-def probe_image(size: int) -> np.ndarray:
-    """A fixed picture without meaning: uint8 [size, size, 3], smooth gradients and stripes, the same everywhere."""
-    y, x = np.mgrid[:size, :size]
-    channels = [(x * 255) // size, (y * 255) // size, ((x * 7 + y * 3) % 64) * 4]
-    return np.stack(channels, -1).astype("uint8")
-
-
-def probe_output(teacher, layers: tuple[int, ...]) -> np.ndarray:
-    """float32 [L, D]: mean whitened token of each layer on the probe image at the teacher's own size."""
-    image = torch.from_numpy(probe_image(teacher.spec.image_size))[None].to(teacher.device)
-    try:
-        output, _ = finite_output(teacher, image, np.zeros(1, "int64"), layers, lambda _: "the probe image")
-    except BadInputError as error:
-        raise BadInputError(
-            f"{teacher.spec.name} answers to the probe image with non-finite values, in fp32 too: the weights "
-            f"{teacher.spec.weights} are damaged. Give others."
-        ) from error
-    return output.tokens[0].mean(1).cpu().numpy()
 
 
 def _cut(rows: range, batch_size: int) -> list[np.ndarray]:
@@ -242,12 +256,16 @@ def run_teacher(teacher, images, rows: np.ndarray, layers: tuple[int, ...], name
     return tokens.cpu().numpy(), None if output.attention is None else output.attention.cpu().numpy()
 
 
-def _extract_shards(view: View, store: Store, shards: list[int], crops: CropReader, teacher, batch_size: int, advance) -> None:
-    """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order."""
+def _extract_shards(view: View, store: Store, shards: list[int], crops: CropReader, teacher, batch_size: int, advance: Progress,
+                    count: Callable[[int], None]) -> None:  # fmt: skip
+    """Decode, run the teacher, encode, write: each for another batch at a time. `shards` are committed in their order.
+
+    count: called with the number of rows behind each batch that was written.
+    """
     begun = _Begun(view, store, teacher)
     batches = [(shard, rows) for shard in shards for rows in _cut(store.spec.rows_of(shard), batch_size)]
     begin = time.monotonic()
-    with BackgroundWriter(store, advance) as out:
+    with BackgroundWriter(store, count) as out:
         decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
         before: Callable[[], None] | None = None  # hands the batch before to the writer when it is encoded
         for shard, rows in batches:

@@ -124,10 +124,17 @@ class CacheWork:
         if self.is_idle:
             return Made(False)
         if self.may_make_crops:
-            _make_crops(self.path, self.crops.job, skip_bad, workers)
+            self.make_crops(skip_bad, workers)
         if self.targets is None:
             return Made(self.crops.job is not None)
         return self._make_targets(self.targets)
+
+    def make_crops(self, skip_bad: bool = False, workers: int | None = None, wait: Callable[[str], None] | None = None) -> None:
+        """Make the crops that are missing, or clear away what a killed process left when it had made the last of them.
+
+        wait: told whom one waits for while another process is at it; None: that is an error.
+        """
+        make_missing_crops(self.path, self.crops.job, skip_bad, workers, wait)
 
     def _make_targets(self, work: TargetWork) -> Made:
         from .extract import extract_view
@@ -291,12 +298,17 @@ def _require_grid(teacher: TeacherSpec, grid: tuple[int, int] | None) -> None:
     )
 
 
-def _make_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None) -> None:
-    """Make the crops that are missing, or clear away what a killed process left when it had made the last of them."""
+def make_missing_crops(path: Path, job: CropJob | None, skip_bad: bool, workers: int | None = None,
+                       wait: Callable[[str], None] | None = None, cut_all: Callable[[CropJob], None] | None = None
+                       ) -> None:  # fmt: skip
+    """Make the crops that are missing, or clear away what a killed process left when it had made the last of them.
+
+    The rest as for `cropping.make_crops`.
+    """
     if job is None:
         remove_left_over(path)
         return
-    made = make_crops(job, skip_bad, workers)
+    made = make_crops(job, skip_bad, workers, wait, cut_all)
     if made.n_skipped:
         note(f"{made.n_skipped:,} images could not be decoded and were left out; {made.path / SKIPPED_TXT} lists them.")
 

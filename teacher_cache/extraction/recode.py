@@ -14,7 +14,8 @@ import torch
 from ..cache import Cache, View
 from ..device import device_name, pick_device
 from ..errors import MismatchError, NotInCacheError, UsageError
-from ..files.claims import claimed, claimed_range
+from ..files.claims import claimed
+from ..files.range_claims import claimed_range
 from ..files.space import free_bytes, full_disk_explained, require_space
 from ..format.dtypes import dtype_of
 from ..format.layout import PROBE, store_claim, store_claims, store_file_name

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ..cache import Cache, View
 from ..errors import MismatchError, NotInCacheError, UnknownNameError, UsageError
-from ..files.claims import ClaimHeldError, claimed, claimed_range, holder_of, taking_over
+from ..files.claims import ClaimHeldError, claimed, holder_of, taking_over
 from ..files.durable import ASIDE, clear_aside, link_fault, publish, remove_folder
+from ..files.range_claims import claimed_range
 from ..format.layout import (
     CLAIMS,
     CROPS_CLAIM,

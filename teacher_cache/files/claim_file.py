@@ -1,11 +1,13 @@
 """One claim on disk: a file that is locked, says whose it is, and holds a counter that its owner moves.
 
-    {"host": "node-17", "boot": "5a3f...", "pid": 4711, "token": "90c1d2...", "locked": true, "beat": "000000000042"}
+    {"host": "node-17", "boot": "5a3f...", "pid": 4711, "token": "90c1d2...", "locked": true,
+     "since": "2026-11-28T13:25:09Z", "rate": "00001234.500", "beat": "000000000042"}
 
 The lock is the kernel's and ends with the process, however that ends. Where locks do not reach (another host on most shared file
 systems; none at all on some) only the counter tells whether its owner lives: one thread of each process moves the counters of all
 its claims every BEAT_S seconds, whatever the other threads do. A host is its name and the number of its boot: a machine that was
-started again, or another one of the same name, is another host.
+started again, or another one of the same name, is another host. `since` and `rate` (units a second) are for people: nothing
+is decided by them.
 """
 
 from __future__ import annotations
@@ -163,7 +165,7 @@ def _read(text: bytes) -> dict | None:
     try:
         value = json.loads(text)
         known = {"host": str(value["host"]), "pid": int(value["pid"])}
-        return known | {key: value[key] for key in ("boot", "token", "locked", "beat") if key in value}
+        return known | {key: value[key] for key in ("boot", "token", "locked", "beat", "since", "rate") if key in value}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -209,23 +211,25 @@ class Patience:
 class Own:
     """A claim that this process holds, in the file `path` that it has made; moved until `let_go`.
 
-    descriptor: of that file, open for writing. what: in words, for messages. covers: see guard.Held.
+    descriptor: of that file, open for writing. what: in words, for messages. covers: see guard.Held. rate: see `report`.
     """
 
-    def __init__(self, path: Path, descriptor: int, token: str, what: str, covers: Path, **extent: int):
+    def __init__(self, path: Path, descriptor: int, token: str, what: str, covers: Path, rate: float = 0.0, **extent: int):
         self.path, self.token, self.what, self.covers = path, token, what, str(covers.absolute())
         self.leftovers: dict[Path, list[str]] = {}
         self._descriptor: int | None = descriptor
         self._n_beats, self._beaten, self._trouble = 0, now(), ""
+        self.report(rate)
         self._moving = threading.Lock()
         is_locked = lock(descriptor, covers)
         self._text = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "token": token,
-                      "locked": is_locked, **extent}  # fmt: skip
+                      "locked": is_locked, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **extent}  # fmt: skip
         self._write()
 
     def _write(self) -> None:
         """As long as before, so that nobody ever reads the half of it; on the disk, so that other hosts see it."""
-        os.pwrite(self._descriptor, json.dumps({**self._text, "beat": f"{self._n_beats:012d}"}).encode(), 0)
+        moving = {"rate": f"{self._rate:012.3f}", "beat": f"{self._n_beats:012d}"}
+        os.pwrite(self._descriptor, json.dumps({**self._text, **moving}).encode(), 0)
         os.fsync(self._descriptor)
 
     def move(self) -> None:
@@ -239,6 +243,10 @@ class Own:
                 self._beaten, self._trouble = now(), ""
             except OSError as error:
                 self._trouble = error.strerror or str(error)
+
+    def report(self, rate: float) -> None:
+        """Say how many units a second its owner works; written when the claim is moved the next time."""
+        self._rate = min(max(rate, 0.0), 99_999_999.0)
 
     def is_there(self) -> bool:
         """Whether the file still stands where it was made: its name has the token, and nobody makes it again."""

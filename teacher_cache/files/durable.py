@@ -240,7 +240,7 @@ def _left_by_others(path: Path) -> list[str]:
         folder = path.parent.absolute()
         if folder not in claim.leftovers:
             left = [entry.name for entry in folder.iterdir() if _LEFT.fullmatch(entry.name)]
-            claim.require()  # so nobody who has taken over from us can have left any of these
+            guard.require_held(path)  # so nobody who has taken over from us can have left any of these
             claim.leftovers[folder] = left
         found = [name for name in claim.leftovers[folder] if _LEFT.fullmatch(name)[1] == path.name]
     return found

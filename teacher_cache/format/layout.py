@@ -7,7 +7,7 @@ CACHE/
   view-000/
     checksums.json  crops.npy  crops.beton  spare.tar
     clip-b16.zarr.claim         held by who begins, completes or repairs the store
-    clip-b16.zarr.claims/       held by those who make its shards
+    clip-b16.zarr.claims/       held by those who make its shards; 000123.TOKEN.failed says why one was not made
     clip-b16.zarr/
       store.json  zarr.json  spare.tar
       commits/000123.json       while shards are missing; then shards.npy and complete.json
@@ -50,6 +50,9 @@ STORES = f"*{STORE_SUFFIX}"
 CLAIM_SUFFIX, CLAIMS_SUFFIX = ".claim", ".claims"
 CLAIMS, RANGE_CLAIMS = f"*{CLAIM_SUFFIX}", f"*{CLAIMS_SUFFIX}"
 """Patterns of what a store is claimed by."""
+FAILED_SUFFIX = ".failed"
+FAILURES = f"*{FAILED_SUFFIX}"
+"""Pattern, beside the claims of a store's shards, of what went wrong with one of them."""
 
 # --- of a store
 

@@ -194,6 +194,15 @@ class Store:
         n_records = self._unless_complete(len)
         return self.spec.n_shards if n_records is None else n_records
 
+    def unfinished(self) -> list[int]:
+        """`missing_shards` from names alone, which is fast at any size; what stands in the records is not looked at."""
+
+        def missing(records: list[Path]) -> list[int]:
+            names = {record.name for record in records}
+            return [s for s in range(self.spec.n_shards) if layout.record_path(self.path, s).name not in names]
+
+        return self._unless_complete(missing) or []
+
     def records(self) -> list[Path]:
         """The commit records of a store that is not complete. CacheCorruptError if it has lost complete.json or its records."""
         if not (self.path / layout.COMMITS).is_dir():
@@ -207,7 +216,7 @@ class Store:
         """What `read` makes of the commit records; None if the store is complete, or another process completed it meanwhile."""
         try:
             found = None if self.is_complete else read(self.records())
-        except CacheCorruptError:
+        except (CacheCorruptError, FileNotFoundError):
             if self.is_complete:
                 return None
             raise

@@ -12,6 +12,7 @@ BROUGHT_BY = {
     **dict.fromkeys(("jinja2", "markupsafe", "matplotlib"), ("pages",)),
     "sklearn": ("pages", "evals"),
     "torchmetrics": ("evals",),
+    "ray": ("ray",),
     "mlxtend": ("demo",),
 }
 """Module -> the extras that bring it (setup.cfg)."""

@@ -40,13 +40,14 @@ def _count(number: float, unit: str) -> str:
 class Progress:
     """Counts what is done, and where the time goes. Called with the number of units that have been finished: `advance(64)`.
 
-    `done` of `total` units were finished before (a resumed run); the rate is of new ones only. Unit `B`: bytes.
+    `done` of `total` units were finished before (a resumed run); the rate is of new ones only. Unit `B`: bytes. `n_others`: units
+    that other processes have finished meanwhile, which count for the time that is left.
     One thread may count what is done while another one waits.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self.n_new = 0
+        self.n_new = self.n_others = 0
         self.start = time.monotonic()
         self.waited: dict[str, float] = {}
 
@@ -78,7 +79,7 @@ class Progress:
 
     def state(self) -> str:
         """`1,024 of 5,000 crops, 12 crops/s, waits for teacher 81%, disk 12%`."""
-        n_done, rate = self.done + self.n_new, self.n_new / self.seconds
+        n_done, rate = self.done + self.n_new + self.n_others, self.n_new / self.seconds
         so_far = human(n_done) if self.unit == "B" else f"{n_done:,}"
         return f"{so_far} of {_count(self.total, self.unit)}, {_count(rate, self.unit)}/s{self.waits()}"
 
@@ -90,7 +91,8 @@ class Progress:
 
     def left(self) -> str:
         """Time that is left at the rate so far; `?` before the first unit."""
-        return clock((self.total - self.done - self.n_new) * self.seconds / self.n_new) if self.n_new else "?"
+        n_new = self.n_new + self.n_others
+        return clock((self.total - self.done - n_new) * self.seconds / n_new) if self.n_new else "?"
 
 
 class _Bar(Progress):

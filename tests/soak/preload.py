@@ -12,14 +12,13 @@ tests. Only the server may import this: it changes the process.
 
 from __future__ import annotations
 
-import numba
 import numcodecs
-import numpy as np
 import pytest  # the functions that children run stand in test files
 import torch
 import warm
 from fakes import FakeTeacher
 from PIL import Image
+from serial_loops import compile_now
 
 import pipelines.feed.cached_source
 import pipelines.feed.labelled
@@ -33,20 +32,11 @@ import teacher_cache.extraction.extract
 import teacher_cache.inspecting.inspect
 from teacher_cache import teachers
 from teacher_cache.extraction import parts
-from teacher_cache.kernels import loops, sigbus_handler  # noqa: F401 - compiled when it is imported
+from teacher_cache.kernels import sigbus_handler  # noqa: F401 - compiled when it is imported
 
 Image.init()
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
-
-
-def compile_now() -> None:
-    """Compile what every child would compile: the loops as serial ones."""
-    addresses, rows, word = np.zeros(0, "uint64"), np.zeros(0, "int64"), np.uint64(0)
-    loops.decode_rows = numba.njit(nogil=True)(loops.decode_rows.py_func)
-    loops.decode_rows(rows, np.zeros((0, 32, 32, 3), "uint8"), word, addresses, addresses, np.zeros(0, "uint32"), True, rows)
-    loops.copy_rows = numba.njit(nogil=True)(loops.copy_rows.py_func)
-    loops.copy_rows(rows, word, 1, addresses, addresses, False, 1, word, np.zeros(0, "uint8"), 1, rows)
 
 
 compile_now()

@@ -6,7 +6,8 @@ import numpy as np
 
 from teacher_cache.cache import View
 from teacher_cache.crops.beton import CropReader
-from teacher_cache.extraction.extract import require_same_probe, run_teacher
+from teacher_cache.extraction.extract import run_teacher
+from teacher_cache.extraction.probe import require_same_probe
 from teacher_cache.format.quantize import ChannelStatistics, token_errors
 from teacher_cache.store.reader import StoreReader
 from teacher_cache.terminal.progress import progress

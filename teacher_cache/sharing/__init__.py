@@ -1,0 +1,1 @@
+"""Many processes, on any machines that see the folder, fill one cache."""
