@@ -1,5 +1,9 @@
-"""What a run says of every step: a line of metrics.jsonl, and the same scalars for TensorBoard.
+"""What a run says of every step: a line of metrics.jsonl, and the same scalars for TensorBoard; and a line for each probe.
 
+    {"step": 7, "epoch": 1.4, "loss": ..., "parts": {...}, "lr": ..., "images_per_s": ..., "wait_share": ...}    StepReport
+    {"step": 10, "epoch": 2.0, "probe": {...}}                                                                   ProbeReport
+
+A probe's line stands behind that of its step; of step 0, the weights that the run began with, there is only a probe.
 Both are written in the thread of the training, so that a full disk is an error there and not the end of somebody else's thread.
 """
 
@@ -42,14 +46,26 @@ class StepReport:
     wait_share: float  # 0..1, share of the step's time spent waiting for data
 
 
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a probe found in the weights of one step; a line of metrics.jsonl."""
+
+    step: int  # completed steps
+    epoch: float  # completed epochs
+    probe: dict
+    """name, protocol, main (name of the value that counts), values (name -> share of 1), train and val (the images), seconds"""
+
+
 class StepLogs:
-    """The logs of the run in `folder`, open behind `step`; lines of later steps, which are taken again, are cut off."""
+    """The logs of the run in `folder`, open behind `step`; lines of later steps, which are taken again, are cut off.
+
+    probed: the last step that a line of a probe is of; None without one.
+    """
 
     def __init__(self, folder: Path, step: int):
         self._path = folder / METRICS
         require_own(self._path)
-        if self._path.exists():
-            _cut_behind(step, self._path)
+        self.probed = _cut_behind(step, self._path) if self._path.exists() else None
         # unbuffered: what could not be written must not be tried again when the file is closed
         self._metrics = open(self._path, "ab", buffering=0)  # noqa: SIM115  (open as long as the run)
         try:
@@ -62,9 +78,18 @@ class StepLogs:
     def write(self, report: StepReport) -> None:
         """Log one step."""
         scalars = {name: getattr(report, name) for name in ("loss", "lr", "images_per_s", "wait_share")}
+        self._add(report, scalars | {f"parts/{name}": value for name, value in report.parts.items()})
+
+    def write_probe(self, report: ProbeReport) -> None:
+        """Log what a probe found, durably: its step may be saved already."""
+        self._add(report, {f"probe/{name}": value for name, value in report.probe["values"].items()})
+        self.sync()
+        self.probed = report.step
+
+    def _add(self, report: StepReport | ProbeReport, scalars: dict[str, float]) -> None:
         try:
             self._metrics.write((json.dumps(dataclasses.asdict(report)) + "\n").encode())
-            self._events.add(report.step, scalars | {f"parts/{name}": value for name, value in report.parts.items()})
+            self._events.add(report.step, scalars)
         except OSError as error:
             raise RunError(
                 f"Step {report.step} could not be logged in {self._path.parent}: {error.strerror}. Mend that and give the same "
@@ -104,22 +129,29 @@ class _EventFile:
         self._file.close()
 
 
-def _cut_behind(step: int, metrics: Path) -> None:
-    """Keep the lines of steps up to `step`; a machine that died may have left a torn line behind them."""
-    n_kept = 0
+def _cut_behind(step: int, metrics: Path) -> int | None:
+    """Keep the lines of steps up to `step`, and give the last that a probe's line is of.
+
+    A machine that died may have left a torn line behind them.
+    """
+    n_kept, probed = 0, None
     with open(metrics, "rb") as lines, open(aside(metrics), "xb") as kept:
-        while (line := lines.readline(LONGEST_LINE)) and _step_of(line) <= step:
+        while (line := lines.readline(LONGEST_LINE)) and (found := read_line(line)) and found["step"] <= step:
             kept.write(line)
-            n_kept += 1
+            if "probe" in found:
+                probed = found["step"]
+            else:
+                n_kept += 1
     publish(metrics)
     if n_kept != step:
         warnings.warn(f"{metrics} has lines for {n_kept} of the {step} steps taken so far.", stacklevel=4)
+    return probed
 
 
-def _step_of(line: bytes) -> float:
-    """The step that a line is of; infinity if it is no line of ours."""
+def read_line(line: bytes) -> dict | None:
+    """The JSON of a line, which has a `step`; None if it is no line of ours, or torn."""
     try:
-        step = json.loads(line)["step"]
-        return step if line.endswith(b"\n") and isinstance(step, int) else float("inf")
+        found = json.loads(line)
+        return found if line.endswith(b"\n") and type(found["step"]) is int else None
     except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")
+        return None

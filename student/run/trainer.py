@@ -24,7 +24,7 @@ from ..devices.micro_batches import micro_batches, number_in_step
 from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
 from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, total_epochs
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ..files.logs import StepReport
+from ..files.logs import ProbeReport, StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
 from ..masking import draw_noise
 from ..modules.average import WeightAverage
@@ -32,6 +32,7 @@ from ..modules.model import Student
 from ..seeds import position_seed
 from .interrupts import deferred_interrupts
 from .optim import build_optimizer, set_hyperparameters
+from .probing import Probe, sentence
 from .progress import StepDisplay
 from .rates import learning_rate
 from .rescue import StepState, rescue
@@ -65,6 +66,7 @@ class Trainer:
         on_step: Callable[[StepReport], None] | None = None,
         data_from: str = "",
         init: dict | None = None,
+        probe: Probe | None = None,
     ):
         """
         config: what the run was begun with.
@@ -79,6 +81,8 @@ class Trainer:
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
         init: what the encoder of `student` began from, kept in the run: the record of exports.initial.begin.
+        probe: what is asked of the encoder while the run goes on. Process 0 alone asks; the others go on to their next step, and
+            wait for it there.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
         self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
@@ -96,6 +100,8 @@ class Trainer:
         self.keep_checkpoints = keep_checkpoints
         self.log_every = log_every
         self.on_step = on_step
+        self.probe = probe if rank() == 0 else None
+        self._probed: int | None = None
 
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
@@ -127,6 +133,8 @@ class Trainer:
                             raise
                     if stopped:  # by a signal to another process; one to this process has been delivered
                         raise KeyboardInterrupt
+            elif self.probe is not None:  # interrupted behind its last step
+                self._open_logs(StepDisplay(self.step, self.step, self.log_every))
         finally:
             self._close_directory()
         return self.step
@@ -136,8 +144,7 @@ class Trainer:
         batches = self.source.micro_batches(self.step, last_step)
         display = StepDisplay(self.step, last_step, self.log_every) if self.directory else None
         try:
-            if self.directory:
-                self.directory.open_logs(self.step)
+            self._open_logs(display)
             stopped = False
             while self.step < last_step and not stopped:
                 report, stopped = self._take_step(batches, signals)
@@ -147,6 +154,7 @@ class Trainer:
                     self.on_step(report)
                 if self._checkpoint_is_due():
                     self.save()
+                    self._ask_probe(display)
             self.save()
             return stopped
         except BaseException as error:
@@ -157,6 +165,22 @@ class Trainer:
                 display.close()
             if hasattr(batches, "close"):
                 batches.close()
+
+    def _open_logs(self, display: StepDisplay | None) -> None:
+        """Open the logs behind the last step, and ask the probe that is still missing there."""
+        if self.directory:
+            self._probed = self.directory.open_logs(self.step)
+        self._ask_probe(display)
+
+    def _ask_probe(self, display: StepDisplay | None) -> None:
+        """Ask the probe of the weights that were saved just now, if it is due and the log does not have it."""
+        if self.probe is None or self._probed == self.step:
+            return
+        if self.probe.is_due(self.step, self.source.steps_per_epoch, self.total_steps):
+            found, epoch = self.probe.ask(self.student.backbone, self.device), self.step / self.source.steps_per_epoch
+            self.directory.write_probe(ProbeReport(self.step, epoch, found))
+            self._probed = self.step
+            display.say(sentence(epoch, found))
 
     def _take_step(self, batches: Iterator[Batch], signals: Sequence[int]) -> tuple[StepReport, bool]:
         """The report of one step, and whether the processes have agreed to stop behind it."""
