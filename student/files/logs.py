@@ -1,10 +1,10 @@
-"""What a run says of every step: a line of metrics.jsonl, and the same scalars for TensorBoard; and a line for each probe.
+"""What a run says of every step, a line of metrics.jsonl; and a line for each probe. Loggers (student/loggers) follow this file.
 
     {"step": 7, "epoch": 1.4, "loss": ..., "parts": {...}, "lr": ..., "images_per_s": ..., "wait_share": ...}    StepReport
     {"step": 10, "epoch": 2.0, "probe": {...}}                                                                   ProbeReport
 
 A probe's line stands behind that of its step; of step 0, the weights that the run began with, there is only a probe.
-Both are written in the thread of the training, so that a full disk is an error there and not the end of somebody else's thread.
+It is written in the thread of the training, so that a full disk is an error there and not the end of somebody else's thread.
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from teacher_cache.files.durable import sync_folder
 
@@ -28,7 +22,6 @@ from ..errors import RunError
 from .run_files import aside, publish, require_own
 
 METRICS = "metrics.jsonl"
-EVENTS = "tensorboard"
 LONGEST_LINE = 1 << 20
 """Bytes of a line of metrics.jsonl; a longer one is no line of ours."""
 
@@ -68,28 +61,21 @@ class StepLogs:
         self.probed = _cut_behind(step, self._path) if self._path.exists() else None
         # unbuffered: what could not be written must not be tried again when the file is closed
         self._metrics = open(self._path, "ab", buffering=0)  # noqa: SIM115  (open as long as the run)
-        try:
-            self._events = _EventFile(folder / EVENTS, step + 1)
-        except BaseException:
-            self._metrics.close()
-            raise
         sync_folder(folder)
 
     def write(self, report: StepReport) -> None:
         """Log one step."""
-        scalars = {name: getattr(report, name) for name in ("loss", "lr", "images_per_s", "wait_share")}
-        self._add(report, scalars | {f"parts/{name}": value for name, value in report.parts.items()})
+        self._add(report)
 
     def write_probe(self, report: ProbeReport) -> None:
         """Log what a probe found, durably: its step may be saved already."""
-        self._add(report, {f"probe/{name}": value for name, value in report.probe["values"].items()})
+        self._add(report)
         self.sync()
         self.probed = report.step
 
-    def _add(self, report: StepReport | ProbeReport, scalars: dict[str, float]) -> None:
+    def _add(self, report: StepReport | ProbeReport) -> None:
         try:
             self._metrics.write((json.dumps(dataclasses.asdict(report)) + "\n").encode())
-            self._events.add(report.step, scalars)
         except OSError as error:
             raise RunError(
                 f"Step {report.step} could not be logged in {self._path.parent}: {error.strerror}. Mend that and give the same "
@@ -102,31 +88,6 @@ class StepLogs:
 
     def close(self) -> None:
         self._metrics.close()
-        self._events.close()
-
-
-class _EventFile:
-    """A file of scalars as TensorBoard reads them. What earlier files hold from `first_step` on is void."""
-
-    def __init__(self, folder: Path, first_step: int):
-        require_own(folder)
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115  (open as long as the run)
-        self._records = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, scalars: dict[str, float]) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(Event(step=step, summary=Summary(value=values)))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _cut_behind(step: int, metrics: Path) -> int | None:

@@ -4,7 +4,7 @@ config.json          written first: the config and the identity of the data as t
                      written again when something is changed under way
 trainer.lock/        the claim of the trainer that works here (teacher_cache/files/claims.py); gone when none does
 metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed; and one a probe (logs.py)
-tensorboard/         the same scalars
+loggers/             what loggers must remember; what they write here is beside it: tensorboard/, wandb/, mlflow.db, metrics.csv
 checkpoint-NNNNNNNN.safetensors
 failed-NNNNNNNN.json what is known of a step that failed, see failures.py
 *.partial            being written, each by a trainer of its own; a trainer that was killed may leave one, the next removes it

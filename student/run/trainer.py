@@ -26,6 +26,7 @@ from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, tot
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..files.logs import ProbeReport, StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
+from ..loggers.follow import Ended, Followers, RunToLog
 from ..masking import draw_noise
 from ..modules.average import WeightAverage
 from ..modules.model import Student
@@ -67,6 +68,7 @@ class Trainer:
         data_from: str = "",
         init: dict | None = None,
         probe: Probe | None = None,
+        followers: Followers | None = None,
     ):
         """
         config: what the run was begun with.
@@ -83,6 +85,7 @@ class Trainer:
         init: what the encoder of `student` began from, kept in the run: the record of exports.initial.begin.
         probe: what is asked of the encoder while the run goes on. Process 0 alone asks; the others go on to their next step, and
             wait for it there.
+        followers: loggers that are sent what metrics.jsonl says, by process 0.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
         self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
@@ -102,6 +105,7 @@ class Trainer:
         self.on_step = on_step
         self.probe = probe if rank() == 0 else None
         self._probed: int | None = None
+        self.followers = followers if rank() == 0 else None
 
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
@@ -120,6 +124,7 @@ class Trainer:
         has failed.
         """
         last_step = self.total_steps if max_steps is None else min(max_steps, self.total_steps)
+        ended: Ended = "failed"
         try:
             if self.step < last_step:
                 if world_size() == 1:
@@ -133,10 +138,18 @@ class Trainer:
                             raise
                     if stopped:  # by a signal to another process; one to this process has been delivered
                         raise KeyboardInterrupt
-            elif self.probe is not None:  # interrupted behind its last step
+            elif self.probe or self.followers:  # interrupted behind its last step, or a logger lacks something
                 self._open_logs(StepDisplay(self.step, self.step, self.log_every))
+            ended = "finished" if self.step >= self.total_steps else "stopped"
+        except KeyboardInterrupt:
+            ended = "stopped"
+            raise
         finally:
-            self._close_directory()
+            try:
+                if self.followers:
+                    self.followers.close(ended, whole=not self._probe_is_missing())
+            finally:
+                self._close_directory()
         return self.step
 
     def _train_to(self, last_step: int, signals: Sequence[int] = ()) -> bool:
@@ -170,13 +183,19 @@ class Trainer:
         """Open the logs behind the last step, and ask the probe that is still missing there."""
         if self.directory:
             self._probed = self.directory.open_logs(self.step)
+        if self.followers:
+            self.followers.open(RunToLog(self.directory.path, self.config, self.source.identity, self.step))
         self._ask_probe(display)
 
-    def _ask_probe(self, display: StepDisplay | None) -> None:
-        """Ask the probe of the weights that were saved just now, if it is due and the log does not have it."""
+    def _probe_is_missing(self) -> bool:
+        """Whether the probe of the weights of this step is due, and the log does not have it."""
         if self.probe is None or self._probed == self.step:
-            return
-        if self.probe.is_due(self.step, self.source.steps_per_epoch, self.total_steps):
+            return False
+        return self.probe.is_due(self.step, self.source.steps_per_epoch, self.total_steps)
+
+    def _ask_probe(self, display: StepDisplay | None) -> None:
+        """Ask the probe of the weights that were saved just now, unless the log has it."""
+        if self._probe_is_missing():
             found, epoch = self.probe.ask(self.student.backbone, self.device), self.step / self.source.steps_per_epoch
             self.directory.write_probe(ProbeReport(self.step, epoch, found))
             self._probed = self.step
