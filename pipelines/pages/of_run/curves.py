@@ -47,27 +47,29 @@ def curves(run: RunFacts) -> list[tuple[Markup, str]]:
 def probe_charts(run: RunFacts) -> list[tuple[Markup, str]]:
     """(chart, caption) of what probes found: one chart for each protocol and set of images, a line for each token."""
     charts = []
-    for number, reports in enumerate(by_protocol(run.probes)):
+    for number, reports in enumerate(by_protocol(run.probes).values()):
         first = reports[0]["probe"]
-        epochs = np.array([report["epoch"] for report in reports])
         of_main = first["main"].rpartition("/")[2]
         names = [name for name in first["values"] if name.rpartition("/")[2] == of_main]
-        lines = {name: np.array([100 * report["probe"]["values"].get(name, np.nan) for report in reports]) for name in names}
-        charts.append(line_chart(f"probe-{number}", lines, probe_caption(first), epochs, marker="o"))
+        lines = [(name, *probe_line(reports, name)) for name in names]
+        charts.append(line_chart(f"probe-{number}", lines, probe_caption(first), marker="o"))
     return charts
 
 
-def by_protocol(probes: Sequence[dict]) -> list[list[dict]]:
-    """Reports of probes that can be compared: of one protocol on the same images, in their order."""
+def by_protocol(probes: Sequence[dict]) -> dict[tuple, list[dict]]:
+    """Reports of probes by what must be the same for them to be compared: protocol, size and images; each list in its order."""
     groups: dict[tuple, list[dict]] = {}
     for report in probes:
-        groups.setdefault(protocol_of(report["probe"]), []).append(report)
-    return list(groups.values())
+        probe = report["probe"]
+        prints = (probe[side]["fingerprint"] for side in ("train", "val"))
+        groups.setdefault((probe["protocol"], probe["main"], probe.get("image_size"), *prints), []).append(report)
+    return groups
 
 
-def protocol_of(probe: dict) -> tuple:
-    """Probes with the same one can be compared."""
-    return (probe["protocol"], probe.get("image_size"), *(probe[side]["fingerprint"] for side in ("train", "val")))
+def probe_line(reports: Sequence[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, the value `name` in %) of reports of one protocol; NaN where one lacks it."""
+    epochs = np.array([report["epoch"] for report in reports], "float64")
+    return epochs, np.array([100 * report["probe"]["values"].get(name, np.nan) for report in reports], "float64")
 
 
 def probe_caption(probe: dict) -> str:
@@ -77,15 +79,23 @@ def probe_caption(probe: dict) -> str:
 
 
 def _lines(run: RunFacts, name: str, lines: dict[str, np.ndarray], caption: str, epochs=None, floor=None) -> tuple[Markup, str]:
-    epochs = run.steps["epoch"] if epochs is None else epochs
-    return line_chart(name, {label: thinned(values) for label, values in lines.items()}, caption, thinned(epochs), floor)
+    epochs = thinned(run.steps["epoch"] if epochs is None else epochs)
+    return line_chart(name, [(label, epochs, thinned(values)) for label, values in lines.items()], caption, floor)
 
 
-def line_chart(name: str, lines: dict[str, np.ndarray], caption: str, epochs, floor=None, marker="") -> tuple[Markup, str]:
-    """A chart of lines by epoch, and its caption."""
+def line_chart(
+    name: str, lines: Sequence[tuple[str, np.ndarray, np.ndarray]], caption: str, floor: float | None = None, marker: str = "",
+    styles: Sequence[int] | None = None,
+) -> tuple[Markup, str]:  # fmt: skip
+    """A chart of lines by epoch, and its caption.
+
+    lines: (label, epochs, values).  floor: lowest value that is drawn.  styles: of each line its number in STYLES; without
+    them in order, and again behind the last.
+    """
 
     def paint(axes) -> None:
-        for (label, values), (colour, style) in zip(lines.items(), STYLES * (1 + len(lines) // len(STYLES)), strict=False):
+        for number, (label, epochs, values) in enumerate(lines):
+            colour, style = STYLES[(styles[number] if styles else number) % len(STYLES)]
             line = {"color": COLOURS[colour], "linestyle": style, "linewidth": 1.4, "marker": marker, "markersize": 3}
             axes.plot(epochs, values, label=label, **line)
         axes.set_xlabel("epoch")
@@ -94,5 +104,5 @@ def line_chart(name: str, lines: dict[str, np.ndarray], caption: str, epochs, fl
         if len(lines) > 1:
             axes.legend(ncols=2 if len(lines) > 4 else 1)
 
-    ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, values in lines.items() if len(values))
+    ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, _, values in lines if len(values))
     return chart(name, f"{caption} by epoch: {ends}", paint, height=2.8), caption
