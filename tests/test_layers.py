@@ -19,7 +19,8 @@ PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "
 ROOMS = {
     "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
                       "teachers", "extraction", "sharing", "checking", "estimating", "inspecting"],
-    "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "exports", "run", "evals"],
+    "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "loggers", "exports", "run",
+                 "evals"],
     "pipelines": ["feed", "presets", "pages", "demo"],
 }  # fmt: skip
 """Package -> its rooms, folders and modules, from the lowest: a room imports from those before it. Beside them, programs."""
@@ -171,7 +172,7 @@ def test_teachers_stay_in_their_room():
 
 
 def test_what_is_loaded_at_run_time():
-    """Looking into a cache, and at the presets, loads neither torch nor zarr; training loads no teacher and no open_clip."""
+    """Looking into a cache, and at the presets, loads neither torch nor zarr; training no teacher, open_clip or logger."""
     code = """
 import sys
 from click.testing import CliRunner
@@ -182,6 +183,7 @@ import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.chec
 assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect, verify, --list and --show"
 import pipelines.feed.cached_source, pipelines.presets, student.run.trainer
 assert {"torch", "timm", "ffcv"} <= set(sys.modules), "this test looks at the wrong modules"
+assert not {"tensorboard", "wandb", "mlflow"} & set(sys.modules), "loggers that nobody asked for"
 print([name for name in sys.modules if name.startswith(("teacher_cache.teachers", "open_clip"))])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -92,7 +92,9 @@ def test_extras_are_named_together():
     assert extras_for("open_clip", "train") == ("teachers",)
     assert extras_for("tomllib") == ()
     assert install_command(("pages", "train")) == "pip install 'teacher-cache[pages,train]'"
-    assert set().union(*TAKEN_BY.values(), *BROUGHT_BY.values()) <= {"teachers", "train", "pages", "evals", "ray", "demo", "all"}
+    assert set().union(*TAKEN_BY.values(), *BROUGHT_BY.values()) <= {
+        *("teachers", "train", "pages", "evals", "ray", "demo", "all", "tensorboard", "wandb", "mlflow", "log"),
+    }
 
 
 def test_the_core_lists_and_inspects():

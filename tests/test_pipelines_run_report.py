@@ -67,6 +67,8 @@ def run(*arguments, code=0):
 def made(tmp_path_factory, shared_cache):
     """A run and its page. Read only."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "mr-mae", shared_cache, "mr-mae-b16")
+    (folder / "loggers").mkdir()
+    (folder / "loggers" / "any.json").write_text("{}")
     run(folder, "-o", folder.parent / "page.html")
     return folder
 
@@ -224,7 +226,7 @@ def test_the_page_is_one_file(page):
         (["{run}", "-o", "{tmp}"], 2, "is a folder"),
         (["{run}", "-o", "{tmp}/no/a.html"], 2, "mkdir -p"),
         (["{tmp}/nowhere", "--json"], 1, "is no run of student-train: there is no such folder"),
-        (["{run}/tensorboard", "--json"], 1, "it has no config.json; it holds events.out.tfevents."),
+        (["{run}/loggers", "--json"], 1, "it has no config.json; it holds any.json."),
         (["{cache}", "--json"], 1, "is no run of student-train: it is a cache. Give the folder of its --out."),
         (["{run}/config.json", "--json"], 1, "is a file. Give the folder of a run"),
     ],

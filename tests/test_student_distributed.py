@@ -20,6 +20,7 @@ from student import AlignConfig, ConfigError, NonFiniteLossError, RunError, Stud
 from student.devices import distributed
 from student.devices.distributed import processes, rank, world_size
 from student.files.checkpoint import latest_checkpoint, load_backbone
+from student.run.probing import Probe
 from student.run.trainer import Trainer
 
 OPTIM = replace(tiny_config().optim, base_lr=1e-3, clip_grad=1.0, ema=0.9)
@@ -27,9 +28,10 @@ CONFIG = tiny_config(optim=OPTIM, batch_size=8, accumulate=2)
 ALIGN = replace(CONFIG, objectives=(AlignConfig(levels=2),))
 
 
-def trainer(out: Path, config=CONFIG, before=lambda step, index: None) -> Trainer:
+def trainer(out: Path, config=CONFIG, before=lambda step, index: None, **options) -> Trainer:
     student = Student(config, (TEACHER,))
-    return Trainer(config, student, FakeSource(config, student.needs, before=before, rank=rank(), world=world_size()), out)
+    source = FakeSource(config, student.needs, before=before, rank=rank(), world=world_size())
+    return Trainer(config, student, source, out, **options)
 
 
 def one_of_two(place: int, folder: str) -> None:
@@ -42,6 +44,10 @@ def one_of_two(place: int, folder: str) -> None:
         assert (device, rank(), world_size()) == ("cpu", place, 2)
         trainer(folder / "two").fit()
         trainer(folder / "align", ALIGN).fit(max_steps=3)
+        asked = []
+        probe = Probe(lambda encoder: asked.append(rank()) or {"name": "any", "main": "a", "values": {"a": torch.rand(1).item()}})
+        trainer(folder / "probed", probe=probe).fit()
+        seen["probes"] = asked
 
         def interrupt(step, index):
             if place == 1 and (step, index) == (3, 1):
@@ -141,6 +147,13 @@ def test_they_stop_at_one_step(folder):
     undisturbed, resumed = weights(folder / "two"), weights(folder / "stopped")
     for key, tensor in undisturbed.items():
         assert torch.equal(resumed[key], tensor), key
+
+
+def test_one_of_them_asks_the_probe(folder):
+    """Process 0 alone asks, at the begin and behind both epochs; the run stays the same, bit for bit."""
+    assert [json.loads((folder / f"{place}.json").read_text())["probes"] for place in (0, 1)] == [[0, 0, 0], []]
+    undisturbed, probed = weights(folder / "two"), weights(folder / "probed")
+    assert all(torch.equal(probed[key], tensor) for key, tensor in undisturbed.items())
 
 
 def test_they_fail_as_one(folder):

@@ -318,3 +318,24 @@ def test_random_weights_are_a_function_of_their_seed(a_run, images):
     first, again, other = (record["weights"] for record in records)
     assert first == again != other
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_demos_table_by_one_command(images):
+    """student-eval knn gives the very figures of make demo's own table: of the teacher, and of weights before any training."""
+    from pipelines.demo.__main__ import accuracy
+    from pipelines.presets import recipe
+    from student.evals import TeacherEncoder
+    from student.modules.backbones import build_backbone
+    from teacher_cache.teachers import load_teacher
+
+    config, teacher = recipe("mae-demo").config, load_teacher("demo")
+    torch.manual_seed(config.seed)
+    sides = [LabelledImages(images, config.backbone.image_size) for _ in range(2)]
+    expected = {"random": accuracy(build_backbone(config.backbone), *sides)}
+    own = LabelledImages(images, teacher.spec.image_size, mean=teacher.spec.mean, std=teacher.spec.std)
+    expected["demo"] = accuracy(TeacherEncoder(teacher), own, own)
+    words = ("--like", "mae-demo", "--neighbours", 20, "--train", images, "--val", images, "--json")
+    found = {what: {} for what in expected}
+    for record in json.loads(done("knn", "demo", "random", *words))["records"]:
+        found[record["what"]][record["readout"]] = record["results"][record["main"]]["mean"]
+    assert found == expected

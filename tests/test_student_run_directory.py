@@ -107,7 +107,7 @@ def test_killed_at_every_moment(tmp_path, kill_at, killed_before):
             assert torch.equal(value, resumed.student.state_dict()[name]), (n, name)
         assert losses(out) == losses(undisturbed.directory.path)
         names = {path.name for path in out.iterdir()} - {"checkpoint-00000002.safetensors"}  # if killed before it was removed
-        assert names == {"checkpoint-00000003.safetensors", "config.json", "metrics.jsonl", "tensorboard"}, n
+        assert names == {"checkpoint-00000003.safetensors", "config.json", "metrics.jsonl"}, n
     assert n > (15 if killed_before else 25)
 
 
@@ -264,7 +264,7 @@ def test_lines_behind_the_checkpoint_are_cut(tmp_path, line):
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "config.json.partial", "metrics.jsonl", "tensorboard", "trainer.lock", "checkpoint-00000002.safetensors"],
+    ["config.json", "config.json.partial", "metrics.jsonl", "trainer.lock", "checkpoint-00000002.safetensors"],
 )
 def test_links_lead_nowhere_outside(tmp_path, name):
     """No file of a run's directory that is a link to somewhere else is read or written through."""
@@ -291,32 +291,24 @@ def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
     """A step that cannot be logged stops the run with a sentence; the directory stays sound."""
     trainer = make_trainer(tmp_path / "run")
 
-    def no_space(step, scalars):
-        raise OSError(28, "No space left on device")
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
 
-    trainer.on_step = lambda report: monkeypatch.setattr(trainer.directory._logs._events, "add", no_space)
+        def __getattr__(self, name):
+            return getattr(metrics, name)
+
+    def fill(report):
+        nonlocal metrics
+        metrics = trainer.directory._logs._metrics
+        trainer.directory._logs._metrics = Full()
+
+    metrics = None
+    trainer.on_step = fill
     with pytest.raises(RunError, match="Step 2 could not be logged in .*: No space left on device"):
         trainer.fit()
     assert make_trainer(tmp_path / "run").fit() == 3
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_tensorboard_reads_it(tmp_path):
-    """TensorBoard finds every step once, also of a run that was resumed behind its last checkpoint."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def stop(report):
-        if report.step == 1:
-            raise OSError("gone")
-
-    with pytest.raises(OSError, match="gone"):
-        make_trainer(tmp_path / "run", on_step=stop).fit()
-    make_trainer(tmp_path / "run").fit()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) >= {"loss", "lr", "wait_share", "parts/mimic"}
-    seen = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert [step for step, _ in seen] == [1, 2, 3]
-    assert [value for _, value in seen] == pytest.approx([loss for _, loss in losses(tmp_path / "run")])
 
 
 # --- shared with others -------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ def main() -> None:
 
     click.echo("\n4. What they learned.")
     click.echo(table(digits, seconds))
+    runs = " ".join(str(OUT / preset) for preset in STUDENTS.values())
+    sides = " ".join(f"--{split} {digits / split}" for split in SPLITS)
+    click.echo("\nThe same figures by one command, and the runs on one page:\n")
+    click.echo(f"  student-eval knn {runs} demo random --neighbours {N_NEIGHBOURS} {sides} --record {OUT}/results.jsonl")
+    click.echo(f"  student-report {runs} --evaluations {OUT}/results.jsonl -o {OUT}/students.html")
     click.echo(f"\nTook {time.monotonic() - started:.0f} s. The real job, on a folder of ImageNet images and a GPU:\n")
     click.echo("  teacher-cache extract --teacher clip-b16 --weights ViT-B-16.pt --images imagenet/train CACHE")
     click.echo("  student-train --cache CACHE --preset maskalign-b16 --out runs/maskalign")

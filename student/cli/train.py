@@ -13,9 +13,10 @@ from teacher_cache.files.claims import taking_over
 from teacher_cache.store.reader import CHECKS, READERS
 from teacher_cache.terminal.command import one_line_errors, say
 
-from ..errors import StudentError
+from ..errors import RunError, StudentError
 from .lesson import Lesson, any_store, live_lesson, stored_lesson
 from .options import COMMAND_AT_FAULT, PATH, SETTINGS, pairs_of
+from .probe import probe_of
 from .show import print_preset, print_presets, print_rates
 
 
@@ -48,6 +49,11 @@ from .show import print_preset, print_presets, print_rates
               help="When the checksum of a row of targets is compared. [default: first]")  # fmt: skip
 @click.option("--init", metavar="FILE|RUN|timm:NAME", help="Begin the encoder from weights that are there: MAE's or MCMAE's "
               ".pth, a file of timm or student-export, a folder of transformers' ViT, another run, a model of timm.")  # fmt: skip
+@click.option("--probe", metavar="knn:DIR", help="Behind every epoch say the kNN accuracy of labelled images: DIR has train/ and "
+              "val/, folders of class folders. In metrics.jsonl, too; the run itself stays the same.")  # fmt: skip
+@click.option("--probe-every", type=click.IntRange(1), help="Epochs between two probes. [default: 1]")
+@click.option("--log", "loggers", metavar="NAME,...", help="Loggers beside metrics.jsonl: tensorboard, wandb, mlflow, csv. Each "
+              "has every step once, also of a run that was killed; one that is added later catches up.")  # fmt: skip
 @click.option("--live", is_flag=True, help="Run the teacher on the spot instead of reading its targets (slow; for comparison).")
 @click.option("--weights", multiple=True, help="With --live: the weights of each teacher, as for teacher-cache extract.")
 @click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
@@ -61,8 +67,8 @@ from .show import print_preset, print_presets, print_rates
               "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, requests, extend_epochs, teachers, views, tiny, accept_mismatch, max_steps, device,
-          micro_batch, workers, reader, check, init, live, weights, compiled, checkpoint_every, keep_checkpoints, take_over,
-          list_presets, show, rates, as_json):  # fmt: skip
+          micro_batch, workers, reader, check, init, probe, probe_every, loggers, live, weights, compiled, checkpoint_every,
+          keep_checkpoints, take_over, list_presets, show, rates, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -72,6 +78,7 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
       student-train --cache CACHE --preset maskalign-b16 --out runs/a --change optim.base_lr=1e-4
       student-train --cache CACHE --preset maskalign-b16 --out runs/a --extend-epochs 400 --change optim.base_lr=1e-4
       student-train --cache CACHE --preset maskalign-b16 --out runs/d --init mae_pretrain_vit_base.pth
+      student-train --cache CACHE --preset maskalign-b16 --out runs/a --probe knn:small --log tensorboard,csv
       torchrun --nproc-per-node 8 -m student --cache CACHE --preset milan-b16 --out runs/c
 
     Ctrl-C, SIGTERM (pre-emption) and any error save the last completed step; the same command goes on from there, with the very
@@ -104,10 +111,12 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
             if value is None:
                 raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
         _require_fitting_options(chosen, teachers, live, weights, reader, check)
+        if probe_every and not probe:
+            raise UsageError("--probe-every goes with --probe knn:DIR.")
 
         from teacher_cache.device import pick_device
 
-        from ..devices.distributed import processes, world_size
+        from ..devices.distributed import processes, rank, world_size
         from ..devices.micro_batches import micro_batches
         from ..files.begun import as_begun
 
@@ -133,15 +142,21 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
             reading = {"reader": reader or "mmap", "check": check or "first"}
             options = {"changes": requests, "micro_batch": micro_batch, "checkpoint_every": checkpoint_every,
                        "keep_checkpoints": keep_checkpoints, "compiled": compiled}  # fmt: skip
+            if probe and rank() == 0:
+                options["probe"] = probe_of(probe, probe_every or 1, config.backbone.image_size, device)
+            if loggers and rank() == 0:
+                options["followers"] = followers_of(loggers)
             run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options, init)
             _tell(*(f"note     {line}" for line in kept))
             try:
                 steps = run.trainer.fit(max_steps)
             except Exception as error:
-                _tell(*getattr(error, "__notes__", ()))
+                _tell(*getattr(error, "__notes__", ()), *(run.trainer.followers.unsent if run.trainer.followers else ()))
                 raise
             done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
             _tell(f"{out}: {done}.")
+            if run.trainer.followers and run.trainer.followers.unsent:
+                raise RunError("\n".join(run.trainer.followers.unsent))
 
 
 def _changes_and_views(
@@ -253,6 +268,21 @@ def _trainer(config, cache: Cache, lesson: Lesson, out: Path, data, reading, mis
     if trainer.directory and not trainer.is_new:
         _tell(f"resumed  at step {trainer.step:,}" + ("" if trainer.step else ": no checkpoint is there"))
     return trainer
+
+
+def followers_of(names: str):
+    """The loggers of --log, all that can be missing found before anything is written."""
+    from ..errors import ConfigError
+    from ..loggers import LOGGERS, loggers_of
+    from ..loggers.follow import Followers
+
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    if not asked:
+        raise UsageError(f"--log {names!r}: give one or more of {', '.join(LOGGERS)}, with commas between them.")
+    try:
+        return Followers(loggers_of(asked), say)
+    except ConfigError as error:
+        raise UsageError(f"--log {names}: {error}") from error
 
 
 def _bf16_offered(trainer) -> list[str]:

@@ -3,8 +3,8 @@
 config.json          written first: the config and the identity of the data as the run was begun, what a directory is checked by;
                      written again when something is changed under way
 trainer.lock/        the claim of the trainer that works here (teacher_cache/files/claims.py); gone when none does
-metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed
-tensorboard/         the same scalars
+metrics.jsonl        one JSON object a step, in order, each step once however often the run was resumed; and one a probe (logs.py)
+loggers/             what loggers must remember; what they write here is beside it: tensorboard/, wandb/, mlflow.db, metrics.csv
 checkpoint-NNNNNNNN.safetensors
 failed-NNNNNNNN.json what is known of a step that failed, see failures.py
 *.partial            being written, each by a trainer of its own; a trainer that was killed may leave one, the next removes it
@@ -28,7 +28,7 @@ from ..config import TrainConfig
 from ..errors import RunError, RunMismatchError
 from . import changes as history
 from .checkpoint import CHECKPOINT, latest_checkpoint, recorded_description
-from .logs import METRICS, StepLogs, StepReport
+from .logs import METRICS, ProbeReport, StepLogs, StepReport
 from .provenance import require_same, require_same_config
 from .run_files import LARGEST_JSON, PARTIAL, refusal_explained, require_held, require_own, write_whole
 
@@ -116,16 +116,25 @@ class RunDirectory:
             write_whole(self.path / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
         return is_new
 
-    def open_logs(self, step: int) -> None:
-        """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off."""
+    def open_logs(self, step: int) -> int | None:
+        """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off.
+
+        Gives the last step that the log has a probe of; None without one.
+        """
         if not self._is_held:
             raise RunError(f"This trainer has let go of {self.path}. Make another one to go on.")
         self._logs = StepLogs(self.path, step)
+        return self._logs.probed
 
     def write(self, report: StepReport) -> None:
         """Log one step. RunError if another trainer has taken the run over."""
         require_held(self.path / METRICS)
         self._logs.write(report)
+
+    def write_probe(self, report: ProbeReport) -> None:
+        """Log what a probe found, durably. RunError if another trainer has taken the run over."""
+        require_held(self.path / METRICS)
+        self._logs.write_probe(report)
 
     def sync(self) -> None:
         """Make the log durable, before a checkpoint says that its steps are done."""

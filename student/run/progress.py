@@ -33,6 +33,10 @@ class StepDisplay:
             done = f"step {report.step}/{self._last_step}  epoch {report.epoch:.2f}"
             self._console.print(f"{done}  {line}", highlight=False, soft_wrap=True)
 
+    def say(self, line: str) -> None:
+        """Print a line of its own; a bar stays below it."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -24,14 +24,16 @@ from ..devices.micro_batches import micro_batches, number_in_step
 from ..errors import ConfigError, NonFiniteLossError, RunError, RunMismatchError
 from ..files.changes import VIEWS, Change, config_at, extended, schedule_at, total_epochs
 from ..files.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ..files.logs import StepReport
+from ..files.logs import ProbeReport, StepReport
 from ..files.run_directory import RunDirectory, recorded_changes
+from ..loggers.follow import Ended, Followers, RunToLog
 from ..masking import draw_noise
 from ..modules.average import WeightAverage
 from ..modules.model import Student
 from ..seeds import position_seed
 from .interrupts import deferred_interrupts
 from .optim import build_optimizer, set_hyperparameters
+from .probing import Probe, sentence
 from .progress import StepDisplay
 from .rates import learning_rate
 from .rescue import StepState, rescue
@@ -65,6 +67,8 @@ class Trainer:
         on_step: Callable[[StepReport], None] | None = None,
         data_from: str = "",
         init: dict | None = None,
+        probe: Probe | None = None,
+        followers: Followers | None = None,
     ):
         """
         config: what the run was begun with.
@@ -79,6 +83,9 @@ class Trainer:
         on_step: called after each step with its report; may raise KeyboardInterrupt to stop the run.
         data_from: where the data lies, written into config.json for people; it may have moved when the run goes on.
         init: what the encoder of `student` began from, kept in the run: the record of exports.initial.begin.
+        probe: what is asked of the encoder while the run goes on. Process 0 alone asks; the others go on to their next step, and
+            wait for it there.
+        followers: loggers that are sent what metrics.jsonl says, by process 0.
         """
         self.accumulate = micro_batches(config, world_size(), micro_batch)
         self.n_micro_batches = self.accumulate * world_size()  # of a step, over all processes
@@ -96,6 +103,9 @@ class Trainer:
         self.keep_checkpoints = keep_checkpoints
         self.log_every = log_every
         self.on_step = on_step
+        self.probe = probe if rank() == 0 else None
+        self._probed: int | None = None
+        self.followers = followers if rank() == 0 else None
 
         self.state = StepState()
         self.directory = RunDirectory(out_dir, config, source.identity) if rank() == 0 else None
@@ -114,6 +124,7 @@ class Trainer:
         has failed.
         """
         last_step = self.total_steps if max_steps is None else min(max_steps, self.total_steps)
+        ended: Ended = "failed"
         try:
             if self.step < last_step:
                 if world_size() == 1:
@@ -127,8 +138,18 @@ class Trainer:
                             raise
                     if stopped:  # by a signal to another process; one to this process has been delivered
                         raise KeyboardInterrupt
+            elif self.probe or self.followers:  # interrupted behind its last step, or a logger lacks something
+                self._open_logs(StepDisplay(self.step, self.step, self.log_every))
+            ended = "finished" if self.step >= self.total_steps else "stopped"
+        except KeyboardInterrupt:
+            ended = "stopped"
+            raise
         finally:
-            self._close_directory()
+            try:
+                if self.followers:
+                    self.followers.close(ended, whole=not self._probe_is_missing())
+            finally:
+                self._close_directory()
         return self.step
 
     def _train_to(self, last_step: int, signals: Sequence[int] = ()) -> bool:
@@ -136,8 +157,7 @@ class Trainer:
         batches = self.source.micro_batches(self.step, last_step)
         display = StepDisplay(self.step, last_step, self.log_every) if self.directory else None
         try:
-            if self.directory:
-                self.directory.open_logs(self.step)
+            self._open_logs(display)
             stopped = False
             while self.step < last_step and not stopped:
                 report, stopped = self._take_step(batches, signals)
@@ -147,6 +167,7 @@ class Trainer:
                     self.on_step(report)
                 if self._checkpoint_is_due():
                     self.save()
+                    self._ask_probe(display)
             self.save()
             return stopped
         except BaseException as error:
@@ -157,6 +178,28 @@ class Trainer:
                 display.close()
             if hasattr(batches, "close"):
                 batches.close()
+
+    def _open_logs(self, display: StepDisplay | None) -> None:
+        """Open the logs behind the last step, and ask the probe that is still missing there."""
+        if self.directory:
+            self._probed = self.directory.open_logs(self.step)
+        if self.followers:
+            self.followers.open(RunToLog(self.directory.path, self.config, self.source.identity, self.step))
+        self._ask_probe(display)
+
+    def _probe_is_missing(self) -> bool:
+        """Whether the probe of the weights of this step is due, and the log does not have it."""
+        if self.probe is None or self._probed == self.step:
+            return False
+        return self.probe.is_due(self.step, self.source.steps_per_epoch, self.total_steps)
+
+    def _ask_probe(self, display: StepDisplay | None) -> None:
+        """Ask the probe of the weights that were saved just now, unless the log has it."""
+        if self._probe_is_missing():
+            found, epoch = self.probe.ask(self.student.backbone, self.device), self.step / self.source.steps_per_epoch
+            self.directory.write_probe(ProbeReport(self.step, epoch, found))
+            self._probed = self.step
+            display.say(sentence(epoch, found))
 
     def _take_step(self, batches: Iterator[Batch], signals: Sequence[int]) -> tuple[StepReport, bool]:
         """The report of one step, and whether the processes have agreed to stop behind it."""

@@ -8,7 +8,7 @@ PACKAGE = "teacher-cache"
 BROUGHT_BY = {
     **dict.fromkeys(("ffcv", "llvmlite", "numba", "safetensors", "setuptools", "timm", "torch"), ("train", "teachers")),
     **dict.fromkeys(("huggingface_hub", "open_clip", "torchvision"), ("teachers",)),
-    **dict.fromkeys(("tensorboard",), ("train",)),
+    **{name: (name, "log") for name in ("tensorboard", "wandb", "mlflow")},
     **dict.fromkeys(("jinja2", "markupsafe", "matplotlib"), ("pages",)),
     "sklearn": ("pages", "evals"),
     "torchmetrics": ("evals",),

@@ -35,6 +35,8 @@ class RunFacts:
     """float64 [n_steps]: step, epoch, loss, lr, images_per_s, wait_share; by name."""
     parts: dict[str, np.ndarray]
     """The unweighted losses and their details, float64 [n_steps], NaN where a step has none."""
+    probes: tuple[dict, ...]
+    """What probes found, in order: ProbeReport as JSON."""
     n_torn: int
     """Lines of metrics.jsonl that cannot be read."""
     checkpoints: dict[Path, int]
@@ -82,6 +84,7 @@ class RunFacts:
             "finished": self.n_steps == self.total_steps, "hours": float(self.seconds.sum()) / 3600,
             "images_per_s": self.images_per_s, "wait_share": self.wait_share, "last": last,
             "parts": {name: float(values[-1]) for name, values in self.parts.items() if math.isfinite(values[-1])},
+            "probes": list(self.probes),
             "unreadable_log_lines": self.n_torn, "checkpoints": [path.name for path in self.checkpoints],
             "changes": to_json(self.changes),
             **{key: self.description.get(key) for key in ("config", "identity", "made_by", "pixels", "data_from")},
@@ -96,7 +99,7 @@ def read_run(path: Path) -> RunFacts:
     except ConfigError as error:
         raise RunError(f"{path} has a configuration that this version cannot read: {error}") from error
     changes = from_json(description.get("changes", []), str(path))
-    reports, n_torn = _read_metrics(path / METRICS)
+    reports, probes, n_torn = _read_metrics(path / METRICS)
     names = ("step", "epoch", "loss", "lr", "images_per_s", "wait_share")
     steps = {name: np.array([report[name] for report in reports], "float64") for name in names}
     part_names = list(dict.fromkeys(name for report in reports for name in report["parts"]))
@@ -105,23 +108,32 @@ def read_run(path: Path) -> RunFacts:
     for checkpoint in checkpoints(path):
         with contextlib.suppress(FileNotFoundError):  # a run that goes on removes its old ones
             sizes[checkpoint] = checkpoint.stat().st_size
-    return RunFacts(Path(path), config, description, changes, steps, parts, n_torn, sizes)
+    return RunFacts(Path(path), config, description, changes, steps, parts, tuple(probes), n_torn, sizes)
 
 
-def _read_metrics(path: Path) -> tuple[list[dict], int]:
-    """The reports of a run's steps, and how many lines are none: a machine that died may have torn the last one."""
-    reports, n_torn = [], 0
+def _read_metrics(path: Path) -> tuple[list[dict], list[dict], int]:
+    """The reports of a run's steps and of its probes, and how many lines are none: a machine that died may have torn the last."""
+    reports, probes, n_torn = [], [], 0
     if not path.exists():
-        return reports, n_torn
+        return reports, probes, n_torn
     with open(path, "rb") as lines:
         while line := lines.readline(LONGEST_LINE):
             try:
                 report = json.loads(line)
-                numbers = [report[name] for name in ("step", "epoch", "loss", "lr", "images_per_s", "wait_share")]
-                numbers += report["parts"].values()
-                if not all(isinstance(number, int | float) for number in numbers) or report["images_per_s"] <= 0:
+                if "probe" in report:
+                    numbers = [report["step"], report["epoch"], *report["probe"]["values"].values()]
+                    names = [report["probe"][name] for name in ("name", "protocol", "main")]
+                    names += [report["probe"][side]["fingerprint"] for side in ("train", "val")]
+                    if not all(isinstance(name, str) for name in names) or names[2] not in report["probe"]["values"]:
+                        raise ValueError("not names")
+                else:
+                    numbers = [report[name] for name in ("step", "epoch", "loss", "lr", "images_per_s", "wait_share")]
+                    numbers += report["parts"].values()
+                    if report["images_per_s"] <= 0:
+                        raise ValueError("not a speed")
+                if not all(isinstance(number, int | float) for number in numbers):
                     raise ValueError("not numbers")
-                reports.append(report)
+                (probes if "probe" in report else reports).append(report)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 n_torn += 1
-    return reports, n_torn
+    return reports, probes, n_torn

@@ -11,18 +11,21 @@ from teacher_cache.estimating.verdict import hours
 
 from ..page import data_uri, render
 from .curves import curves
+from .evaluations import Evaluations
 from .pictures import Pictures, encoded_picture, look
 from .run_facts import RunFacts
 
 MUCH_WAITING = 0.05
 """Share of its time that a run may wait for data before the page calls it slow."""
 SECTIONS = {
-    "state": "State", "curves": "Curves", "pictures": "What the student does", "speed": "Speed", "settings": "Settings",
-    "data": "Data", "checkpoints": "Checkpoints",
+    "state": "State", "curves": "Curves", "evaluations": "Evaluations", "pictures": "What the student does", "speed": "Speed",
+    "settings": "Settings", "data": "Data", "checkpoints": "Checkpoints",
 }  # fmt: skip
 
 
-def run_page(run: RunFacts, cache_dir: Path | None, n_crops: int) -> tuple[str, list[str]]:
+def run_page(
+    run: RunFacts, cache_dir: Path | None, n_crops: int, evaluations: Evaluations | None = None
+) -> tuple[str, list[str]]:
     """HTML of the page, and what it lacks, a sentence each. cache_dir: where the cache lies; None: where the run says."""
     missing = []
     pictures: Pictures | None = None
@@ -34,7 +37,8 @@ def run_page(run: RunFacts, cache_dir: Path | None, n_crops: int) -> tuple[str, 
         missing.append(f"{run.n_torn} lines of metrics.jsonl could not be read and are left out.")
     html = render(
         "run.html", sections=SECTIONS, name=run.path.resolve().name, preset=run.config.preset, missing=missing, state=_state(run),
-        curves=curves(run) if run.n_steps else [], shown=_shown(pictures), about=pictures.about if pictures else [],
+        curves=curves(run) if run.n_steps else [], evaluations=(evaluations or Evaluations()).tables(),
+        shown=_shown(pictures), about=pictures.about if pictures else [],
         step=pictures.step if pictures else None, is_small=bool(pictures) and len(pictures.crops[0].panels[0].pixels) < 96,
         speed=_speed(run), waiting=_waiting(run), settings=list(as_overrides(run.config).items()), data=_data(run),
         made_by=", ".join(f"{name} {version}" for name, version in run.description.get("made_by", {}).items()),

@@ -1,0 +1,57 @@
+"""What loggers are given: metrics.jsonl, read behind where it was read to, all that is said of a step in one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files.logs import LONGEST_LINE, read_line
+
+
+@dataclass
+class Row:
+    """One step, by the names that loggers use."""
+
+    step: int
+    epoch: float
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def values_of(line: dict) -> dict[str, float]:
+    """A line of metrics.jsonl by the names that loggers use. A slash stands once: MLflow takes the rest for folders."""
+    if "probe" in line:
+        probe = line["probe"]
+        named = {f"val/{probe['name']}_{name.replace('/', '_')}": value for name, value in probe["values"].items()}
+        return {f"val/{probe['name']}": probe["values"][probe["main"]], **named}
+    values = {f"train/{name}": line[name] for name in ("loss", "lr", "images_per_s", "wait_share")}
+    return values | {f"train/{name.replace('/', '_')}": value for name, value in line["parts"].items()}
+
+
+class Rows:
+    """Reads `metrics` on and on while it grows."""
+
+    def __init__(self, metrics: Path):
+        self._metrics, self._offset = metrics, 0
+        self._held: Row | None = None
+
+    def read(self, most: int, whole: bool) -> list[Row]:
+        """The next rows, about `most` of them. The newest one is held back, because more may be said of its step, unless `whole`
+        and the file is at its end.
+        """
+        rows = []
+        with open(self._metrics, "rb") as file:
+            file.seek(self._offset)
+            while len(rows) < most and (line := file.readline(LONGEST_LINE)):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    break  # it is being written
+                self._offset += len(line)
+                if (found := read_line(line)) is None:
+                    continue
+                if self._held is None or found["step"] != self._held.step:
+                    rows += [self._held] if self._held else []
+                    self._held = Row(found["step"], found["epoch"])
+                self._held.values |= values_of(found)
+        if whole and len(rows) < most and self._held:
+            rows.append(self._held)
+            self._held = None
+        return rows
