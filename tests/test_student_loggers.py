@@ -18,7 +18,7 @@ from fakes import write_images
 from forks import fork
 from student_fakes import TEACHER, FakeSource, tiny_config
 
-from student import Student
+from student import ConfigError, Student
 from student.cli.train import train
 from student.files.checkpoint import checkpoints
 from student.loggers import LOGGERS, follow, loggers_of
@@ -256,6 +256,24 @@ def test_a_logger_that_stays_broken(tmp_path, monkeypatch, hangs):
     plain = make_trainer(tmp_path / "plain")
     plain.fit()
     assert [line.get("loss") for line in lines(tmp_path / "run")] == [line.get("loss") for line in lines(tmp_path / "plain")]
+
+
+def test_one_that_cannot_be_opened(tmp_path, monkeypatch):
+    """A logger that cannot be opened is refused before the first step; those opened before are closed, and the run is let go."""
+    closed = []
+
+    class Sound(Broken):
+        def close(self, ended):
+            closed.append(ended)
+
+    class Shut(Broken):
+        def open(self):
+            raise ConfigError("the server is not there")
+
+    with pytest.raises(ConfigError, match="is not there"):
+        make_trainer(tmp_path / "run", kinds=[Sound, Shut]).fit()
+    assert closed == ["failed"] and lines(tmp_path / "run") == [] and not (tmp_path / "run" / "trainer.lock").exists()
+    assert make_trainer(tmp_path / "run").fit() == 10
 
 
 def test_rows_of_a_file_that_grows(tmp_path):

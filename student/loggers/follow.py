@@ -7,6 +7,7 @@ alone: a run that was killed and takes steps again sends none of them twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -112,11 +113,19 @@ class Followers:
 
     def open(self, run: RunToLog) -> None:
         """Open every logger, or raise what keeps one from it."""
-        for kind in self._kinds:
-            logger = kind(run)
-            self._followers.append(_Follower(logger, logger.open(), run.folder / METRICS, self._say))
-            self._say(f"log      {logger.name}: {logger.where()}")
-        for follower in self._followers:
+        opened: list[_Follower] = []
+        try:
+            for kind in self._kinds:
+                logger = kind(run)
+                opened.append(_Follower(logger, logger.open(), run.folder / METRICS, self._say))
+                self._say(f"log      {logger.name}: {logger.where()}")
+        except BaseException:
+            for follower in opened:
+                with contextlib.suppress(Exception):
+                    follower.logger.close("failed")
+            raise
+        self._followers = opened
+        for follower in opened:
             follower.start()
 
     def close(self, ended: Ended, whole: bool) -> None:
