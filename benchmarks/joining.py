@@ -81,17 +81,25 @@ class Workers:
             raise click.ClickException(f"Process {number} ended early.")
 
 
-def timed(workers: Workers, cache: Path, n_at_once: int, n_rows: int) -> float:
+def until_complete(store: Store) -> float:
+    """The moment at which a store is complete; those that had no more to do notice it a little later."""
+    while not store.is_complete:
+        time.sleep(0.005)
+    return time.perf_counter()
+
+
+def timed(workers: Workers, cache: Path, name: str, n_at_once: int) -> float:
     """Crops a second of the first `n_at_once` processes together."""
-    begin = time.perf_counter()
+    store, begin = Cache(cache).view(0).store(name), time.perf_counter()
     for number in range(n_at_once):
         workers.join(number, cache)
+    seconds = until_complete(store) - begin
     for number in range(n_at_once):
         workers.wait(number)
-    return n_rows / (time.perf_counter() - begin)
+    return store.spec.n_rows / seconds
 
 
-def added(workers: Workers, cache: Path, n_before: int, store: Store) -> float:
+def added(workers: Workers, store: Store, cache: Path, n_before: int) -> float:
     """The rate behind the moment at which a process is added to `n_before` over that before it, over what it should be."""
     begin = time.perf_counter()
     for number in range(n_before):
@@ -100,9 +108,9 @@ def added(workers: Workers, cache: Path, n_before: int, store: Store) -> float:
         time.sleep(0.005)
     n_before_rows, added_at = store.spec.shard_rows * (store.spec.n_shards - len(store.unfinished())), time.perf_counter()
     workers.join(n_before, cache)
+    after = (store.spec.n_rows - n_before_rows) / (until_complete(store) - added_at)
     for number in range(n_before + 1):
         workers.wait(number)
-    after = (store.spec.n_rows - n_before_rows) / (time.perf_counter() - added_at)
     return after / (n_before_rows / (added_at - begin)) * n_before / (n_before + 1)
 
 
@@ -142,14 +150,14 @@ def main(teacher: str | None, crops: int | None, tiny: bool, rounds: int, scratc
             return shutil.copytree(begun, folder / "run")
 
         with Workers(name, cores, shard_rows) as workers:
-            timed(workers, fresh(), len(cores), n_rows)  # each compiles its loops
+            timed(workers, fresh(), name, len(cores))  # each compiles its loops
             for _ in range(min(rounds, MOST_ROUNDS)):
-                alone.append(timed(workers, fresh(), 1, n_rows))
-                joined.append(timed(workers, fresh(), 2, n_rows))
+                alone.append(timed(workers, fresh(), name, 1))
+                joined.append(timed(workers, fresh(), name, 2))
                 cache = fresh()
                 store = Cache(cache).view(0).store(name)
                 claims.append(claim_seconds(store))
-                helps.append(added(workers, cache, len(cores) - 1, store))
+                helps.append(added(workers, store, cache, len(cores) - 1))
     found = measure.Rounds({"one process": alone, "two joined": joined})
     measure.report(
         "joining",

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..extraction.planning import CropRequest, ExtractPlan
     from ..extraction.ranks import Process
 
-LOOK_SHARE = 0.05
-"""Of its time that a process without work spends looking for some, at most."""
+LOOK_SHARE, MOST_PAUSE_S = 0.05, 10.0
+"""Of its time that a process without work spends looking for some, at most; but it looks every so many seconds."""
 FRESH_FAILURES = 3
 """So many shards that nobody has failed on before, failing here one after the other, are this machine's fault and not theirs."""
 
@@ -107,7 +107,7 @@ class _Worker:
             if not any(shared.blocks.look.in_work for shared in self.stores):
                 return
             self.wait(" and ".join(sorted({who for shared in self.stores for who in shared.blocks.holders})))
-            claims.sleep(max(claims.POLL_S, (time.monotonic() - began) / LOOK_SHARE))
+            claims.sleep(max(claims.POLL_S, min((time.monotonic() - began) / LOOK_SHARE, MOST_PAUSE_S)))
 
     def _take(self, shared: _Shared) -> bool:
         """Make the next block of a store, and complete that if it was the last; False if there is none."""

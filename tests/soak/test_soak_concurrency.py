@@ -151,6 +151,27 @@ def test_disjoint_ranges(seed, start, cropped, undisturbed, tmp_path, fell):
     assert contents(cache) == contents(undisturbed)
 
 
+@pytest.mark.soak("extractions with --join, begun together with the originals", full=10, short=2)
+def test_joining(seed, start, images, undisturbed, tmp_path, fell):
+    """Those that are not killed end with 0 and have made the cache that one alone makes, with nothing left beside it."""
+    cache, draw = tmp_path / "c", random.Random(seed)
+
+    def begin() -> Process:
+        return start("teacher-cache", "extract", "--join", *EXTRACT, "--images", images, cache)
+
+    processes = [begin() for _ in range(draw.choice((2, 3)))]
+    if seed % 2 == 0:
+        aim = draw.randrange(2 * SHARDS)
+        victim = processes.pop(draw.randrange(len(processes)))
+        fell("one of them killed" if kill_when(victim, lambda: n_finished(cache) >= aim) else "one of them ended before")
+        assert victim.wait().code in (-signal.SIGKILL, 0)
+        processes.append(begin())
+    for process in processes:
+        process.wait().says(code=0)
+    fell(f"{len(processes)} processes")
+    assert contents(cache) == contents(undisturbed)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
