@@ -1,4 +1,4 @@
-"""`make demo`: digits in, a cache made once, three students trained from equal crops, what they learned, and one of them exported.
+"""`make demo`: digits in, a cache made once, three students trained from equal crops, one exported, and what they learned.
 
 `make demo-all` trains a student of each of the seven methods.
 

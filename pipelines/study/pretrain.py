@@ -2,8 +2,8 @@
 
 Two kinds. `self` learns without labels: two random crops of an image are to be alike and unlike those of the other images of the
 batch (NT-Xent of SimCLR, Chen et al. 2020), with half of the patches left out of each (FLIP, Li et al. 2023), which makes a step
-half as dear. `supervised` learns the classes. In both, CLS and the mean of the patches have a head each and the same loss, so that
-patches, too, learn what they are part of. Only images of train/ are read; a tenth of them is held out and measures the result.
+half as dear. `supervised` learns the classes. In both, CLS and the mean of the patches have a head each and the same loss, so
+that patches, too, learn what they are part of. Only images of train/ are read; a tenth is held out and measures the result.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Pretraining:
     kind: Literal["self", "supervised"] = "self"
     epochs: int = 8
     batch_size: int = 256
+    """At most the images there are."""
     rate: float = 2e-3
     """Peak learning rate; AdamW, warm-up over a tenth of the steps, cosine to 0."""
     weight_decay: float = 0.05
@@ -177,14 +178,16 @@ def pretrain(
         n_classes = int(images.labels.max()) + 1
         held_out = torch.from_numpy(drawn_of_each(images.labels.numpy(), len(images) // HELD_OUT, plan.seed, "teacher held out"))
         learned = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held_out, False).nonzero()[:, 0]
-        if len(learned) < plan.batch_size:
-            raise UsageError(f"{train}: {len(learned):,} images are learned from, fewer than a batch of {plan.batch_size}.")
+        if len(learned) < 4:
+            raise UsageError(f"{train}: {len(learned):,} images are left to learn from. Give more.")
         run = _Run(plan, images.rows(learned), n_classes, out, identity, device)
         if not run.train(progress, most_steps):
             return None
         model = run.model.cpu().eval()
-        n_voters = min(MOST_VOTERS, len(learned))
-        voters = learned[torch.from_numpy(drawn_of_each(images.labels[learned].numpy(), n_voters, plan.seed, "teacher voters"))]
+        voters = learned
+        if len(learned) > MOST_VOTERS:
+            drawn = drawn_of_each(images.labels[learned].numpy(), MOST_VOTERS, plan.seed, "teacher voters")
+            voters = learned[torch.from_numpy(drawn)]
         measured = held_out_accuracy(model, images.rows(voters), images.rows(held_out))
         facts = {**identity, **(about or {}), "seconds": round(run.seconds, 1), "torch": torch.__version__,
                  "threads": torch.get_num_threads(), "learned_from": len(learned), "held_out": len(held_out),
@@ -207,7 +210,8 @@ class _Run:
         groups = [{"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": plan.weight_decay},
                   {"params": [p for p in parameters if p.ndim not in (2, 4)], "weight_decay": 0.0}]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-        self.steps_per_epoch = len(images) // plan.batch_size
+        self.batch_size = min(plan.batch_size, len(images))
+        self.steps_per_epoch = len(images) // self.batch_size
         self.steps, self.step, self.seconds, self.losses = plan.epochs * self.steps_per_epoch, 0, 0.0, []
         self.state_path = out / "training.pt"
         if self.state_path.exists():
@@ -219,13 +223,13 @@ class _Run:
 
     def train(self, progress, most_steps: int | None) -> bool:
         """Whether it came to the end."""
-        last, total, n, told = self.steps if most_steps is None else min(most_steps, self.steps), 0.0, 0, time.monotonic()
+        last, total, n = self.steps if most_steps is None else min(most_steps, self.steps), 0.0, 0
         before, order, order_of = time.monotonic(), None, -1
         while self.step < last:
             epoch, place = divmod(self.step, self.steps_per_epoch)
             if epoch != order_of:
                 order, order_of = torch.randperm(len(self.images), generator=self._generator("order", epoch, "cpu")), epoch
-            rows = order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size]
+            rows = order[place * self.batch_size : (place + 1) * self.batch_size]
             total, n = total + self._take(rows), n + 1
             now = time.monotonic()
             self.seconds, before = self.seconds + now - before, now
