@@ -39,7 +39,7 @@ def study():
 @DATA
 @OUT
 @click.option("--kind", type=click.Choice(KINDS), default="self", show_default=True, help="Without labels, or with them.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over train/. [default: 6 self, 4 supervised]")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over train/. [default: 8 self, 4 supervised]")
 @DEVICE
 def teacher(data: Path, out: Path, kind: str, epochs: int | None, device: str):
     """Train a teacher on the images of train/, or go on; `run` does the same where one is missing."""

@@ -24,7 +24,7 @@ class Scale:
     """Images of each split, drawn from each class alike; 0: all."""
     epochs: int = 8
     batch_size: int = 64
-    finetune_epochs: int = 5
+    finetune_epochs: int = 4
     finetune_share: float = 0.2
     """Of the training images that fine-tuning learns from."""
     finetune_batch: int = 32

@@ -11,7 +11,7 @@ from ..pretrain import Pretraining, pretrain
 from .machine import machine
 
 WEIGHTS = "teacher.safetensors"
-PLANS = {"self": Pretraining("self", epochs=6), "supervised": Pretraining("supervised", epochs=4, batch_size=128, rate=1e-3)}
+PLANS = {"self": Pretraining("self", epochs=8), "supervised": Pretraining("supervised", epochs=4, batch_size=128, rate=1e-3)}
 """Kind -> how it is trained unless told otherwise."""
 
 
