@@ -210,7 +210,7 @@ def test_raw_targets_are_another_lesson(made, data, monkeypatch):
     run("run", "--data", data, "--out", out, *SIZE)
     record = records.read(records.record_path(out, cell.name))
     assert "--live" in record["commands"][0] and "--raw-targets" in record["commands"][0]
-    assert record["run"]["data"]["teachers"][0]["raw"] is True and record["storage"]["target_bytes_a_crop"] == 0
+    assert record["run"]["identity"]["teachers"][0]["raw"] is True and record["storage"]["target_bytes_a_crop"] == 0
 
 
 def test_the_tables_command(made):
