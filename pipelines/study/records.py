@@ -88,7 +88,7 @@ def read(path: Path) -> dict:
 
 def read_all(folder: Path) -> dict[str, dict]:
     """{name: record} of all cells that are done. UsageError where there are none, or where one is of another study."""
-    records = {path.stem: read(path) for path in sorted((folder / RECORDS).glob("*.json"))}
+    records = {path.stem: read(path) for path in sorted((folder / RECORDS).glob(record_path(folder, "*").name))}
     if not records:
         raise UsageError(f"{folder} holds no records. Make them: python -m pipelines.study run --data DIR --out {folder}")
     studies = {json.dumps(record["study"], sort_keys=True) for record in records.values()}

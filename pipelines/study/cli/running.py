@@ -44,6 +44,7 @@ class Study:
     device: str = "cpu"
     commands: list[str] = field(default_factory=list)
     """Of the cell that is under way."""
+    _weights: dict[str, Path] = field(default_factory=dict)
 
     def run(self, cell: Cell) -> dict:
         """Do what is missing of a cell and put it on record; returns the record. Raises what its steps raise, CellError too."""
@@ -80,8 +81,11 @@ class Study:
         return record
 
     def weights(self, kind: str) -> Path:
+        """The weights of a teacher, which is trained, or compared with what is asked for, when first asked."""
         assert kind in KINDS
-        return train_teacher(PLANS[kind], self.all_train, self.out / "teachers" / kind, self.device)
+        if kind not in self._weights:
+            self._weights[kind] = train_teacher(PLANS[kind], self.all_train, self.out / "teachers" / kind, self.device)
+        return self._weights[kind]
 
     def teacher_facts(self, cell: Cell) -> dict | None:
         """What is on record of the teacher that a cell, or its cache, has met."""
