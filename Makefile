@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench soak check clean
+.PHONY: help demo demo-all test test-all bench soak check clean
 
 READY := .venv/.ready
 
@@ -8,6 +8,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt scripts/setup.sh scripts/pyth
 
 demo: $(READY) ## the whole project in a few minutes: crops, teacher, cache, students, what they learned
 	@.venv/bin/python -m pipelines.demo
+
+demo-all: $(READY) ## the same with a student of each of the seven methods
+	@.venv/bin/python -m pipelines.demo --all
 
 test: $(READY) ## the test suite, on all processors
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile

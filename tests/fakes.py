@@ -59,7 +59,7 @@ class FakeTeacher:
             else {"gamma": self.gamma.numpy(), "beta": self.beta.numpy(), "projection": self.projection.numpy()}
         )
         self.device, self.precision = torch.device("cpu"), "fp32"
-        self.ignored_weights, self.weights_read, self.is_compiled = (), "", False
+        self.ignored_weights, self.weights_read, self.is_compiled, self.is_raw = (), "", False, False
         self.n_calls = 0
 
     def __call__(self, images_u8, layers) -> TeacherOutput:

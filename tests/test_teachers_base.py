@@ -14,6 +14,7 @@ from teacher_fakes import crops_u8
 
 from teacher_cache import device
 from teacher_cache.errors import BadInputError, UnknownNameError, UsageError
+from teacher_cache.extraction.make import make_cache
 from teacher_cache.teachers import TEACHERS, load_teacher
 from teacher_cache.teachers.base import RESIZE, Teacher, activation_name, whiten
 from teacher_cache.teachers.blocks.positions import OURS
@@ -34,6 +35,17 @@ def test_whitening_is_per_token_with_biased_variance_and_eps():
     # float32 keeps 3 +- 0.01 to 2e-7, which is 2e-5 of the spread
     assert torch.allclose(whiten(x, 1e-5).double(), by_hand, atol=5e-5)
     assert torch.allclose(whiten(x - 3, 1e-5).double(), by_hand, atol=1e-6)
+
+
+def test_raw_outputs_are_what_is_whitened(tmp_path):
+    """A teacher that gives raw block outputs gives those whose whitening it gave before, and fills no store."""
+    teacher, images = load_teacher("demo", "random:0"), crops_u8(2, 32)
+    before = teacher(images, [2, 6])
+    raw = teacher.give_raw()(images, [2, 6])
+    assert torch.equal(whiten(raw.tokens, teacher.spec.norm_eps), before.tokens) and torch.equal(raw.attention, before.attention)
+    assert not torch.allclose(raw.tokens, before.tokens, atol=0.1)
+    with pytest.raises(UsageError, match="stores keep whitened ones"):
+        make_cache(tmp_path / "c", teacher=teacher)
 
 
 def test_position_table_keeps_its_prefix_and_follows_the_recorded_rule():

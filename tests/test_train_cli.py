@@ -204,6 +204,20 @@ def test_live_takes_the_teacher_that_is_named(shared_cache, tmp_path):
     assert [teacher["live"] for teacher in identity["teachers"]] == ["demo"]
 
 
+def test_raw_targets_need_a_teacher_on_the_spot(shared_cache, tmp_path):
+    """Blocks without whitening come from --live alone, for losses on blocks alone, and make another run than whitened ones."""
+    given = ["--cache", shared_cache.path, "--tiny", "--raw-targets", "--max-steps", "1", "--out", tmp_path / "run"]
+    stored = run(train, "--preset", "maskalign-demo", *given)
+    assert stored.exit_code == 2 and "--raw-targets goes with --live" in stored.output
+    norm = run(train, "--preset", "milan-demo", "--live", *given)
+    assert norm.exit_code == 2 and "milan-demo learns from the teacher's final norm (cosine)" in norm.output
+    assert not (tmp_path / "run").exists()
+    assert run(train, "--preset", "maskalign-demo", "--live", *given).exit_code == 0
+    given.remove("--raw-targets")
+    other = run(train, "--preset", "maskalign-demo", "--live", *given)
+    assert other.exit_code == 2 and "teachers.0.raw: True in the run, none given" in other.output
+
+
 def test_two_teachers(shared_cache, tmp_path):
     """Joint training reads two stores of one cache, and says so in the run's identity."""
     arguments = [

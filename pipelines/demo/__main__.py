@@ -1,10 +1,13 @@
-"""`make demo`: digits in, a cache made once, three students trained from equal crops, and what they learned.
+"""`make demo`: digits in, a cache made once, three students trained from equal crops, one exported, and what they learned.
+
+`make demo-all` trains a student of each of the seven methods.
 
 Everything runs in this one process (imports are dear), by the very commands that are printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import time
@@ -19,6 +22,8 @@ from teacher_cache.terminal.command import one_line_errors
 OUT = Path("demo-out")
 VIEWS = 4
 STUDENTS = {"MAE": "mae-demo", "MR-MAE": "mr-mae-demo", "MaskAlign": "maskalign-demo"}
+OTHERS = {"MR-MCMAE": "mr-mcmae-demo", "MimCo": "mimco-demo", "CAE v2": "cae-v2-demo", "MILAN": "milan-demo"}
+EXPORTED, EXPORT = "MaskAlign", "maskalign.safetensors"
 N_NEIGHBOURS = 20
 SPLITS = ("train", "val")
 
@@ -30,7 +35,8 @@ def run(command: click.Command, program: str, *arguments) -> None:
     command.main(args=words, prog_name=program, standalone_mode=False)
 
 
-def main() -> None:
+def main(students: dict[str, str]) -> None:
+    from student.cli.export import export
     from student.cli.train import train
     from teacher_cache.cli.main import main as teacher_cache
 
@@ -47,16 +53,19 @@ def main() -> None:
     run(teacher_cache, "teacher-cache", "extract", "--teacher", "demo", *crops, "--batch-size", 256, cache)
     run(teacher_cache, "teacher-cache", "inspect", cache)
 
-    click.echo("\n3. Students: equal crops, equal epochs; none of them sees the teacher, two read its cached targets.")
+    click.echo("\n3. Students: equal crops, equal epochs; none of them sees the teacher, all but MAE read its cached targets.")
     seconds = {}
-    for label, preset in STUDENTS.items():
+    for label, preset in students.items():
         before = time.monotonic()
         run(train, "student-train", "--cache", cache, "--preset", preset, "--out", OUT / preset)
         seconds[label] = time.monotonic() - before
 
-    click.echo("\n4. What they learned.")
-    click.echo(table(digits, seconds))
-    runs = " ".join(str(OUT / preset) for preset in STUDENTS.values())
+    click.echo(f"\n4. Out: the encoder of the {EXPORTED} student as a file that timm reads.")
+    run(export, "student-export", OUT / students[EXPORTED], "-o", OUT / EXPORT, "--format", "timm")
+
+    click.echo("\n5. What they learned.")
+    click.echo(table(digits, students, seconds))
+    runs = " ".join(str(OUT / preset) for preset in students.values())
     sides = " ".join(f"--{split} {digits / split}" for split in SPLITS)
     click.echo("\nThe same figures by one command, and the runs on one page:\n")
     click.echo(f"  student-eval knn {runs} demo random --neighbours {N_NEIGHBOURS} {sides} --record {OUT}/results.jsonl")
@@ -66,12 +75,13 @@ def main() -> None:
     click.echo("  student-train --cache CACHE --preset maskalign-b16 --out runs/maskalign")
 
 
-def table(digits: Path, seconds: dict[str, float]) -> str:
+def table(digits: Path, students: dict[str, str], seconds: dict[str, float]) -> str:
     """kNN accuracy on val/ of everything there is to compare, as text."""
     from rich.console import Console
     from rich.table import Table
 
     from student.evals.subject import TeacherEncoder
+    from student.exports.reading import load_exported
     from student.files.checkpoint import latest_checkpoint, load_backbone
     from student.modules.backbones import build_backbone
     from teacher_cache.teachers import load_teacher
@@ -86,9 +96,11 @@ def table(digits: Path, seconds: dict[str, float]) -> str:
         "raw pixels": (pixel_accuracy(voters, asked), None),
         "random init": (accuracy(build_backbone(config.backbone), voters, asked), None),
     }
-    for label, preset in STUDENTS.items():
+    for label, preset in students.items():
         backbone, _ = load_backbone(latest_checkpoint(OUT / preset))
         rows[f"{label} student"] = (accuracy(backbone, voters, asked), seconds[label])
+        if label == EXPORTED:
+            rows[f"  {EXPORT}"] = (accuracy(load_exported(OUT / EXPORT)[0], voters, asked), None)
     teacher = load_teacher("demo")
     own = (
         LabelledImages(digits / split, teacher.spec.image_size, mean=teacher.spec.mean, std=teacher.spec.std) for split in SPLITS
@@ -127,5 +139,8 @@ def pixel_accuracy(voters, asked) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="a student of each method, not of three")
+    given = parser.parse_args()
     with one_line_errors("Run make demo again to start over.", others=(StudentError,)):
-        main()
+        main(STUDENTS | OTHERS if given.all else STUDENTS)

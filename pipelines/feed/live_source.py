@@ -32,7 +32,8 @@ class LiveSource(CropSource):
             if teacher.device.type != self.device.type:
                 raise UsageError(f"The teacher is on {teacher.device}, the student on {self.device}.")
         self.identity["teachers"] = [
-            {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256} for teacher in self.teachers
+            {"live": teacher.spec.name, "weights_sha256": teacher.spec.weights_sha256} | ({"raw": True} if teacher.is_raw else {})
+            for teacher in self.teachers
         ]
         self.heads = [teacher_head(teacher.head, self.device) for teacher in self.teachers]
 

@@ -24,7 +24,8 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         maskalign.maskalign_b16_siglip2,
         milan.milan_b16, milan.milan_l16, milan.milan_b16_random, milan.milan_b16_plain,
         milan.milan_b16_dinov3,
-        mae.mae_demo, mr_mae.mr_mae_demo, maskalign.maskalign_demo,
+        mae.mae_demo, mr_mae.mr_mae_demo, mr_mcmae.mr_mcmae_demo, mimco.mimco_demo, cae_v2.cae_v2_demo, maskalign.maskalign_demo,
+        milan.milan_demo,
     )
 }  # fmt: skip
 

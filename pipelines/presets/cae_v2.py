@@ -10,6 +10,7 @@ from dataclasses import replace
 from student.config import CosineConfig, MaskConfig, OptimConfig, PredictorConfig, TrainConfig, ViTConfig
 from teacher_cache.format.crop_plan import CropPlan
 
+from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 from .recipe import Recipe
 from .sizes import VIT_B, VIT_L, VIT_S
 
@@ -85,3 +86,20 @@ def cae_v2_l16() -> Recipe:
     backbone = replace(VIT_L, drop_path=0.2)
     regressor = PredictorConfig("regressor", dim=1024, depth=4, heads=16)
     return _cae_v2("cae-v2-l16", "clip-l14", backbone, 0.6, regressor, layer_scale=1e-5)
+
+
+def cae_v2_demo() -> Recipe:
+    """CAE v2 at the size of `make demo`, under the built-in teacher, towards the tokens behind its final norm.
+
+    Command:    student-train --cache CACHE --preset cae-v2-demo --out RUN
+    Deviations: size, schedule and learning rate are the demo's, equal for all -demo presets; the smallest block is a twelfth of
+                the patches, as at full size; no drop path.
+    """
+    predictor = PredictorConfig("regressor", dim=64, depth=1, heads=4, layer_scale=0.1)
+    config = TrainConfig(
+        preset="cae-v2-demo", teachers=("demo",),
+        backbone=replace(DEMO_BACKBONE, positions="moco", layer_scale=0.1, init="cae"),
+        mask=MaskConfig("block", 0.5, min_block=5), objectives=(CosineConfig(scale=1.0, predictor=predictor),),
+        optim=DEMO_OPTIM, **DEMO_TRAINING,
+    )  # fmt: skip
+    return Recipe(DEMO_PLAN, config)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from student.config import CosineConfig, MaskConfig, OptimConfig, PredictorConfig, TrainConfig
 from teacher_cache.format.crop_plan import CropPlan
 
+from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 from .recipe import Recipe
 from .sizes import DINOV3_B16, VIT_B, VIT_L
 
@@ -89,3 +90,17 @@ def milan_b16_plain() -> Recipe:
     Deviations: as milan-b16.
     """
     return _variant("b16-plain", objectives=(CosineConfig(scale=2.0, predictor=PredictorConfig("self")),))
+
+
+def milan_demo() -> Recipe:
+    """MILAN at the size of `make demo`, under the built-in teacher, towards the tokens behind its final norm.
+
+    Command:    student-train --cache CACHE --preset milan-demo --out RUN
+    Deviations: size, schedule and learning rate are the demo's, equal for all -demo presets.
+    """
+    config = TrainConfig(
+        preset="milan-demo", teachers=("demo",), backbone=DEMO_BACKBONE, mask=MaskConfig("attention", 0.75),
+        objectives=(CosineConfig(scale=2.0, predictor=PredictorConfig("prompting", dim=48, depth=1, heads=4)),),
+        optim=DEMO_OPTIM, **DEMO_TRAINING,
+    )  # fmt: skip
+    return Recipe(DEMO_PLAN, config)

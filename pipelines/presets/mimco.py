@@ -10,6 +10,7 @@ from dataclasses import replace
 from student.config import BackboneConfig, ContrastConfig, MaskConfig, OptimConfig, SwinConfig, TrainConfig
 from teacher_cache.format.crop_plan import CropPlan
 
+from .demo import DEMO_BACKBONE, DEMO_OPTIM, DEMO_PLAN, DEMO_TRAINING
 from .recipe import Recipe
 from .sizes import VIT_B, VIT_S
 
@@ -78,3 +79,18 @@ def mimco_swin_b() -> Recipe:
     Deviations: as mimco-swin-t.
     """
     return _mimco("mimco-swin-b", "moby-swin-b", SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32)))
+
+
+def mimco_demo() -> Recipe:
+    """MimCo at the size of `make demo`, under the built-in teacher.
+
+    Command:    student-train --cache CACHE --preset mimco-demo --out RUN
+    Deviations: size, schedule and learning rate are the demo's, equal for all -demo presets; units of 2 x 2 patches, as at full
+                size; no drop path; heads and queues as much smaller as the student is.
+    """
+    config = TrainConfig(
+        preset="mimco-demo", teachers=("demo",), backbone=replace(DEMO_BACKBONE, hidden="mask-token", positions="moco"),
+        mask=MaskConfig("unit", 0.6, unit=8), objectives=(ContrastConfig(hidden_dim=256, out_dim=64, queue=1024),),
+        optim=DEMO_OPTIM, **DEMO_TRAINING,
+    )  # fmt: skip
+    return Recipe(DEMO_PLAN, config)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from student.config import MCMAEConfig
 from teacher_cache.format.crop_plan import CropPlan
 
-from .mr_mae import mr_mae_b16
+from .mr_mae import mr_mae_b16, mr_mae_demo
 from .recipe import Recipe
 
 
@@ -40,3 +40,14 @@ def mr_mcmae_s() -> Recipe:
     """
     base = mr_mcmae_b()
     return replace(base, config=replace(base.config, preset="mr-mcmae-s", backbone=MCMAEConfig(dims=(128, 256, 384), heads=6)))
+
+
+def mr_mcmae_demo() -> Recipe:
+    """MR-MCMAE at the size of `make demo`, under the built-in teacher: strides 2, 2, 1, which end on its 8 x 8 grid.
+
+    Command:    student-train --cache CACHE --preset mr-mcmae-demo --out RUN
+    Deviations: size, schedule and learning rate are the demo's, equal for all -demo presets.
+    """
+    base = mr_mae_demo()
+    backbone = MCMAEConfig(image_size=32, strides=(2, 2, 1), dims=(32, 48, 64), depths=(1, 1, 5), heads=4)
+    return replace(base, config=replace(base.config, preset="mr-mcmae-demo", backbone=backbone))

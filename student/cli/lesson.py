@@ -35,11 +35,17 @@ def stored_lesson(cache: Cache, teachers: tuple[str, ...], grid: tuple[int, int]
 
 
 def live_lesson(
-    names: tuple[str, ...], weights: tuple[str, ...], device: str, precision: str, grid: tuple[int, int] | None = None
+    names: tuple[str, ...],
+    weights: tuple[str, ...],
+    device: str,
+    precision: str,
+    grid: tuple[int, int] | None = None,
+    raw: bool = False,
 ) -> Lesson:
     """Teachers run on the spot, by their names for `teacher-cache extract --teacher`.
 
     grid: of the student's patches; teachers of the table come at the image size that gives them the same. None: at their own.
+    raw: whether their block outputs are not whitened; then they have no final norm that could be told from them.
     """
     from pipelines.feed.live_source import LiveSource
     from pipelines.feed.teacher_values import teacher_shape
@@ -50,6 +56,9 @@ def live_lesson(
     sizes = [None if grid is None else image_size_for(name, grid) for name in names]
     loaded = [load_teacher(name, path, size, device, precision) for name, path, size in zip(names, given, sizes, strict=True)]
     shapes = tuple(teacher_shape(teacher.spec) for teacher in loaded)
+    if raw:
+        loaded = [teacher.give_raw() for teacher in loaded]
+        shapes = tuple(dataclasses.replace(shape, has_final_norm=False) for shape in shapes)
     return Lesson(tuple(names), shapes, lambda cache, needs, reading, data: LiveSource(cache, loaded, needs, **data))
 
 

@@ -56,6 +56,8 @@ from .show import print_preset, print_presets, print_rates
               "has every step once, also of a run that was killed; one that is added later catches up.")  # fmt: skip
 @click.option("--live", is_flag=True, help="Run the teacher on the spot instead of reading its targets (slow; for comparison).")
 @click.option("--weights", multiple=True, help="With --live: the weights of each teacher, as for teacher-cache extract.")
+@click.option("--raw-targets", is_flag=True, help="With --live: learn from the teacher's blocks as they are, not whitened; an "
+              "ablation that no store can serve.")  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="Run the student through torch.compile: minutes first, then faster.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, beside one an epoch.")
 @click.option("--keep-checkpoints", type=click.IntRange(1), default=2, show_default=True, help="How many stay: the newest.")
@@ -67,8 +69,8 @@ from .show import print_preset, print_presets, print_rates
               "ImageNet-1K's 1,281,167.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="With --list or --show: machine-readable.")
 def train(cache, preset, out, overrides, requests, extend_epochs, teachers, views, tiny, accept_mismatch, max_steps, device,
-          micro_batch, workers, reader, check, init, probe, probe_every, loggers, live, weights, compiled, checkpoint_every,
-          keep_checkpoints, take_over, list_presets, show, rates, as_json):  # fmt: skip
+          micro_batch, workers, reader, check, init, probe, probe_every, loggers, live, weights, raw_targets, compiled,
+          checkpoint_every, keep_checkpoints, take_over, list_presets, show, rates, as_json):  # fmt: skip
     """Train a student from a cache, without its teacher.
 
     \b
@@ -110,7 +112,7 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
         for name, value in (("cache", cache), ("out", out)):
             if value is None:
                 raise UsageError(f"--{name} is missing: student-train --cache CACHE --preset {preset} --out RUN")
-        _require_fitting_options(chosen, teachers, live, weights, reader, check)
+        _require_fitting_options(chosen, teachers, live, weights, reader, check, raw_targets)
         if probe_every and not probe:
             raise UsageError("--probe-every goes with --probe knn:DIR.")
 
@@ -128,7 +130,9 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
                 if names != chosen.teachers:
                     _tell(f"teacher  {names[0]}, the only one in {opened.path}; the preset's is {chosen.teachers[0]}")
             grid = None if tiny else config.backbone.grid
-            lesson = live_lesson(names, weights, device, precision, grid) if live else stored_lesson(opened, names, grid)
+            lesson = (
+                live_lesson(names, weights, device, precision, grid, raw_targets) if live else stored_lesson(opened, names, grid)
+            )
             if tiny:
                 chosen = chosen.tiny(lesson.shapes, opened.plan.size)
             mismatches = [] if tiny else chosen.mismatches(opened.plan, [shape.name for shape in lesson.shapes])
@@ -183,11 +187,19 @@ def _changes_and_views(
     return requests, len(recorded) if isinstance(recorded, list) and recorded else views  # whatever has been added since
 
 
-def _require_fitting_options(chosen, teachers, live, weights, reader, check) -> None:
+def _require_fitting_options(chosen, teachers, live, weights, reader, check, raw_targets) -> None:
     if not chosen.teachers and (live or teachers):
         raise UsageError(f"{chosen.name} learns without a teacher: leave out --live and --teacher.")
     if weights and not live:
         raise UsageError("--weights goes with --live; without it the teacher is not loaded.")
+    if raw_targets and not live:
+        raise UsageError("--raw-targets goes with --live: stores keep whitened targets alone.")
+    outputs = [objective.name for objective in chosen.config.objectives if objective.kind in ("cosine", "contrast")]
+    if raw_targets and outputs:
+        raise UsageError(
+            f"--raw-targets: {chosen.name} learns from the teacher's final norm ({', '.join(outputs)}), not from its blocks. "
+            "Leave it out, or take a preset that mimics or aligns blocks."
+        )
     for option, given in (("--teacher", teachers), ("--weights", weights)):
         if given and len(given) != len(chosen.teachers):
             names = ", ".join(chosen.teachers)

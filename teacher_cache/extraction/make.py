@@ -272,6 +272,8 @@ def _teacher(request: TargetRequest, image_size: int | None, process: Process, b
     if not isinstance(request.teacher, str):
         if request.weights is not None or request.image_size is not None:
             raise UsageError("A teacher that is loaded has its weights and its image size: give neither.")
+        if request.teacher.is_raw:
+            raise UsageError(f"{request.teacher.spec.name} gives raw block outputs, and stores keep whitened ones. Load it anew.")
         return request.teacher
     device, precision = pick_device(request.device, request.precision, process.local_rank)
     loaded = teachers.load_teacher(request.teacher, request.weights, image_size, device, precision, begun)

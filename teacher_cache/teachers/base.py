@@ -125,6 +125,8 @@ class Teacher:
 
     is_compiled = False
     """Whether `compile` was called."""
+    is_raw = False
+    """Whether `give_raw` was called."""
 
     def __init__(
         self,
@@ -173,6 +175,11 @@ class Teacher:
         for block in self._anatomy.blocks:
             block.forward = torch.compile(block.forward, backend=backend)
         self.is_compiled = True
+        return self
+
+    def give_raw(self) -> Teacher:
+        """Give block outputs as they are from now on, not whitened, for ablations; returns the teacher itself."""
+        self.is_raw = True
         return self
 
     # no_grad, not inference_mode: a live student's loss saves the targets for its backward pass, which tensors made
@@ -239,7 +246,8 @@ class Teacher:
 
         def tap_output(number):
             def hook(block, inputs, output):
-                tapped[number] = whiten(output.flatten(1, -2), spec.norm_eps)  # a grid becomes [B, T, D], row by row
+                tokens = output.flatten(1, -2)  # a grid becomes [B, T, D], row by row
+                tapped[number] = tokens.float() if self.is_raw else whiten(tokens, spec.norm_eps)
 
             return hook
 

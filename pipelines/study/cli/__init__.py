@@ -1,0 +1,1 @@
+"""`python -m pipelines.study`: the teacher, the cells, the tables."""
