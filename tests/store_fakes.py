@@ -71,7 +71,8 @@ def write_again(path: Path, store: Path, codec: str | None = None) -> None:
     """Write a store from manifest, small arrays and stored rows of another; codec: of all arrays, by default theirs."""
     reader = StoreReader(path)
     spec = replace(reader.spec, codecs=tuple((array, codec or its) for array, its in reader.spec.codecs))
-    create_store(store, replace(reader.manifest, store=spec), reader.statistics, reader.head, reader.store.small_array("probe"))
+    create_store(store, replace(reader.manifest, store=spec), reader.statistics, reader.head, reader.store.small_array("probe"),
+                 reader.transform)  # fmt: skip
     in_fp32 = reader.store.read_fp32_rows()
     for shard in range(spec.n_shards):
         rows = spec.rows_of(shard)

@@ -181,7 +181,7 @@ def test_a_transform_that_cannot_be(part, said):
 
 
 def test_the_sample():
-    """At least 20 tokens a channel of all layers together, more of a large set, and further rows to measure on."""
+    """At least 20 tokens a channel of all layers together, of many crops if there are, and further rows to measure on."""
     teacher = replace(FakeTeacher().spec, dim=768, grid=(14, 14))
     layers = (2, 3, 4, 5, 6)
     codecs = tuple((ARRAY_NAME.format(layer), "none") for layer in layers)

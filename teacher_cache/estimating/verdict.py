@@ -146,7 +146,7 @@ def _sentences(use: Use, rates: Rates, break_even: float, pays: bool | None, sav
     if use.total_bytes > use.free_bytes:
         yield (
             f"It does not fit: {human(use.total_bytes - use.free_bytes)} short. Make room, or store less: fewer --views, "
-            "--layers last, --dtype int4, --tokens visible:K."
+            "--layers last, --dtype klt, --tokens visible:K."
         )
 
 

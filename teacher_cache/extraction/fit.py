@@ -20,8 +20,9 @@ from ..format.spec import LayerFidelity, StoreSpec, TeacherSpec
 from ..format.transform import Transform, least_tokens
 
 FIT_ROWS = 2048
-"""Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double. A transform takes up
-to twice as many, or what it takes at least."""
+"""Rows of view 0 that the quantiser is fitted on; fewer for small sets, whose extraction they would double."""
+TRANSFORM_ROWS = 4096
+"""That a transform is fitted on, if there are as many. Crops count, more than tokens of each (docs/design/0014)."""
 FIT_TOKENS = 32
 """Tokens drawn from each of these rows."""
 LEAST_ROWS = 16
@@ -68,8 +69,7 @@ class SampleSize:
             return cls(n_rows, n_drawn)
         least = least_tokens(len(spec.layers), teacher.dim)
         n_held = max(1, min(HELD_ROWS, spec.n_rows // 8))
-        n_rows = max(n_rows, min(2 * FIT_ROWS, 2 * -(-least // n_drawn)), -(-least // n_drawn))
-        n_rows = min(n_rows, spec.n_rows - n_held)
+        n_rows = min(max(TRANSFORM_ROWS, -(-least // n_drawn)), spec.n_rows - n_held)
         n_drawn = min(n_tokens, max(n_drawn, -(-least // max(1, n_rows))))
         if n_rows * n_drawn < least:
             raise UsageError(
