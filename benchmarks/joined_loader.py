@@ -106,8 +106,8 @@ def main(images: Path | None, threads: int | None, reader: str, dtype: str, tiny
         for name, arrays in (("one", one), ("five", five))
     }
     conditions = [
-        f"{n_rows} crops of {crops.size} px (JPEG, {crops.sizes.mean():,.0f} bytes), {dtype} targets of {row_bytes['one']:,} bytes (one "
-        f"layer) and {row_bytes['five']:,} (five), random order, batches of {batch}, {workers} threads, {reader}",
+        f"{n_rows} crops of {crops.size} px (JPEG, {crops.sizes.mean():,.0f} bytes), {dtype} targets of {row_bytes['one']:,} "
+        f"bytes (one layer) and {row_bytes['five']:,} (five), random order, batches of {batch}, {workers} threads, {reader}",
         "warm page cache, crc first (rows were checked before the timed rounds); bytes compared for equality before",
     ]  # fmt: skip
     measure.report(

@@ -2,8 +2,8 @@
 
 All are fitted on the same tokens of the same crops, and measured on the same tokens of other crops. The tokens are those that
 `--dtype klt:BITS` is fitted on and measured on. Its rivals (target_rivals.py): the uniform quantiser of int4 with more bits, a
-rotation that knows nothing of the tokens, product quantisation, and the same transform of all layers at once, which no reader of one
-layer could read apart, or of each layer alone.
+rotation that knows nothing of the tokens, product quantisation, and the same transform of all layers at once, which no reader
+of one layer could read apart, or of each layer alone.
 
 Trained weights of a network for photographs are given: `--weights FILE --images FOLDER`. Without them the built-in teacher says
 what it sees in digits; its figures have no goals.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -23,7 +23,7 @@ import torch
 from pipelines.demo.data import write_digits
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.extraction.encode import quantise_on_host, take_tokens
-from teacher_cache.extraction.fit import FIT_ROWS, HELD_ROWS, Sample
+from teacher_cache.extraction.fit import FIT_ROWS, HELD_ROWS, Sample, least_rows
 from teacher_cache.extraction.klt_encode import TransformEncoder
 from teacher_cache.extraction.klt_fit import fit_transform
 from teacher_cache.extraction.planning import ExtractPlan
@@ -184,9 +184,11 @@ def main(weights: Path | None, images: Path | None, name: str, image_size: int, 
     figures, size = {}, teacher.spec.image_size
     with measure.scratch_folder(scratch, 2_000_000_000 if weights else 0) as folder:
         images = images or write_digits(folder / "digits") / "train"
+        spec = ExtractPlan(layers="last5", dtype="klt:3.2").store_spec(teacher.spec, MOST_IMAGES)
         n_images = sum(path.suffix.lower() in (".jpg", ".jpeg", ".png") for path in images.rglob("*"))
-        cache = made_up.make_cache(folder, min(n_images, MOST_IMAGES), size, images, CropPlan(size=size, scale=(0.2, 1.0)))
-        spec = ExtractPlan(layers="last5", dtype="klt:3.2").store_spec(teacher.spec, cache.n_images)
+        n_images = min(n_images, least_rows(spec, teacher.spec) if tiny else MOST_IMAGES)
+        cache = made_up.make_cache(folder, n_images, size, images, CropPlan(size=size, scale=(0.2, 1.0)))
+        spec = replace(spec, n_rows=cache.n_images)
         with Sample(folder, spec, teacher.spec) as sample:
             fill_sample(sample, teacher, CropReader(cache.view(0).path), spec.layers)
             of_fit = slice(sample.n_fitted)
@@ -197,11 +199,12 @@ def main(weights: Path | None, images: Path | None, name: str, image_size: int, 
                 click.echo(f"  {code}: {figures[code]}")
                 if code in ("int4", "klt:3.2"):
                     figures |= {f"{code}, tokens {what}": values for what, values in unlike(tokens, read_back).items()}
+    layers = ", ".join(map(str, spec.layers))
     conditions = [
-        f"{name}, {teacher.spec.weights}, layers {', '.join(map(str, spec.layers))}, {size} px, crops of .2 to 1 of an image; fitted "
-        f"on {sample.n_fitted:,} tokens of {sample.size.n_rows:,} crops, measured on {held.shape[1]:,} of {sample.size.n_held:,} others",
-        "error: standardised by channel, relative L2 of a token (docs/format.md, section 6); of patches, CLS apart; bits a value with "
-        "the scales of a token, without what a store keeps once",
+        f"{name}, {teacher.spec.weights}, layers {layers}, {size} px, crops of .2 to 1 of an image; fitted on "
+        f"{sample.n_fitted:,} tokens of {sample.size.n_rows:,} crops, measured on {held.shape[1]:,} of {sample.size.n_held:,} others",
+        "error: standardised by channel, relative L2 of a token (docs/format.md, section 6); of patches, CLS apart; bits a value "
+        "with the scales of a token, without what a store keeps once",
     ]  # fmt: skip
     measure.report("target-codes", claims_of(figures, weights is not None), figures, conditions, where)
 

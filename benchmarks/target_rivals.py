@@ -42,8 +42,8 @@ def _root_mean_square(values: Tensor) -> Tensor:
 
 
 def uniform(bits: int, group: int) -> Rival:
-    """Whole multiples of a float16 scale for each group of neighbouring channels, as int4 has them: the value of largest magnitude
-    becomes the lowest level, so that all levels are used."""
+    """Whole multiples of a float16 scale for each group of neighbouring channels, as int4 has them: the value of largest
+    magnitude becomes the lowest level, so that all levels are used."""
 
     def read_back(tokens: Tensor) -> Tensor:
         dim = tokens.shape[-1]

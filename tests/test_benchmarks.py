@@ -23,9 +23,9 @@ from teacher_cache.inspecting.inspect import describe
 from teacher_cache.store.reader import StoreReader
 
 FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"],
-         "step-parts": ["--preset", "maskalign-b16"]}  # fmt: skip
+         "step-parts": ["--preset", "maskalign-b16"], "step-parts-klt": ["--preset", "maskalign-b16"]}  # fmt: skip
 """Of the presets that a benchmark goes through, one is enough to see that it works."""
-ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts")
+ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts", "step-parts-klt")
 CPU = dict.fromkeys(ON_A_GPU, ["--device", "cpu"])
 
 
