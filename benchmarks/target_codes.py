@@ -202,7 +202,8 @@ def main(weights: Path | None, images: Path | None, name: str, image_size: int, 
     layers = ", ".join(map(str, spec.layers))
     conditions = [
         f"{name}, {teacher.spec.weights}, layers {layers}, {size} px, crops of .2 to 1 of an image; fitted on "
-        f"{sample.n_fitted:,} tokens of {sample.size.n_rows:,} crops, measured on {held.shape[1]:,} of {sample.size.n_held:,} others",
+        f"{sample.n_fitted:,} tokens of {sample.size.n_rows:,} crops, measured on {held.shape[1]:,} of "
+        f"{sample.size.n_held:,} others",
         "error: standardised by channel, relative L2 of a token (docs/format.md, section 6); of patches, CLS apart; bits a value "
         "with the scales of a token, without what a store keeps once",
     ]  # fmt: skip
