@@ -43,8 +43,9 @@ def images(tmp_path_factory):
         ["--dtype", "float16", "--views", "1", "--layers", "last2"],
         ["--dtype", "int8", "--views", "3", "--layers", "last", "--crop-format", "raw", "--shard-rows", "50"],
         ["--dtype", "int4", "--views", "1", "--layers", "last5", "--tokens", "visible:20"],
+        ["--dtype", "klt:2.5", "--views", "1", "--layers", "last2", "--tokens", "visible:40", "--batch-size", "64"],
     ],
-    ids=["int8-2-views", "float16", "raw-3-views", "int4-visible"],
+    ids=["int8-2-views", "float16", "raw-3-views", "int4-visible", "klt-visible"],
 )
 def test_bytes_come_true(tmp_path, images, options):
     """What is estimated from a few crops is within 1 % of what extraction then writes, of crops within 2 %."""

@@ -30,6 +30,7 @@ TORCH_ROOMS = (
     "extraction.encode",
     "extraction.klt_encode",
     "extraction.klt_fit",
+    "extraction.recode",
     "estimating.trial",
     "device",
     "teachers",
