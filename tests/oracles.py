@@ -62,16 +62,16 @@ def klt_components(tokens: np.ndarray, code: LayerCode, statistics: ChannelStati
 
 
 def klt_encode(components: np.ndarray, code: LayerCode, transform: Transform) -> np.ndarray:
-    """float [n, K] -> uint8 [n, bytes of a token]."""
-    edges = transform.scales[1:-1] * transform.scales[2:]
+    """float [n, K] -> uint8 [n, bytes of a token], of tokens that the basis fits."""
+    edges = transform.scales[1:127] * transform.scales[2:128]
     number = 1 + np.searchsorted(edges, (components**2).mean(1))
     stored = [number[:, None].astype("uint8")]
-    bits = np.zeros((len(components), int(code.bits.sum())), "uint8")
+    bits, starts = np.zeros((len(components), int(code.bits.sum())), "uint8"), np.cumsum(code.bits) - code.bits
     for k, n_bits in enumerate(code.bits[: code.n_kept]):
         levels = transform.levels[2**n_bits - 2 : 2 ** (n_bits + 1) - 2]
         codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, components[:, k] / transform.scales[number])
         for place in range(n_bits):
-            bits[:, code.starts[k] + place] = codes >> place & 1
+            bits[:, starts[k] + place] = codes >> place & 1
     return np.concatenate([*stored, np.packbits(bits, axis=1, bitorder="little")], 1)
 
 

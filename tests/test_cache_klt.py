@@ -18,7 +18,7 @@ from teacher_cache.extraction.klt_fit import lloyd_max
 from teacher_cache.format.dtypes import dtype_of, klt_bits
 from teacher_cache.format.quantize import token_errors
 from teacher_cache.format.spec import ARRAY_NAME
-from teacher_cache.format.transform import decode, layers_together, least_tokens, token_bytes, unpack, values
+from teacher_cache.format.transform import DISTORTION, ESCAPED, decode, layers_together, least_tokens, token_bytes, unpack, values
 
 CPU = torch.device("cpu")
 
@@ -92,10 +92,11 @@ def test_codes_are_the_oracles(dtype, group):
         behind = np.concatenate([np.zeros((300, 0), "float32"), *behind], 1)
         plain = oracles.klt_encode(oracles.klt_components(tokens[place], code, statistics[layer], behind), code, transform)
         assert plain.shape == stored[layer].shape == (300, token_bytes(dtype, DIM)) and plain.dtype == stored[layer].dtype
-        same = (plain == stored[layer]).all(1)
-        assert same.mean() > 0.98
-        steps = np.abs(unpack(plain, code) - unpack(stored[layer], code))[plain[:, 0] == stored[layer][:, 0]]
-        assert steps.max() <= 1 and unpack(stored[layer], code).max() < 2 ** code.bits.max()
+        fits = stored[layer][:, 0] < ESCAPED
+        plain, codes = plain[fits], stored[layer][fits]
+        assert (plain == codes).all(1).mean() > 0.98 and fits.mean() > (0.6 if dtype == "klt:1.5" else 0.99)
+        steps = np.abs(unpack(plain, code.bits) - unpack(codes, code.bits))[plain[:, 0] == codes[:, 0]]
+        assert steps.max() <= 1 and unpack(codes, code.bits).max() < 2 ** code.bits.max()
 
 
 def test_more_bits_are_nearer():
@@ -121,6 +122,26 @@ def test_tokens_of_another_size_are_kept(factor):
     assert np.median(errors) < 0.12 and errors.max() < 0.5
 
 
+@pytest.mark.parametrize("dtype", ["klt:2", "klt:3.2", "klt:5"])
+def test_tokens_that_the_basis_does_not_fit(dtype):
+    """Those of another direction, and with a channel far beyond the others, are coded by themselves, and not lost. Those beside
+    them are what they were; and what the transform was made for is hardly ever coded so."""
+    _, transform, statistics = fitted(dtype)
+    rng, ordinary = np.random.default_rng(6), residual_stream(200, seed=7)
+    odd = 10 * rng.standard_normal((3, 100, DIM))
+    spread, centre = (np.stack([getattr(statistics[i], which) for i in LAYERS])[:, None] for which in ("spread", "centre"))
+    spiked = ordinary[:, :100].copy()
+    spiked[:, :, 20] += 50 * spread[:, :, 20]
+    for tokens, most in (((odd * spread + centre).astype("float32"), {"klt:2": 0.75, "klt:3.2": 0.45, "klt:5": 0.2}[dtype]),
+                         (spiked, {"klt:2": 1.0, "klt:3.2": 0.6, "klt:5": 0.3}[dtype])):  # fmt: skip
+        errors, stored = errors_of(tokens, dtype), encoded(tokens, dtype)
+        assert np.median(errors) < most and errors.max() < 1.2
+        assert tokens is spiked or (stored[6][:, 0] >= ESCAPED).mean() > 0.5
+        both = np.concatenate([ordinary, tokens], 1)
+        assert all(np.mean(encoded(both, dtype)[layer][:200] == encoded(ordinary, dtype)[layer]) > 0.999 for layer in LAYERS)
+    assert all((codes[:, 0] >= ESCAPED).mean() < 0.02 for codes in encoded(ordinary, dtype).values())
+
+
 def test_no_token_begins_with_the_fill_value():
     """Not even one that is the mean itself, or zero, or far beyond the largest scale: and all of them are read again finite."""
     _, transform, _ = fitted()
@@ -129,7 +150,6 @@ def test_no_token_begins_with_the_fill_value():
     stored = encoded(odd)
     assert all((codes[:, 0] > 0).all() for codes in stored.values())
     assert np.isfinite(read_again(stored)).all()
-    assert [int(stored[6][i, 0]) for i in (0, 2)] == [1, 255]
 
 
 def test_codes_do_not_depend_on_where_a_token_stands():
@@ -141,10 +161,13 @@ def test_codes_do_not_depend_on_where_a_token_stands():
 
 def test_levels():
     """Those of Max (1960) for a normal variable, and the error they leave."""
-    levels, distortion = lloyd_max()
+    levels = lloyd_max()
     assert np.allclose(levels[:2], [-0.7979, 0.7979], atol=1e-4) and np.allclose(levels[4:6], [0.4528, 1.5104], atol=1e-4)
-    assert np.allclose(distortion[:6], [1, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499], rtol=5e-3)
-    assert (np.diff(distortion) < 0).all() and len(distortion) == 11
+    values = np.random.default_rng(0).standard_normal(100_000)
+    for bits in (1, 2, 3, 4, 6, 8, 10):
+        table = levels[2**bits - 2 : 2 ** (bits + 1) - 2]
+        off = values - table[np.searchsorted((table[1:] + table[:-1]) / 2, values)]
+        assert (off**2).mean() == pytest.approx(DISTORTION[bits], rel=0.05)
 
 
 def test_a_transform_is_used_up():
@@ -166,7 +189,7 @@ def damaged(part: str):
         bits[0] += 1
     elif part == "order":
         bits[[0, -1]] = bits[[-1, 0]]
-    else:
+    elif part == "basis":
         basis[-DIM] = 0
     layers = {**transform.layers, 5: replace(code, bits=bits, basis=basis)}
     return replace(transform, layers=layers, scales=scales, levels=levels)

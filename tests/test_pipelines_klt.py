@@ -10,6 +10,7 @@ import pytest
 import torch
 from cache_fakes import crop_folder, flip_bit
 from fakes import FakeTeacher, write_images
+from klt_fakes import DIM, fitted, residual_stream
 from store_fakes import shard_of
 
 from pipelines.feed.cached_source import CachedSource
@@ -23,8 +24,10 @@ from student.batch import Needs
 from student.modules.model import Student
 from teacher_cache.errors import CacheCorruptError, NotInCacheError
 from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.klt_encode import TransformEncoder
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.spec import ARRAY_NAME
+from teacher_cache.format.transform import ESCAPED, decode
 from teacher_cache.store.reader import READERS, StoreReader
 
 N = 200
@@ -67,6 +70,23 @@ def test_a_source_reads_the_codes_it_needs(cache, reader):
         batch = next(iter(source.micro_batches(0, 1)))
         expected = stored(cache, "all", batch.rows.numpy(), [7 + layer for layer in layers])
         np.testing.assert_allclose(batch.targets[0].tokens.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["klt:1.5", "klt:3.2", "klt:6"])
+@pytest.mark.parametrize("n_odd", [0, 7])
+def test_the_device_reads_what_the_document_says(dtype, n_odd):
+    """The decoder of the training and the plain one give the same tokens, also of those that are coded by themselves."""
+    spec, transform, statistics = fitted(dtype)
+    tokens = residual_stream(40, seed=8)
+    tokens[:, :n_odd] = 30 * np.random.default_rng(0).standard_normal((3, n_odd, DIM))
+    arrays = TransformEncoder(spec, transform, statistics, torch.device("cpu"))(torch.from_numpy(tokens)[None])
+    assert not n_odd or any((codes[..., 0] >= ESCAPED).any() for codes in arrays.values())
+    out = torch.empty(3, 1, 40, DIM)
+    TransformDecoder(spec, transform, (4, 5, 6), torch.device("cpu"))(arrays.__getitem__, out)
+    for place, layer in enumerate((4, 5, 6)):
+        layers = spec.read_with(layer)
+        expected = decode([arrays[ARRAY_NAME.format(other)][0].numpy() for other in layers], layers, transform)
+        np.testing.assert_allclose(out[place, 0].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_cached_is_near_to_live(cache):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.format.spec import ARRAY_NAME, StoreSpec
-from teacher_cache.format.transform import LayerCode, Transform
+from teacher_cache.format.transform import ESCAPED, LayerCode, Transform, starts_of
 
 # B batch, T tokens of a row, D width, G groups of channels, K components of a layer that are kept
 
@@ -54,7 +54,10 @@ class TransformDecoder:
         """Fill `out`, float32 [L, B, T, D]. stored: the rows of an array by its name, uint8 [B, T, bytes of a token]."""
         read = {layer: values(stored(ARRAY_NAME.format(layer))) for layer, values in self.values.items()}
         for layers, (basis, mean), tokens in zip(self.layers, self.products, out, strict=True):
-            values = torch.cat([read[layer] for layer in layers], -1).flatten(0, 1)  # [B * T, K of all of them]
+            (own, escaped), behind = read[layers[-1]], [read[layer][0] for layer in layers[:-1]]
+            if escaped is not None:
+                behind = [values.masked_fill(escaped, 0) for values in behind]
+            values = torch.cat([*behind, own], -1).flatten(0, 1)  # [B * T, K of all of them]
             if self.on_gpu:
                 torch.mm(values.bfloat16(), basis, out_dtype=torch.float32, out=tokens.view(-1, len(mean))).add_(mean)
             else:
@@ -65,17 +68,25 @@ class _Values:
     """From the bytes of a layer's tokens to its values: which bytes and bits a code has, and what it stands for."""
 
     def __init__(self, code: LayerCode, transform: Transform, device: torch.device):
-        bits, starts = code.bits[: code.n_kept], code.starts[: code.n_kept]
         on = lambda values: torch.tensor(values, device=device)  # noqa: E731
-        self.levels, self.scales = on(transform.levels), on(transform.scales)
-        self.byte, self.shift, self.mask, self.first = (
-            on(1 + starts // 8),
-            *(on(values).int() for values in (starts % 8, 2**bits - 1, 2**bits - 2)),
+        self.levels, self.scales, self.unit = on(transform.levels), on(transform.scales), on(code.unit[: code.n_kept])
+        self.by_basis, self.by_itself = (
+            (on(1 + starts_of(bits) // 8), *(on(part).int() for part in (starts_of(bits) % 8, 2**bits - 1, 2**bits - 2)))
+            for bits in (code.bits[: code.n_kept], code.flat_bits[: code.n_kept])
         )
 
-    def __call__(self, stored: Tensor) -> Tensor:
-        """uint8 [B, T, bytes] -> float32 [B, T, K]."""
-        wide = torch.nn.functional.pad(stored, (0, 2)).int()
+    def __call__(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, T, bytes] -> float32 [B, T, K], and which tokens are coded by themselves, bool [B, T, 1]; None: none is."""
+        number, wide = stored[..., :1].int(), torch.nn.functional.pad(stored, (0, 2)).int()
         words = wide[..., :-2] | wide[..., 1:-1] << 8 | wide[..., 2:] << 16  # a code of 10 bits ends within 3 bytes
-        codes = words.index_select(-1, self.byte).bitwise_right_shift_(self.shift).bitwise_and_(self.mask).add_(self.first)
-        return self.levels[codes].mul_(self.scales[stored[..., :1].int()])
+        values, escaped = self._levels(words, *self.by_basis), number >= ESCAPED
+        if stored.is_cuda or escaped.any():  # a GPU would have to be waited for
+            values = torch.where(escaped, self._levels(words, *self.by_itself).mul_(self.unit), values)
+        else:
+            escaped = None
+        return values.mul_(self.scales[number]), escaped
+
+    def _levels(self, words: Tensor, byte: Tensor, shift: Tensor, mask: Tensor, first: Tensor) -> Tensor:
+        """float32 [B, T, K]"""
+        codes = words.index_select(-1, byte).bitwise_right_shift_(shift).bitwise_and_(mask).add_(first)
+        return self.levels[codes]

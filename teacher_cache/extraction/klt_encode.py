@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..format.quantize import ChannelStatistics
 from ..format.spec import ARRAY_NAME, StoreSpec
-from ..format.transform import LayerCode, Transform
+from ..format.transform import DISTORTION, ESCAPED, LayerCode, Transform
+from ..teachers.float32 import full_float32
 
 # B batch, L layers, T tokens, D width, K components that have bits
 
@@ -25,30 +26,21 @@ class TransformEncoder:
 
     def __init__(self, spec: StoreSpec, transform: Transform, statistics: dict[int, ChannelStatistics], device: torch.device):
         self.spec = spec
-        self.scales = torch.tensor(transform.scales, device=device)
-        self.edges = self.scales[1:-1] * self.scales[2:]  # of the mean square
-        n_kept = {layer: code.n_kept for layer, code in transform.layers.items()}
+        kept = {layer: code.n_kept for layer, code in transform.layers.items()}
         self.layers = {
-            layer: _Layer(code, transform, statistics[layer], [n_kept[other] for other in spec.read_with(layer)[:-1]], device)
+            layer: _Layer(code, transform, statistics[layer], [kept[other] for other in spec.read_with(layer)[:-1]], device)
             for layer, code in transform.layers.items()
         }
 
     def __call__(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: float [B, L, T, D], finite. Returns array name -> uint8 [B, T, bytes of a token]."""
         arrays, read = {}, {}
-        for place in reversed(range(len(self.spec.layers))):
-            layer = self.spec.layers[place]
-            behind = [read[other] for other in self.spec.read_with(layer)[:-1]]
-            arrays[ARRAY_NAME.format(layer)], read[layer] = self._encode(self.layers[layer], tokens[:, place], behind)
+        with full_float32():
+            for place in reversed(range(len(self.spec.layers))):
+                layer = self.spec.layers[place]
+                behind = [read[other] for other in self.spec.read_with(layer)[:-1]]
+                arrays[ARRAY_NAME.format(layer)], read[layer] = self.layers[layer].encode(tokens[:, place], behind)
         return arrays
-
-    def _encode(self, layer: _Layer, tokens: Tensor, behind: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """uint8 [B, T, bytes], and the values that are read from it, float32 [B, T, K]."""
-        own = layer.components(tokens, behind)
-        number = 1 + torch.bucketize(own.square().mean(-1, keepdim=True), self.edges)  # [B, T, 1]
-        scale = self.scales[number]
-        codes, values = layer.codes(own / scale)
-        return torch.cat([number.to(torch.uint8), pack(codes)], -1), values * scale
 
 
 class _Layer:
@@ -56,40 +48,75 @@ class _Layer:
 
     def __init__(self, code: LayerCode, transform: Transform, statistics: ChannelStatistics, n_behind: list[int],
                  device: torch.device):  # fmt: skip
-        dim = len(code.mean)
-        on = lambda values: torch.tensor(np.ascontiguousarray(values), device=device)  # noqa: E731
-        self.mean = on(code.mean)
+        dim, kept = len(code.mean), slice(code.n_kept)
+        on = lambda values: torch.tensor(np.ascontiguousarray(values, "float32"), device=device)  # noqa: E731
+        self.scales = on(transform.scales)
+        self.edges = on(transform.scales[1 : ESCAPED - 1] * transform.scales[2:ESCAPED])  # of the mean square
+        own = code.basis[-dim:][kept].astype("float64") / statistics.spread  # [K, D]
+        analysis = (own / statistics.spread / (own**2).sum(1, keepdims=True)).T
         rows = [code.basis[place * dim : place * dim + n] for place, n in enumerate(n_behind)]
-        self.predict = on(np.concatenate(rows)) if rows else None  # [K of all behind, D]
-        own = code.basis[-dim:][: code.n_kept].astype("float64") / statistics.spread
-        self.analysis = on((own / statistics.spread / (own**2).sum(1, keepdims=True)).T.astype("float32"))  # [D, K]
+        self.mean, self.analysis = on(code.mean), on(analysis)
+        self.predict = on(np.concatenate(rows).astype("float64") @ analysis) if rows else None  # [K of all behind, K]
+        self.by_basis = _Coding(code.bits[kept], 1 / np.maximum(code.unit[kept], 1e-30), transform, on)
+        self.by_itself = _Coding(code.flat_bits[kept], np.ones(code.n_kept), transform, on)
+        self.unit, self.deviation = on(code.unit[kept]), on(1 / np.maximum(code.unit[kept], 1e-30))
+        self.n_bits = int(code.bits.sum())
+
+    def encode(self, tokens: Tensor, behind: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """uint8 [B, T, bytes] of tokens [B, T, D], and the values that are read from it, float32 [B, T, K]. behind: those read of
+        the layers behind it."""
+        alone = (tokens.float() - self.mean) @ self.analysis  # [B, T, K]
+        own = alone if self.predict is None else alone - torch.cat(behind, -1) @ self.predict
+        alone = alone * self.deviation
+        (number, scale), (flat_number, flat_scale) = self._scale(own), self._scale(alone)
+        escapes = self.by_itself.noise(alone, flat_scale) < self.by_basis.noise(own, scale)  # [B, T, 1]
+        stored, levels = self.by_basis.codes(own / scale, self.n_bits)
+        if tokens.is_cuda or escapes.any():  # a GPU would have to be waited for
+            flat_stored, flat_levels = self.by_itself.codes(alone / flat_scale, self.n_bits)
+            stored, levels = torch.where(escapes, flat_stored, stored), torch.where(escapes, flat_levels * self.unit, levels)
+            number = torch.where(escapes, flat_number + ESCAPED, number)
+        return torch.cat([number.to(torch.uint8), stored], -1), levels * self.scales[number]
+
+    def _scale(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Number and value of each token's scale, [B, T, 1]: the root mean square of its components, rounded."""
+        number = 1 + torch.bucketize(components.square().mean(-1, keepdim=True), self.edges)
+        return number, self.scales[number]
+
+
+class _Coding:
+    """bits, deviations: [K], of components in units of these, in tokens standardised by channel. on: an array on the device."""
+
+    def __init__(self, bits: np.ndarray, deviations: np.ndarray, transform: Transform, on):
         self.runs = []  # of components with equally many bits
-        for bits in np.unique(code.bits[: code.n_kept])[::-1].tolist():
-            which = np.flatnonzero(code.bits == bits)
-            levels = on(transform.levels_of(bits))
-            self.runs.append((slice(which[0], which[-1] + 1), bits, levels, (levels[1:] + levels[:-1]) * 0.5))
+        for n_bits in np.unique(bits)[::-1].tolist():
+            which = np.flatnonzero(bits == n_bits)
+            levels = on(transform.levels_of(n_bits))
+            self.runs.append((slice(which[0], which[-1] + 1), n_bits, levels, (levels[1:] + levels[:-1]) * 0.5))
+        self.deviations, self.top = on(deviations), on([transform.levels_of(n)[-1] for n in bits])
+        self.expected = float((deviations**2 * np.array(DISTORTION)[bits]).sum())
 
-    def components(self, tokens: Tensor, behind: list[Tensor]) -> Tensor:
-        """Its own, float32 [B, T, K], of tokens [B, T, D], given the values read of the layers behind it."""
-        left = tokens.float() - self.mean
-        if self.predict is not None:
-            left -= torch.cat(behind, -1) @ self.predict
-        return left @ self.analysis
+    def noise(self, components: Tensor, scale: Tensor) -> Tensor:
+        """The squared error to be expected of each token, [B, T, 1]: that of rounding, and of what is beyond the levels."""
+        beyond = (components.abs() - scale * self.top).clamp_(min=0).mul_(self.deviations)
+        return beyond.square_().sum(-1, keepdim=True) + scale.square() * self.expected
 
-    def codes(self, components: Tensor) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """The levels next to components [B, T, K]: bits and int32 codes [B, T, k] run by run, and float32 [B, T, K] of levels."""
+    def codes(self, values: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
+        """Of values [B, T, K] the codes of the nearest levels, packed, uint8 [B, T, n_bits / 8], and these levels [B, T, K]."""
         found = [
-            (bits, levels, torch.bucketize(components[..., run].contiguous(), edges, out_int32=True))
+            (bits, levels, torch.bucketize(values[..., run].contiguous(), edges, out_int32=True))
             for run, bits, levels, edges in self.runs
         ]
-        return [(bits, codes) for bits, _, codes in found], torch.cat([levels[codes] for _, levels, codes in found], -1)
+        nearest = torch.cat([levels[codes] for _, levels, codes in found], -1)
+        return pack([(bits, codes) for bits, _, codes in found], n_bits), nearest
 
 
-def pack(codes: list[tuple[int, Tensor]]) -> Tensor:
-    """uint8 [B, T, bytes]: codes of a whole number of bytes, back to back, the lowest bit first."""
+def pack(codes: list[tuple[int, Tensor]], n_bits: int) -> Tensor:
+    """uint8 [B, T, n_bits / 8]: codes back to back, the lowest bit first, zeros behind the last. codes: bits, and [B, T, k]."""
     parts = []
     for bits, of_run in codes:
         places = torch.arange(bits, device=of_run.device, dtype=torch.int16)
         parts.append((of_run.to(torch.int16)[..., None] >> places & 1).to(torch.uint8).flatten(-2))
+    n_left = n_bits - sum(part.shape[-1] for part in parts)
+    parts.append(parts[0].new_zeros((*parts[0].shape[:-1], n_left)))
     eights = torch.cat(parts, -1).unflatten(-1, (-1, 8))
     return (eights << torch.arange(8, device=eights.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from torch import special
 
 from ..format.quantize import ChannelStatistics, token_errors
 from ..format.spec import ARRAY_NAME, LayerFidelity, StoreSpec
-from ..format.transform import MOST_BITS, N_SCALES, LayerCode, Transform, decode, token_bytes
+from ..format.transform import DISTORTION, ESCAPED, MOST_BITS, N_SCALES, LayerCode, Transform, decode, token_bytes
 from .fit import Fitted, Sample
 from .klt_encode import TransformEncoder
 
@@ -64,15 +64,14 @@ def _fidelity(layer: int, errors: np.ndarray, has_cls: bool) -> LayerFidelity:
 
 def fit_transform(sample: Sample, spec: StoreSpec, statistics: dict[int, ChannelStatistics]) -> Transform:
     """The transform for the tokens that a sample is fitted on. Every layer has equally many bits."""
-    levels, distortion = lloyd_max()
     n_bits = 8 * (token_bytes(spec.dtype, sample.shape[1]) - 1)
     codes: dict[int, LayerCode] = {}
     for group in _groups(spec):
         mean, covariance = _moments(sample, spec, group, statistics)
-        codes |= zip(group, _codes(mean, covariance, [statistics[layer] for layer in group], n_bits, distortion), strict=True)
-    scales = 2.0 ** ((np.arange(N_SCALES) - N_SCALES // 2) / SCALES_AN_OCTAVE)
-    scales[0] = 0
-    return Transform(codes, levels.astype("float32"), scales.astype("float32"))
+        codes |= zip(group, _codes(mean, covariance, [statistics[layer] for layer in group], n_bits), strict=True)
+    scales = 2.0 ** ((np.arange(N_SCALES) % ESCAPED - ESCAPED // 2) / SCALES_AN_OCTAVE)
+    scales[[0, ESCAPED]] = 0
+    return Transform(codes, lloyd_max().astype("float32"), scales.astype("float32"))
 
 
 def _groups(spec: StoreSpec) -> list[tuple[int, ...]]:
@@ -82,20 +81,13 @@ def _groups(spec: StoreSpec) -> list[tuple[int, ...]]:
 
 
 @cache
-def lloyd_max() -> tuple[np.ndarray, np.ndarray]:
-    """The best levels for a normal variable of variance 1 (Max 1960): float64 [N_LEVELS], as Transform has them; and the mean
-    squared error that 0, 1 ... MOST_BITS bits leave, [MOST_BITS + 1]."""
-    tables, distortion = [], [1.0]
-    for bits in range(1, MOST_BITS + 1):
-        table, share = _levels(2**bits)
-        tables.append(table)
-        distortion.append(1 - float((share * table**2).sum()))
-    return np.concatenate(tables), np.array(distortion)
+def lloyd_max() -> np.ndarray:
+    """The best levels for a normal variable of variance 1 (Max 1960): float64 [N_LEVELS], as Transform has them."""
+    return np.concatenate([_levels(2**bits) for bits in range(1, MOST_BITS + 1)])
 
 
-def _levels(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each of n levels is the mean of what is nearest to it, and the share of that; float64 [n] each. Newton's method, from
-    the levels that are best for very many."""
+def _levels(n: int) -> np.ndarray:
+    """Each of n levels the mean of what is nearest to it: float64 [n]. Newton's method, from those best for very many."""
     table = np.sqrt(3) * special.ndtri(torch.arange(0.5, n, dtype=torch.float64) / n).numpy()
     for _ in range(ROUNDS):
         edges = np.concatenate([[-np.inf], (table[1:] + table[:-1]) / 2, [np.inf]])
@@ -110,7 +102,7 @@ def _levels(n: int) -> tuple[np.ndarray, np.ndarray]:
             break
         table = table + step
         table = (table - table[::-1]) / 2
-    return table, share
+    return table
 
 
 def _moments(sample: Sample, spec: StoreSpec, group: tuple[int, ...], statistics) -> tuple[np.ndarray, np.ndarray]:
@@ -132,10 +124,10 @@ def _moments(sample: Sample, spec: StoreSpec, group: tuple[int, ...], statistics
     return mean, second / weights - np.outer(mean, mean)
 
 
-def _codes(mean: np.ndarray, covariance: np.ndarray, statistics: list[ChannelStatistics], n_bits: int, distortion: np.ndarray
+def _codes(mean: np.ndarray, covariance: np.ndarray, statistics: list[ChannelStatistics], n_bits: int
            ) -> Iterator[LayerCode]:  # fmt: skip
     """The codes of a group, the last layer first. statistics: of its layers in this order."""
-    left, dim, told_before = covariance.copy(), len(mean) // len(statistics), []
+    left, dim, told_before, distortion = covariance.copy(), len(mean) // len(statistics), [], np.array(DISTORTION)
     for place, of_layer in enumerate(statistics):
         own = slice(place * dim, (place + 1) * dim)
         variances, basis = np.linalg.eigh(left[own, own])
@@ -151,7 +143,8 @@ def _codes(mean: np.ndarray, covariance: np.ndarray, statistics: list[ChannelSta
 
         rows = np.concatenate([*(told[own].T for told in told_before), (basis * deviations * has_bits).T]) * of_layer.spread
         told_before.append(told)
-        yield LayerCode((mean[own] * of_layer.spread + of_layer.centre).astype("float32"), rows.astype("float32"), bits)
+        offset = mean[own] * of_layer.spread + of_layer.centre
+        yield LayerCode.of(offset.astype("float32"), rows.astype("float32"), bits, of_layer.spread)
 
 
 def _bits(variances: np.ndarray, distortion: np.ndarray, n_bits: int) -> np.ndarray:

@@ -9,8 +9,11 @@ The values of the layers behind it predict it; its own are what is left, in the 
 
     value = levels[2 ** bits - 2 + code] * scales[first byte]
 
-A token of a layer is a run of whole bytes, equally many in every layer: the number of its scale, 1 to 255, then the codes of its
-components back to back, lowest bit first. No scale has the number 0: it is the fill value, and a hole shows in every token.
+A token of a layer is a run of whole bytes, equally many in every layer: the number of its scale, then the codes of its components
+back to back, lowest bit first. No token has the number 0: it is the fill value, and a hole shows in every token.
+
+From number ESCAPED on a token is coded by itself, because the basis does not fit it: not predicted, and all components that have
+bits have equally many, of equal steps.
 
 Storing is worked out where the teacher runs (extraction/klt_encode.py), reading in training where the student does. Here is what
 needs no torch: the values, their checks, reading.
@@ -32,7 +35,9 @@ MOST_BITS = 10
 """Of a component."""
 N_LEVELS = 2 ** (MOST_BITS + 1) - 2
 """Of 1 to MOST_BITS bits, one table behind the other."""
-N_SCALES = 256
+N_SCALES, ESCAPED = 256, 128
+DISTORTION = (1.0, 0.36338, 0.117482, 0.0345478, 0.00950101, 0.00250467, 0.000644239, 0.000163478, 4.1185e-5, 1.0337e-5, 2.59e-6)
+"""Mean squared error of a normal variable of variance 1 with the best levels of 0 to MOST_BITS bits (Max 1960)."""
 
 # D width, n layers of a group from the last one down
 
@@ -67,6 +72,15 @@ class LayerCode:
     """float32 [n * D, D]: a row a value, of the layers behind it, the last first, then of its own; zeros for one without bits."""
     bits: np.ndarray
     """int64 [D], of each of its components, descending; 0: it has no code, and its value is 0."""
+    unit: np.ndarray
+    """float32 [D], not stored: one over the deviation of each component in tokens standardised by channel; 0 without bits."""
+
+    @classmethod
+    def of(cls, mean: np.ndarray, basis: np.ndarray, bits: np.ndarray, spread: np.ndarray) -> LayerCode:
+        """From what is stored. spread: of the layer's channel statistics."""
+        deviation = np.sqrt(((basis[-len(mean) :].astype("float64") / spread) ** 2).sum(1))
+        unit = np.divide(1, deviation, out=np.zeros_like(deviation), where=(bits > 0) & (deviation > 0))
+        return cls(mean, basis, bits.astype("int64"), unit.astype("float32"))
 
     @property
     def n_kept(self) -> int:
@@ -74,9 +88,9 @@ class LayerCode:
         return int((self.bits > 0).sum())
 
     @property
-    def starts(self) -> np.ndarray:
-        """int64 [D]: the bit of a token's codes where each component's begins."""
-        return np.cumsum(self.bits) - self.bits
+    def flat_bits(self) -> np.ndarray:
+        """int64 [D], of each component of a token that is coded by itself."""
+        return np.where(self.bits > 0, min(MOST_BITS, self.bits.sum() // max(1, self.n_kept)), 0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Transform:
     levels: np.ndarray
     """float32 [N_LEVELS]: of b bits those from 2 ** b - 2 on, ascending."""
     scales: np.ndarray
-    """float32 [N_SCALES], by number, ascending; that of 0 counts for nothing."""
+    """float32 [N_SCALES], by number, ascending below ESCAPED and from there on; those of 0 and ESCAPED count for nothing."""
 
     def levels_of(self, bits: int) -> np.ndarray:
         """float32 [2 ** bits]"""
@@ -98,7 +112,7 @@ class Transform:
         """Raise CacheCorruptError, naming the store `where`, unless tokens of so many bytes a layer can be coded so."""
         if not all((np.diff(self.levels_of(bits)) > 0).all() for bits in range(1, MOST_BITS + 1)):
             raise CacheCorruptError(f"{where}: the levels of its transform do not ascend.")
-        if not (self.scales[1] > 0 and (np.diff(self.scales[1:]) > 0).all()):
+        if not all(part[0] > 0 and (np.diff(part) > 0).all() for part in (self.scales[1:ESCAPED], self.scales[ESCAPED + 1 :])):
             raise CacheCorruptError(f"{where}: the scales of its transform are not positive and ascending.")
         for layer, code in self.layers.items():
             if code.bits.min() < 0 or code.bits.max() > MOST_BITS or (np.diff(code.bits) > 0).any():
@@ -109,21 +123,33 @@ class Transform:
                 raise CacheCorruptError(f"{where}: the basis of layer {layer} has a row of zeros for a component with bits.")
 
 
-def unpack(stored: np.ndarray, code: LayerCode) -> np.ndarray:
-    """The codes in uint8 [..., bytes of a token]: int64 [..., D], 0 for a component without bits."""
-    bits = np.unpackbits(stored[..., 1:], axis=-1, bitorder="little")
-    codes = np.zeros((*stored.shape[:-1], len(code.bits)), "int64")
+def starts_of(bits: np.ndarray) -> np.ndarray:
+    """int64 [D]: the bit of a token's codes where each component's begins."""
+    return np.cumsum(bits) - bits
+
+
+def unpack(stored: np.ndarray, n_bits: np.ndarray) -> np.ndarray:
+    """The codes of `n_bits` [D] in uint8 [..., bytes of a token]: int64 [..., D], 0 for a component without bits."""
+    bits, starts = np.unpackbits(stored[..., 1:], axis=-1, bitorder="little"), starts_of(n_bits)
+    codes = np.zeros((*stored.shape[:-1], len(n_bits)), "int64")
     for place in range(MOST_BITS):
-        has = code.bits > place
-        codes[..., has] |= bits[..., code.starts[has] + place].astype("int64") << place
+        has = n_bits > place
+        codes[..., has] |= bits[..., starts[has] + place].astype("int64") << place
     return codes
 
 
 def values(stored: np.ndarray, code: LayerCode, transform: Transform) -> np.ndarray:
     """uint8 [..., bytes of a token] -> float32 [..., D]."""
     levels = np.append(transform.levels, np.float32(0))  # the last for components without bits
-    of_code = np.where(code.bits > 0, 2**code.bits - 2 + unpack(stored, code), len(transform.levels))
-    return levels[of_code] * transform.scales[stored[..., :1]]
+
+    def levels_of(bits: np.ndarray) -> np.ndarray:
+        return levels[np.where(bits > 0, 2**bits - 2 + unpack(stored, bits), len(transform.levels))]
+
+    escaped = stored[..., :1] >= ESCAPED
+    read = levels_of(code.bits)
+    if escaped.any():
+        read = np.where(escaped, levels_of(code.flat_bits) * code.unit, read)
+    return read * transform.scales[stored[..., :1]]
 
 
 def decode(stored: Sequence[np.ndarray], layers: Sequence[int], transform: Transform) -> np.ndarray:
@@ -132,5 +158,6 @@ def decode(stored: Sequence[np.ndarray], layers: Sequence[int], transform: Trans
     stored: uint8 [..., bytes of a token] of each of `layers`, which are those of StoreSpec.read_with.
     """
     parts = [values(codes, transform.layers[layer], transform) for codes, layer in zip(stored, layers, strict=True)]
-    code = transform.layers[layers[-1]]
+    code, is_predicted = transform.layers[layers[-1]], stored[-1][..., :1] < ESCAPED
+    parts[:-1] = [behind * is_predicted for behind in parts[:-1]]
     return np.concatenate(parts, -1) @ code.basis + code.mean

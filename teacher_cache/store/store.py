@@ -145,7 +145,8 @@ class Store:
             mean, basis, bits = (self.small_array(layout.statistics_name(layer, which)) for which in layout.TRANSFORM)
             if (bits != np.rint(bits)).any():
                 raise CacheCorruptError(f"{self.path}: bits of layer {layer} are not whole numbers.")
-            layers[layer] = LayerCode(mean, basis, bits.astype("int64"))
+            spread = self.small_array(layout.statistics_name(layer, "spread"))
+            layers[layer] = LayerCode.of(mean, basis, bits, spread)
         transform = Transform(layers, self.small_array(layout.LEVELS), self.small_array(layout.SCALES))
         transform.require_sound(token_bytes(self.spec.dtype, self.teacher.dim), self.path)
         return transform
