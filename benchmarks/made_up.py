@@ -117,7 +117,7 @@ def made_up_transform(spec: StoreSpec, teacher: TeacherSpec) -> Transform:
     for layer in spec.layers:
         behind = np.full((dim * (len(spec.read_with(layer)) - 1), dim), 1e-3, "float32")
         rows = np.concatenate([behind, np.eye(dim, dtype="float32") * (bits > 0)[:, None]])
-        codes[layer] = LayerCode(np.zeros(dim, "float32"), rows.astype("float32"), bits.astype("int64"))
+        codes[layer] = LayerCode.of(np.zeros(dim, "float32"), rows.astype("float32"), bits, np.ones(dim, "float32"))
     return Transform(codes, levels, scales)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.extraction.klt_fit import lloyd_max
+from teacher_cache.format.transform import DISTORTION
 
 N_ITERATIONS = 12
 """Of k-means."""
@@ -30,7 +31,7 @@ class Rival:
 
 
 def _levels(bits: int) -> Tensor:
-    return torch.from_numpy(lloyd_max()[0][2**bits - 2 : 2 ** (bits + 1) - 2]).float()
+    return torch.from_numpy(lloyd_max()[2**bits - 2 : 2 ** (bits + 1) - 2]).float()
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class Spectrum:
         coders = []
         for layers, mean, variances, basis in self.parts:
             n_bits = int(bits * len(mean)) - 8 * has_scale
-            gains = variances.numpy() * -np.diff(lloyd_max()[1])[:, None]
+            gains = variances.numpy() * -np.diff(DISTORTION)[:, None]
             given = np.argsort(-gains.ravel(), kind="stable")[:n_bits] % len(mean)
             coders.append((layers, mean, variances.sqrt(), basis, np.bincount(given, minlength=len(mean))))
 
