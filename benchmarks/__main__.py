@@ -19,12 +19,16 @@ from .measure import ROOT
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "random-rows": ("random_rows",),
     "joined-loader": ("joined_loader",),
+    "joined-loader-klt": ("joined_loader", "--dtype", "klt:3.2"),
     "joined-peers": ("joined_peers",),
     "visible-tokens": ("visible_tokens",),
     "extraction": ("extraction", "--device", "cpu"),
     "joining": ("joining",),
+    "extraction-klt": ("extraction", "--device", "cpu", "--dtype", "klt:3.2"),
     "fidelity-int8": ("fidelity", "--dtype", "int8"),
     "fidelity-int4": ("fidelity", "--dtype", "int4"),
+    "fidelity-klt": ("fidelity", "--dtype", "klt:3.2"),
+    "target-codes": ("target_codes",),
     "opening": ("opening",),
     "epoch-ends": ("epoch_ends",),
     "starting": ("starting",),
@@ -36,8 +40,9 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "cached-or-live": ("cached_or_live",),
     "extraction-gpu": ("extraction", "--device", "cuda"),
     "step-parts": ("step_parts",),
+    "step-parts-klt": ("step_parts", "--dtype", "klt:3.2"),
 }
-"""Name -> module and options. The last four need a GPU."""
+"""Name -> module and options. The last five need a GPU."""
 
 
 def run(name: str, options: list[str]) -> dict | None:

@@ -1,7 +1,9 @@
 """Extraction against its ceiling: the slower of the bare teacher, on equal batches that lie on its device, and the disk.
 
 The store is begun and the quantiser fitted before; timed are whole shards, from decoding to the commit record. On a CPU the
-quantiser and the teacher share the processors; on a GPU only what is not hidden behind the forward pass costs.
+quantiser and the teacher share the processors; on a GPU only what is not hidden behind the forward pass costs. Coding by a
+transform (`--dtype klt:BITS`) is work of its own: the ceiling is then the teacher with it, and its share of the teacher's time is
+said.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.device import pick_device
+from teacher_cache.extraction.encode import Encoder
 from teacher_cache.extraction.extract import extract_view
+from teacher_cache.extraction.fit import least_rows
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.store.store import Store
@@ -29,6 +33,24 @@ def bare_forward(teacher, images: list[torch.Tensor], layers: tuple[int, ...]) -
     """The teacher over batches that are on its device; returns crops."""
     for batch in images:
         teacher(batch, layers)
+    return _waited(teacher, images)
+
+
+def encode_alone(teacher, outputs: list, images: list[torch.Tensor], encode: Encoder) -> int:
+    """What a store keeps of outputs that are on the device, worked out and brought to the host; returns crops."""
+    for output, batch in zip(outputs, images, strict=True):
+        encode(output, np.arange(len(batch)))()
+    return _waited(teacher, images)
+
+
+def forward_and_encode(teacher, images: list[torch.Tensor], layers: tuple[int, ...], encode: Encoder) -> int:
+    """The teacher, and what a store keeps of it, one after the other; returns crops."""
+    for batch in images:
+        encode(teacher(batch, layers), np.arange(len(batch)))()
+    return _waited(teacher, images)
+
+
+def _waited(teacher, images: list[torch.Tensor]) -> int:
     if teacher.device.type == "cuda":
         torch.cuda.synchronize(teacher.device)
     return sum(len(batch) for batch in images)
@@ -53,15 +75,17 @@ def write_alone(store: Path, teacher, spec, rows: dict[str, np.ndarray]) -> floa
 
 def measured(name: str, device: str, precision: str, compiled: bool, rounds: int, folder: Path, crops_per_round: int, batch: int,
              dtype: str, label: str):  # fmt: skip
-    """Claim, rates and conditions for one teacher; `label` is what they call it."""
+    """Claims, rates and conditions for one teacher; `label` is what they call it."""
     device, precision = pick_device(device, precision)
     teacher = load_teacher(name, None if name == "demo" else "random:0", None, device, precision)
     if compiled:
         teacher.compile()
     shard_rows, size = crops_per_round, teacher.spec.image_size
+    plan = ExtractPlan(dtype=dtype, shard_rows=shard_rows, batch_size=batch)
     n_rows = shard_rows * (rounds + 3)  # one before, one to warm up, and one that stays undone: the store is never completed
+    n_rows = max(n_rows, least_rows(plan.store_spec(teacher.spec, n_rows), teacher.spec))
     cache = made_up.make_cache(folder / name.replace(":", "_"), n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0)))
-    view, plan = cache.view(0), ExtractPlan(dtype=dtype, shard_rows=shard_rows, batch_size=batch)
+    view = cache.view(0)
     extract_view(view, name, teacher, plan, range(0, 1))
 
     spec, crops = plan.store_spec(teacher.spec, n_rows), CropReader(view.path)
@@ -81,21 +105,30 @@ def measured(name: str, device: str, precision: str, compiled: bool, rounds: int
         extract_view(view, name, teacher, plan, range(shard, shard + 1))
         return len(spec.rows_of(shard))
 
-    found = measure.take_turns(
-        {
-            f"{label}: extraction": extract,
-            f"{label}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
-            f"{label}: writing": lambda: write_alone(written, teacher, spec, rows),
-        },
-        rounds,
-    )
-    share = found.each(lambda r: r[f"{label}: extraction"] / min(r[f"{label}: bare teacher"], r[f"{label}: writing"]))
+    runs = {
+        f"{label}: extraction": extract,
+        f"{label}: bare teacher": lambda: bare_forward(teacher, images, spec.layers),
+        f"{label}: writing": lambda: write_alone(written, teacher, spec, rows),
+    }
+    ceiling, goal = "bare teacher", 0.97
+    if spec.is_transformed:
+        ceiling, goal, begun = "teacher and encoding", 0.95, Store.open(view.store_path(name))
+        encode = Encoder(spec, begun.statistics(), 0, teacher.device, begun.transform())
+        outputs = [teacher(batch, spec.layers) for batch in images[:4]]
+        runs[f"{label}: teacher and encoding"] = lambda: forward_and_encode(teacher, images, spec.layers, encode)
+        runs[f"{label}: encoding"] = lambda: encode_alone(teacher, outputs, images[:4], encode)
+    found = measure.take_turns(runs, rounds)
+    share = found.each(lambda r: r[f"{label}: extraction"] / min(r[f"{label}: {ceiling}"], r[f"{label}: writing"]))
+    claims = [measure.claim(f"extraction / min({ceiling}, writing), {label}", share, goal)]
+    if spec.is_transformed:
+        taken = found.over(f"{label}: bare teacher", f"{label}: encoding")
+        claims.append(measure.claim(f"time of encoding / of the teacher, {label}", taken, 0.2, at_most=True))
     row_bytes = sum(spec.row_bytes(array, teacher.spec) for array in spec.array_names)
     condition = (
         f"{label}: {teacher.spec.weights}, {precision} on {device}, {size} px, layers {', '.join(map(str, spec.layers))}, "
         f"{dtype}, {row_bytes:,} bytes a row, batches of {batch}, shards of {shard_rows}"
     )
-    return measure.claim(f"extraction / min(bare teacher, writing), {label}", share, 0.97), found.figures("crops/s"), condition
+    return claims, found.figures("crops/s"), condition
 
 
 @click.command()
@@ -123,11 +156,11 @@ def main(
         for name, precision, is_compiled in itertools.product(names, precisions, (False, True)[: 1 + compiled]):
             label = name + f" {precision}" * (precision != "auto") + " compiled" * is_compiled
             with measure.scratch_folder(folder) as own:  # the stores of one teacher are gone before the next ones are made
-                claim, rates, condition = measured(name, device, precision, is_compiled, rounds, own, crops, batch, dtype, label)
-            claims.append(claim)
+                found, rates, condition = measured(name, device, precision, is_compiled, rounds, own, crops, batch, dtype, label)
+            claims += found
             figures |= rates
             conditions.append(condition)
-    measure.report("extraction" + "-gpu" * on_gpu, claims, figures, conditions, where)
+    measure.report("extraction" + "-klt" * dtype.startswith("klt") + "-gpu" * on_gpu, claims, figures, conditions, where)
 
 
 if __name__ == "__main__":

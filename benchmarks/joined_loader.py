@@ -1,5 +1,5 @@
 """The joined loader against its ceiling: decoding crops and copying rows, each measured alone with the same threads, one after
-the other. With one layer and with five, and for comparison the loader without targets.
+the other. With one layer and with five, and for comparison the loader without targets. `--dtype` chooses what the targets are.
 
     ceiling = 1 / (1 / decode + 1 / read)
 """
@@ -64,8 +64,9 @@ def consume(loader: JoinedLoader, order: np.ndarray) -> int:
 )
 @click.option("--threads", type=click.IntRange(1), help="[default: all processors]")
 @click.option("--reader", type=click.Choice(["mmap", "pread"]), default="mmap", show_default=True)
+@click.option("--dtype", default="int8", show_default=True, help="Of the targets.")
 @measure.options
-def main(images: Path | None, threads: int | None, reader: str, tiny: bool, rounds: int, scratch: Path | None):
+def main(images: Path | None, threads: int | None, reader: str, dtype: str, tiny: bool, rounds: int, scratch: Path | None):
     """Crops/s of the joined loader over what decoding and reading would allow, one after the other."""
     import numba
 
@@ -74,7 +75,7 @@ def main(images: Path | None, threads: int | None, reader: str, tiny: bool, roun
     with measure.scratch_folder(scratch, 0 if tiny else 1 << 30) as folder:
         cache = made_up.make_cache(folder, n_rows, teacher.image_size, images)
         crops = CropReader(cache.view(0).path)
-        store = StoreReader(made_up.add_targets(cache, teacher, shard_rows=n_rows // 4), reader)
+        store = StoreReader(made_up.add_targets(cache, teacher, dtype=dtype, shard_rows=n_rows // 4), reader)
         five = store.spec.array_names
         one = [five[4], *five[5:]]
         order = np.random.default_rng(0).permutation(n_rows).reshape(-1, batch)
@@ -105,11 +106,13 @@ def main(images: Path | None, threads: int | None, reader: str, tiny: bool, roun
         for name, arrays in (("one", one), ("five", five))
     }
     conditions = [
-        f"{n_rows} crops of {crops.size} px (JPEG, {crops.sizes.mean():,.0f} bytes), targets of {row_bytes['one']:,} bytes (one "
-        f"layer) and {row_bytes['five']:,} (five), random order, batches of {batch}, {workers} threads, {reader}",
+        f"{n_rows} crops of {crops.size} px (JPEG, {crops.sizes.mean():,.0f} bytes), {dtype} targets of {row_bytes['one']:,} "
+        f"bytes (one layer) and {row_bytes['five']:,} (five), random order, batches of {batch}, {workers} threads, {reader}",
         "warm page cache, crc first (rows were checked before the timed rounds); bytes compared for equality before",
     ]  # fmt: skip
-    measure.report("joined-loader", claims, found.figures("crops/s"), conditions, where)
+    measure.report(
+        "joined-loader" + f"-{dtype.partition(':')[0]}" * (dtype != "int8"), claims, found.figures("crops/s"), conditions, where
+    )
 
 
 if __name__ == "__main__":

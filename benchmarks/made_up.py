@@ -14,7 +14,8 @@ from teacher_cache.extraction.cropping import make_crops, plan_job
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.quantize import ChannelStatistics
-from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec
+from teacher_cache.format.spec import MadeWith, StoreSpec, TeacherSpec, new_version
+from teacher_cache.format.transform import MOST_BITS, N_SCALES, LayerCode, Transform, token_bytes
 from teacher_cache.store.folding import fold
 from teacher_cache.store.manifest import Manifest, create_store
 from teacher_cache.store.store import Store
@@ -99,10 +100,25 @@ def begin_store(path: Path, teacher: TeacherSpec, spec: StoreSpec, view=None) ->
     manifest = Manifest(
         teacher=teacher, store=spec, view=view.number if view else 0, crops_id=view.cache.crops_id if view else "c" * 64,
         crops_sha256=view.crops_sha256 if view else "d" * 64, precision="fp32", fidelity=(), probe_sha256="e" * 64, software={},
-        made=MadeWith(64, False, "cpu"),
+        made=MadeWith(64, False, "cpu"), format_version=new_version(spec),
     )  # fmt: skip
     statistics = dict.fromkeys(spec.layers, flat) if spec.group else {}
-    create_store(path, manifest, statistics, head, np.zeros((len(spec.layers), teacher.dim), "float32"))
+    transform = made_up_transform(spec, teacher) if spec.is_transformed else None
+    create_store(path, manifest, statistics, head, np.zeros((len(spec.layers), teacher.dim), "float32"), transform)
+
+
+def made_up_transform(spec: StoreSpec, teacher: TeacherSpec) -> Transform:
+    """One whose tokens have the bytes of any other's and take as long to read; its bits are spread evenly."""
+    levels = np.concatenate([np.linspace(-3, 3, 2**bits) for bits in range(1, MOST_BITS + 1)]).astype("float32")
+    scales = np.exp2(np.arange(N_SCALES) / 8 - 16).astype("float32")
+    n_bits, dim = 8 * (token_bytes(spec.dtype, teacher.dim) - 1), teacher.dim
+    bits = n_bits // dim + (np.arange(dim) < n_bits % dim)
+    codes = {}
+    for layer in spec.layers:
+        behind = np.full((dim * (len(spec.read_with(layer)) - 1), dim), 1e-3, "float32")
+        rows = np.concatenate([behind, np.eye(dim, dtype="float32") * (bits > 0)[:, None]])
+        codes[layer] = LayerCode.of(np.zeros(dim, "float32"), rows.astype("float32"), bits, np.ones(dim, "float32"))
+    return Transform(codes, levels, scales)
 
 
 def made_up_rows(rng: np.random.Generator, n_rows: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -110,7 +126,7 @@ def made_up_rows(rng: np.random.Generator, n_rows: int, shape: tuple[int, ...], 
     if dtype == "int8":
         return rng.integers(-127, 128, (n_rows, *shape), dtype="int8")
     if np.dtype(dtype).kind in "iu":
-        return rng.integers(0, 255, (n_rows, *shape), dtype=dtype)
+        return rng.integers(1, 255, (n_rows, *shape), dtype=dtype)
     return rng.random((n_rows, *shape), dtype="float32").astype(dtype) * np.array(0.02, dtype)
 
 

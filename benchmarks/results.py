@@ -23,9 +23,11 @@ of what runs on all CPUs against what runs on one are too low, and no rate is wo
 PICTURES = {
     "random-rows": ("Random rows of five int8 layers, warm", True),
     "joined-loader": ("The joined loader and its parts alone", True),
+    "joined-loader-klt": ("The joined loader with targets of a transform", True),
     "joined-peers": ("Crops with five int8 layers, into batches", False),
     "visible-tokens": ("Batches for MaskAlign, ready for the student", False),
     "extraction": ("Extraction and its parts alone, CPU", True),
+    "extraction-klt": ("Extraction of targets coded by a transform, CPU", True),
     "extraction-gpu": ("Extraction and its parts alone, GPU", True),
     "opening": ("Seconds to open and to inspect", True),
     "fit-memory": ("Peak memory of the quantiser's fit", False),

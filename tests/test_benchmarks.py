@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from test_layers import IMPORTS, is_in
 
 from benchmarks import __main__ as every
-from benchmarks import cpu_bf16, made_up, measure, random_rows, results, sparse
+from benchmarks import cpu_bf16, made_up, measure, random_rows, results, sparse, target_rivals
 from teacher_cache import device
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError
@@ -23,9 +24,9 @@ from teacher_cache.inspecting.inspect import describe
 from teacher_cache.store.reader import StoreReader
 
 FEWER = {"student-step": ["--preset", "maskalign-b16"], "cached-or-live": ["--preset", "mimco-b16"],
-         "step-parts": ["--preset", "maskalign-b16"]}  # fmt: skip
+         "step-parts": ["--preset", "maskalign-b16"], "step-parts-klt": ["--preset", "maskalign-b16"]}  # fmt: skip
 """Of the presets that a benchmark goes through, one is enough to see that it works."""
-ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts")
+ON_A_GPU = ("student-step", "cached-or-live", "extraction-gpu", "step-parts", "step-parts-klt")
 CPU = dict.fromkeys(ON_A_GPU, ["--device", "cpu"])
 
 
@@ -190,3 +191,19 @@ def test_every_script_is_run():
     """Each module of the folder that has a command is among those that `python -m benchmarks` runs."""
     scripts = {path.stem for path in Path(every.__file__).parent.glob("*.py") if "@measure.options" in path.read_text()}
     assert scripts == {module for module, *_ in every.BENCHMARKS.values()}
+
+
+def test_rivals_lose_what_theory_says():
+    """On normal tokens of variance 1 a rotation with Lloyd-Max levels, and a transform, lose what such levels lose; a product
+    quantiser of two channels less than one of single levels, and uniform levels more."""
+    tokens = torch.randn((2, 4096, 32), generator=torch.Generator().manual_seed(0))
+
+    def lost(rival) -> float:
+        return ((rival.read_back(tokens) - tokens).square().mean() / tokens.square().mean()).item()
+
+    for kind in ("random", "Hadamard"):
+        assert lost(target_rivals.rotated(tokens, 4, kind)) == pytest.approx(0.0095, rel=0.1)
+    for together in (True, False):
+        assert lost(target_rivals.Spectrum(tokens, together).code(3.0, False)) == pytest.approx(0.0345, rel=0.1)
+    assert 0.0625 < lost(target_rivals.product(tokens, 2, 4)) < 0.1175 < lost(target_rivals.uniform(2, 32))
+    assert target_rivals.uniform(5, 16).bits == 6.0
