@@ -17,9 +17,9 @@ import torch
 
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.device import pick_device
-from teacher_cache.extraction.encode import Encoder
+from teacher_cache.encoding.encode import Encoder
+from teacher_cache.encoding.fit import least_rows
 from teacher_cache.extraction.extract import extract_view
-from teacher_cache.extraction.fit import least_rows
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.store.store import Store

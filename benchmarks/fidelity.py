@@ -21,9 +21,9 @@ from pipelines.presets import recipe
 from student.masking import draw_noise
 from student.modules.model import Student
 from teacher_cache.cache import Cache
+from teacher_cache.encoding.fit import least_rows
 from teacher_cache.errors import UsageError
 from teacher_cache.extraction.extract import extract_view
-from teacher_cache.extraction.fit import least_rows
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.dtypes import dtype_of

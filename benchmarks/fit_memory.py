@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from teacher_cache.extraction.fit import FIT_ROWS, Sample, fit, fit_bytes
+from teacher_cache.encoding.fit import FIT_ROWS, Sample, fit, fit_bytes
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.words import human
 

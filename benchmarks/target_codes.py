@@ -22,10 +22,10 @@ import torch
 
 from pipelines.demo.data import write_digits
 from teacher_cache.crops.beton import CropReader
-from teacher_cache.extraction.encode import quantise_on_host, take_tokens
-from teacher_cache.extraction.fit import FIT_ROWS, HELD_ROWS, Sample, least_rows
-from teacher_cache.extraction.klt_encode import TransformEncoder
-from teacher_cache.extraction.klt_fit import fit_transform
+from teacher_cache.encoding.encode import quantise_on_host, take_tokens
+from teacher_cache.encoding.fit import FIT_ROWS, HELD_ROWS, Sample, least_rows
+from teacher_cache.encoding.klt_encode import TransformEncoder
+from teacher_cache.encoding.klt_fit import fit_transform
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, token_errors

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.extraction.klt_fit import lloyd_max
+from teacher_cache.encoding.klt_fit import lloyd_max
 from teacher_cache.format.transform import DISTORTION
 
 N_ITERATIONS = 12

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from teacher_cache.extraction.klt_fit import fit_transform
+from teacher_cache.encoding.klt_fit import fit_transform
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import StoreSpec

@@ -11,10 +11,10 @@ import torch
 from fakes import FakeTeacher
 from klt_fakes import DIM, LAYERS, fitted, residual_stream, spec_of
 
+from teacher_cache.encoding.fit import SampleSize, fit_bytes, least_rows
+from teacher_cache.encoding.klt_encode import TransformEncoder
+from teacher_cache.encoding.klt_fit import lloyd_max
 from teacher_cache.errors import CacheCorruptError, UsageError
-from teacher_cache.extraction.fit import SampleSize, fit_bytes, least_rows
-from teacher_cache.extraction.klt_encode import TransformEncoder
-from teacher_cache.extraction.klt_fit import lloyd_max
 from teacher_cache.format.dtypes import dtype_of, klt_bits
 from teacher_cache.format.quantize import token_errors
 from teacher_cache.format.spec import ARRAY_NAME

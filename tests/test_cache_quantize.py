@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from teacher_cache.extraction.encode import quantise_on_host as quantise
+from teacher_cache.encoding.encode import quantise_on_host as quantise
 from teacher_cache.format.quantize import GROUPS, LEAST_SPREAD, ChannelStatistics, dequantise, token_errors, unpack
 
 

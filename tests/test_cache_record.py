@@ -16,10 +16,10 @@ from store_fakes import TEACHER
 
 from teacher_cache.cache import Cache
 from teacher_cache.crops.beton import CropReader
+from teacher_cache.encoding.fit import Sample, fit, fit_bytes
 from teacher_cache.errors import BadInputError, UsageError
 from teacher_cache.extraction import extract
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.extraction.fit import Sample, fit, fit_bytes
 from teacher_cache.extraction.planning import plan_targets
 from teacher_cache.extraction.record import jpeg_decoder, software
 from teacher_cache.format.quantize import ChannelStatistics
@@ -130,7 +130,7 @@ def test_an_old_store_has_no_place_for_rows_in_fp32(cache):
 def test_the_sample_costs_a_layer(tmp_path, monkeypatch):
     """However many layers, fitting holds one of them and as much again; the file has the bytes foretold, and is gone after."""
     monkeypatch.setattr(
-        "teacher_cache.extraction.fit.BLOCK_VALUES", 1 << 14
+        "teacher_cache.encoding.fit.BLOCK_VALUES", 1 << 14
     )  # blocks as small beside a layer as they are in earnest
     monkeypatch.setattr("teacher_cache.format.quantize.BLOCK_CHANNELS", 16)
     teacher = replace(TEACHER, dim=128, depth=12, grid=(8, 8))

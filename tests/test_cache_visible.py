@@ -26,9 +26,9 @@ from student.modules.model import Student
 from teacher_cache.checking.remake import reteach, teach_views_again
 from teacher_cache.checking.verify import verify
 from teacher_cache.crops.beton import CropReader
+from teacher_cache.encoding import encode
+from teacher_cache.encoding.encode import Encoder, to_host
 from teacher_cache.errors import CacheCorruptError, UsageError
-from teacher_cache.extraction import encode
-from teacher_cache.extraction.encode import Encoder, to_host
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.format.spec import StoreSpec
 from teacher_cache.store.reader import READERS, StoreReader

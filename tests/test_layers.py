@@ -18,7 +18,7 @@ PACKAGES = {"teacher_cache": [], "student": [], "pipelines": ["teacher_cache", "
 """Package -> the other packages that it may import."""
 ROOMS = {
     "teacher_cache": ["errors", "words", "files", "terminal", "device", "format", "kernels", "store", "crops", "cache",
-                      "teachers", "extraction", "sharing", "checking", "estimating", "inspecting"],
+                      "teachers", "encoding", "extraction", "sharing", "checking", "estimating", "inspecting"],
     "student": ["errors", "seeds", "config", "batch", "devices", "masking", "modules", "files", "loggers", "exports", "run",
                  "evals"],
     "pipelines": ["feed", "presets", "pages", "demo", "study"],
@@ -28,9 +28,9 @@ APART = [("teacher_cache.store", "teacher_cache.crops")]
 """Rooms of which neither knows the other."""
 TORCH_ROOMS = (
     "extraction.extract",
-    "extraction.encode",
-    "extraction.klt_encode",
-    "extraction.klt_fit",
+    "encoding.encode",
+    "encoding.klt_encode",
+    "encoding.klt_fit",
     "extraction.probe",
     "extraction.recode",
     "estimating.trial",

@@ -22,9 +22,9 @@ from pipelines.pages.of_cache.cache_report import Options, report
 from pipelines.presets import recipe
 from student.batch import Needs
 from student.modules.model import Student
+from teacher_cache.encoding.klt_encode import TransformEncoder
 from teacher_cache.errors import CacheCorruptError, NotInCacheError
 from teacher_cache.extraction.extract import extract_view
-from teacher_cache.extraction.klt_encode import TransformEncoder
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.spec import ARRAY_NAME
 from teacher_cache.format.transform import ESCAPED, decode

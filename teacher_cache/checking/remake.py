@@ -218,7 +218,7 @@ def reteach(view: View, path: Path, teacher, rows: np.ndarray, checked: Checked 
     Raises MismatchError if the teacher does not answer to the probe as it did when the store was begun, or this machine decodes
     crops to other pixels.
     """
-    from ..extraction.encode import race  # needs torch
+    from ..encoding.encode import race  # needs torch
     from ..extraction.extract import run_teacher
     from ..extraction.probe import PROBE_TOLERANCE, require_same_probe
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..cache import Cache
 from ..crops.images import ImageList, scan
+from ..encoding.fit import fit_bytes
 from ..errors import UsageError
-from ..extraction.fit import fit_bytes
 from ..extraction.planning import ExtractPlan
 from ..files.durable import ASIDE
 from ..files.space import existing_folder, free_bytes

@@ -16,10 +16,10 @@ from PIL import Image
 
 from ..crops.cutting import load_image
 from ..crops.images import ImageList, read_image
+from ..encoding.fit import fit_bytes, least_rows
 from ..errors import BadInputError
 from ..extraction.cropping import make_crops, plan_job
 from ..extraction.extract import extract_view
-from ..extraction.fit import fit_bytes, least_rows
 from ..extraction.planning import ExtractPlan
 from ..files.space import require_space
 from ..format.crop_plan import CropPlan

@@ -23,6 +23,8 @@ import torch
 
 from ..cache import View
 from ..crops.beton import CropReader
+from ..encoding.encode import Encoder, race, take_tokens, token_places
+from ..encoding.fit import Fitted, Sample, fit
 from ..errors import BadInputError, ClaimLostError, NotInCacheError
 from ..files.claims import claimed, is_claimed_or_left
 from ..files.range_claims import claimed_range
@@ -37,8 +39,6 @@ from ..store.store import Store, is_begun
 from ..terminal.progress import Progress, note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
-from .encode import Encoder, race, take_tokens, token_places
-from .fit import Fitted, Sample, fit
 from .planning import ExtractPlan, in_words_of, own_shards, require_like, spec_differences, target_differences
 from .probe import probe_output, require_same_probe
 from .record import changes, made_with, software

@@ -236,9 +236,9 @@ def plan_cache(path: Path, crops: CropRequest, request: TargetRequest | None = N
 
 
 def _plan_targets(path: Path, crops: CropRequest, request: TargetRequest, shards: range | None, process: Process) -> CacheWork:
+    from ..encoding.fit import fit_bytes
     from ..teachers import crop_size
     from .extract import require_same_targets  # imports numba, which asks once how many threads it may have: after `process`
-    from .fit import fit_bytes
 
     name = request.store_name
     plan, image_size = plan_targets(path, name, request.image_size, **request.given)

@@ -13,6 +13,9 @@ import torch
 
 from ..cache import Cache, View
 from ..device import device_name, pick_device
+from ..encoding.encode import to_host
+from ..encoding.fit import Fitted, Sample, fit, fit_bytes
+from ..encoding.klt_encode import TransformEncoder
 from ..errors import MismatchError, NotInCacheError, UsageError
 from ..files.claims import claimed
 from ..files.range_claims import claimed_range
@@ -29,9 +32,6 @@ from ..store.writer import missing_bytes
 from ..terminal.progress import note, progress
 from ..words import human
 from .background import BackgroundWriter
-from .encode import to_host
-from .fit import Fitted, Sample, fit, fit_bytes
-from .klt_encode import TransformEncoder
 from .planning import cleaned_name
 from .record import software
 

@@ -12,7 +12,7 @@ int4: groups of at most 16, q in -8 .. 7. The value of largest magnitude becomes
 the opposite sign of that value. Two to a byte as q + 8, the even channel in the low half; behind an odd last channel the high
 half is 15.
 
-Storing is worked out where the teacher runs (extraction/encode.py). Here is what needs no torch: fitting, reading, measuring.
+Storing is worked out where the teacher runs (encoding/encode.py). Here is what needs no torch: fitting, reading, measuring.
 """
 
 from __future__ import annotations

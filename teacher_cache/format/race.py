@@ -4,7 +4,7 @@ Patch n runs with speed attention[n]: it arrives at -log(u_n) / attention[n], u_
 K patches without replacement, in the law of torch.multinomial, by which MaskAlign and MILAN choose what a student sees; and the
 first k <= K of them are such a draw of k. So one store serves every mask ratio that leaves at most K patches visible.
 
-Here is what chance says; the race itself is run where the attention is (extraction/encode.py).
+Here is what chance says; the race itself is run where the attention is (encoding/encode.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ back to back, lowest bit first. No token has the number 0: it is the fill value,
 From number ESCAPED on a token is coded by itself, because the basis does not fit it: not predicted, and all components that have
 bits have equally many, of equal steps.
 
-Storing is worked out where the teacher runs (extraction/klt_encode.py), reading in training where the student does. Here is what
+Storing is worked out where the teacher runs (encoding/klt_encode.py), reading in training where the student does. Here is what
 needs no torch: the values, their checks, reading.
 """
 
