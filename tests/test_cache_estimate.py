@@ -63,6 +63,20 @@ def test_bytes_come_true(tmp_path, images, options):
     assert told["total"] == sum(told[name] for name in ("crops", "tokens", "attention", "rest"))
 
 
+def test_what_is_coded_together_is_named():
+    """Of a transform: which blocks, what their codes take, and what decoding costs; and what cannot be read alone."""
+    told = estimated("--teacher", "clip-b16", "--n-images", 1281167, "--dtype", "klt")
+    assert told["groups"] == [{"layers": [12, 11, 10, 9, 8], "bytes_per_crop": 5 * 197 * 307, "flop_per_token": 30 * 768**2}]
+    assert told["bytes"]["tokens"] == 1281167 * 5 * 197 * 307
+    told = estimated("--teacher", "clip-l14", "--n-images", 1281167, "--dtype", "klt:2", "--layers", "last24")
+    assert [len(group["layers"]) for group in told["groups"]] == [5, 5, 5, 5, 4]
+    said = run("estimate", "--preset", "mr-mae-b16", "--n-images", 10000, "--dtype", "klt").stdout
+    assert "coded      together: blocks 12, 11, 10, 9, 8, 302 kB a crop; 1.18 MFLOP a token to decode what is read" in said
+    few = run("estimate", "--teacher", "clip-b16", "--n-images", 128, "--dtype", "klt", code=2).stderr
+    assert "is fitted on at least 76,800 tokens" in few and "bits a value from 1 to 6" in run(
+        "estimate", "--teacher", "clip-b16", "--n-images", 128, "--dtype", "klt:9", code=2).stderr  # fmt: skip
+
+
 def test_crops_that_are_there_are_counted(shared_cache):
     """Of a cache that is there the crops are not guessed, and options that would change them are refused."""
     told = estimated("--teacher", "demo", shared_cache.path)

@@ -57,11 +57,15 @@ class TransformDecoder:
             (own, escaped), behind = read[layers[-1]], [read[layer][0] for layer in layers[:-1]]
             if escaped is not None:
                 behind = [values.masked_fill(escaped, 0) for values in behind]
-            values = torch.cat([*behind, own], -1).flatten(0, 1)  # [B * T, K of all of them]
+            flat = tokens.view(-1, len(mean))
             if self.on_gpu:
-                torch.mm(values.bfloat16(), basis, out_dtype=torch.float32, out=tokens.view(-1, len(mean))).add_(mean)
-            else:
-                torch.addmm(mean, values, basis, out=tokens.view(-1, len(mean)))
+                values = torch.cat([*behind, own], -1).flatten(0, 1)  # [B * T, K of all of them]
+                torch.mm(values.bfloat16(), basis, out_dtype=torch.float32, out=flat).add_(mean)
+                continue
+            parts = basis.split([values.shape[-1] for values in (*behind, own)])
+            torch.addmm(mean, own.flatten(0, 1), parts[-1], out=flat)
+            for values, part in zip(behind, parts[:-1], strict=True):
+                flat.addmm_(values.flatten(0, 1), part)
 
 
 class _Values:

@@ -54,9 +54,9 @@ class _Layer:
         self.edges = on(transform.scales[1 : ESCAPED - 1] * transform.scales[2:ESCAPED])  # of the mean square
         own = code.basis[-dim:][kept].astype("float64") / statistics.spread  # [K, D]
         analysis = (own / statistics.spread / (own**2).sum(1, keepdims=True)).T
-        rows = [code.basis[place * dim : place * dim + n] for place, n in enumerate(n_behind)]
+        rows = [code.basis[place * dim : place * dim + n].astype("float64") for place, n in enumerate(n_behind)]
         self.mean, self.analysis = on(code.mean), on(analysis)
-        self.predict = on(np.concatenate(rows).astype("float64") @ analysis) if rows else None  # [K of all behind, K]
+        self.predict = [on(of_layer @ analysis) for of_layer in rows]  # [K of a layer behind, K] each
         self.by_basis = _Coding(code.bits[kept], 1 / np.maximum(code.unit[kept], 1e-30), transform, on)
         self.by_itself = _Coding(code.flat_bits[kept], np.ones(code.n_kept), transform, on)
         self.unit, self.deviation = on(code.unit[kept]), on(1 / np.maximum(code.unit[kept], 1e-30))
@@ -66,8 +66,9 @@ class _Layer:
         """uint8 [B, T, bytes] of tokens [B, T, D], and the values that are read from it, float32 [B, T, K]. behind: those read of
         the layers behind it."""
         alone = (tokens.float() - self.mean) @ self.analysis  # [B, T, K]
-        own = alone if self.predict is None else alone - torch.cat(behind, -1) @ self.predict
-        alone = alone * self.deviation
+        own, alone = alone, alone * self.deviation
+        for values, predict in zip(behind, self.predict, strict=True):
+            own.flatten(0, 1).addmm_(values.flatten(0, 1), predict, alpha=-1)  # in place: `flatten` is a view
         (number, scale), (flat_number, flat_scale) = self._scale(own), self._scale(alone)
         escapes = self.by_itself.noise(alone, flat_scale) < self.by_basis.noise(own, scale)  # [B, T, 1]
         stored, levels = self.by_basis.codes(own / scale, self.n_bits)

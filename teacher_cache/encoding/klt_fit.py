@@ -66,18 +66,12 @@ def fit_transform(sample: Sample, spec: StoreSpec, statistics: dict[int, Channel
     """The transform for the tokens that a sample is fitted on. Every layer has equally many bits."""
     n_bits = 8 * (token_bytes(spec.dtype, sample.shape[1]) - 1)
     codes: dict[int, LayerCode] = {}
-    for group in _groups(spec):
+    for group in spec.groups:
         mean, covariance = _moments(sample, spec, group, statistics)
         codes |= zip(group, _codes(mean, covariance, [statistics[layer] for layer in group], n_bits), strict=True)
     scales = 2.0 ** ((np.arange(N_SCALES) % ESCAPED - ESCAPED // 2) / SCALES_AN_OCTAVE)
     scales[[0, ESCAPED]] = 0
     return Transform(codes, lloyd_max().astype("float32"), scales.astype("float32"))
-
-
-def _groups(spec: StoreSpec) -> list[tuple[int, ...]]:
-    """The layers of each group, the last one first."""
-    found = {spec.read_with(layer)[0]: spec.read_with(layer) for layer in reversed(spec.layers)}
-    return list(found.values())
 
 
 @cache

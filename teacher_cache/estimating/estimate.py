@@ -19,7 +19,7 @@ from ..files.space import existing_folder, free_bytes
 from ..format import layout
 from ..format.crop_plan import CropPlan
 from ..format.layout import store_file_name
-from ..format.spec import ATTENTION_SOURCES, StoreSpec, TeacherSpec
+from ..format.spec import ARRAY_NAME, ATTENTION_SOURCES, StoreSpec, TeacherSpec
 from ..terminal.progress import waiting
 from ..words import human
 from .disk import DiskRates, measure_files, measure_folder
@@ -118,9 +118,25 @@ def answer(asked: Question, student: PresetFacts | None) -> dict:
         "fit_bytes": fit_bytes(spec, teacher), "bytes": sizes, "byte_lines": byte_lines(sizes, crops, asked.views, spec, teacher),
         "free_bytes": free, "present_bytes": present, "folder": str(asked.folder), "bytes_read_per_crop": read,
         "layers_read": layers, "codes_read": sorted({other for layer in layers for other in spec.read_with(layer)}),
+        "groups": _groups(spec, teacher, layers),
         "rates": {**dataclasses.asdict(rates), "how": measured.get("how", [])},
         "disk": dataclasses.asdict(disk) if disk else None, **verdict_json,
     }  # fmt: skip
+
+
+def _groups(spec: StoreSpec, teacher: TeacherSpec, read: list[int]) -> list[dict]:
+    """Of klt the layers that are coded together, the last first; the bytes of their codes of a crop; and the operations that a
+    token of those that are read takes."""
+    if not spec.is_transformed:
+        return []
+    return [
+        {
+            "layers": list(group),
+            "bytes_per_crop": sum(spec.row_bytes(ARRAY_NAME.format(layer), teacher) for layer in group),
+            "flop_per_token": 2 * teacher.dim**2 * sum(len(spec.read_with(layer)) for layer in group if layer in read),
+        }
+        for group in spec.groups
+    ]
 
 
 def _bytes_there(cache: Cache, n_views: int, store_name: str) -> int:
@@ -271,6 +287,12 @@ def in_words(answered: dict) -> str:
             f", {human(answered['needed_bytes_per_s'])}/s for one device that trains {answered['rates']['student']:,.4g} crops/s"
         )
     lines.append(f"training   reads {read}")
+    for group in answered["groups"]:
+        blocks = ", ".join(map(str, group["layers"]))
+        lines.append(
+            f"coded      together: blocks {blocks}, {human(group['bytes_per_crop'])} a crop; {group['flop_per_token'] / 1e6:.3g} "
+            "MFLOP a token to decode what is read"
+        )
     if disk := answered["disk"]:
         written = f", writes {human(disk['write'])}/s" if disk["write"] else ""
         lines.append(

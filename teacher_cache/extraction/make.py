@@ -179,8 +179,8 @@ def make_cache(
 
     teacher: `clip-b16`, `timm:NAME` ... (teachers.load_teacher), or a teachers.base.Teacher; None: crops alone.  weights: its
     file, or `random:SEED`.  name: of the store. [default: the teacher's]  layers: `last5`, or block numbers from 1: `"8,10,12"`,
-    `(8, 10, 12)`.  dtype: `int8`, `int4` or `float16`.  tokens: `all`, or `visible:K`: CLS and the K patches that attention draws
-    first.  shard_rows: crops a shard.  shards: make only these of each view; other processes make the others.
+    `(8, 10, 12)`.  dtype: `int8`, `int4`, `float16` or `klt:BITS`.  tokens: `all`, or `visible:K`: CLS and the K patches that
+    attention draws first.  shard_rows: crops a shard.  shards: make only these of each view; other processes make the others.
     image_size: side of the teacher's input, pixels.  batch_size: crops a forward pass.  device: `auto`, `cpu`, `cuda`, `cuda:N`.
     precision: `auto`, `fp32` or `bf16`.  compiled: run the blocks through torch.compile.
 

@@ -284,6 +284,11 @@ class StoreSpec:
         return tuple(reversed(self.layers[-1 - behind : len(self.layers) - behind // self.group * self.group]))
 
     @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The layers that are coded together, the last one of each group first; of klt."""
+        return list({self.read_with(layer)[0]: self.read_with(layer) for layer in reversed(self.layers)}.values())
+
+    @property
     def is_transformed(self) -> bool:
         """Whether tokens are coded by a transform (klt)."""
         return self.dtype.startswith("klt:")
