@@ -45,6 +45,10 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 """Name -> module and options. The last five need a GPU."""
 
 
+BY_HAND = ("scale", "ray_engine")
+"""Modules that are run alone: one takes gigabytes of sparse files, the other Ray, which `[all]` does not bring."""
+
+
 def run(name: str, options: list[str]) -> dict | None:
     """Run one benchmark, showing what it says; its JSON document, or None if it failed."""
     command = [sys.executable, "-m", f"benchmarks.{BENCHMARKS[name][0]}", *BENCHMARKS[name][1:], *options]

@@ -75,11 +75,10 @@ def test_names_are_drawn_as_they_are(tmp_path, image_folder):
 
 
 def test_a_small_grid_gets_the_laws_scaled():
-    """On a grid of no full preset, kinds that its own presets lack come from the others, marked as scaled."""
-    laws = laws_for(replace(VIT, grid=(8, 8), dim=64))
-    assert {(law.mask.kind, law.scaled) for law in laws} == {
-        ("attention", False), ("random", False), ("block", True), ("unit", True),
-    }  # fmt: skip
+    """On a grid of no preset every kind comes from the presets of other grids, marked as scaled; on one of a preset none does."""
+    for grid, scaled in (((10, 10), True), ((8, 8), False)):
+        laws = laws_for(replace(VIT, grid=grid, dim=64))
+        assert {(law.mask.kind, law.scaled) for law in laws} == {(kind, scaled) for kind in ("attention", "random", "block", "unit")}
 
 
 def test_no_law_looks_at_attention_that_is_not_there():
