@@ -47,6 +47,7 @@ for line in sys.stdin:
     plan = ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows)
     join_views([Cache(Path(line.strip())).view(0)], name, teacher, plan)
     print("done", flush=True)
+os._exit(0)  # on one processor numba's pool of TBB waits for ever at the end
 """
 NAMED_SHARD = 2048
 """Rows of a shard by default: what the cost of a claim is compared with."""

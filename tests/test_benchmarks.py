@@ -188,7 +188,7 @@ def test_nothing_imports_the_benchmarks():
 
 
 def test_every_script_is_run():
-    """Each module of the folder that has a command is among those that `python -m benchmarks` runs, or is said to be run alone."""
+    """Each module of the folder that has a command is one that `python -m benchmarks` runs, or said to be run alone."""
     scripts = {path.stem for path in Path(every.__file__).parent.glob("*.py") if "@measure.options" in path.read_text()}
     assert scripts == {module for module, *_ in every.BENCHMARKS.values()} | set(every.BY_HAND)
 

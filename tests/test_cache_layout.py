@@ -40,7 +40,8 @@ def test_every_file_of_a_cache_has_a_name():
     fixed = {value for key, value in vars(layout).items() if key.isupper() and isinstance(value, str)}
     row_arrays = r"tokens/\d\d|scale|attention|index"
     of_layer = "|".join((*layout.STATISTICS, *layout.TRANSFORM))
-    small = rf"{layout.QUANT}/\d\d/({of_layer})|{layout.LEVELS}|{layout.SCALES}|{layout.HEAD}/(gamma|beta|projection)|{layout.PROBE}"
+    small = rf"{layout.QUANT}/\d\d/({of_layer})|{layout.LEVELS}|{layout.SCALES}"
+    small += rf"|{layout.HEAD}/(gamma|beta|projection)|{layout.PROBE}"
     in_store = re.compile(
         rf"(({row_arrays}|{small}|tokens|{layout.QUANT}(/\d\d)?|{layout.HEAD})/)?{layout.ZARR_JSON}"
         rf"|({row_arrays})/c(\.\d+)+|({small})/c(\.0)+|{layout.COMMITS}/\d{{6}}\.json|[a-z]+\.[a-z]+"

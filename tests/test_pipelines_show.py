@@ -78,7 +78,8 @@ def test_a_small_grid_gets_the_laws_scaled():
     """On a grid of no preset every kind comes from the presets of other grids, marked as scaled; on one of a preset none does."""
     for grid, scaled in (((10, 10), True), ((8, 8), False)):
         laws = laws_for(replace(VIT, grid=grid, dim=64))
-        assert {(law.mask.kind, law.scaled) for law in laws} == {(kind, scaled) for kind in ("attention", "random", "block", "unit")}
+        kinds = ("attention", "random", "block", "unit")
+        assert {(law.mask.kind, law.scaled) for law in laws} == {(kind, scaled) for kind in kinds}
 
 
 def test_no_law_looks_at_attention_that_is_not_there():

@@ -23,7 +23,7 @@ from torch import Tensor
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import CacheCorruptError
 from teacher_cache.format.race import places_of, require_patches
-from teacher_cache.kernels.loops import start_threads, use_threads
+from teacher_cache.kernels.loops import use_threads
 from teacher_cache.store.reader import StoreReader
 
 from .operations import DecodeCrops, FetchTargets, ReadTargets
@@ -187,7 +187,6 @@ class _Ahead:
         self.slots = threading.Semaphore(loader.n_slots)
         self.stopping = threading.Event()
         self.slot, self.n_blocks_read = 0, -1
-        start_threads()
         self.thread = threading.Thread(target=self._work, name="ffcv-ahead", daemon=True)
         self.thread.start()
 

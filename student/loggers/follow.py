@@ -183,9 +183,10 @@ class _Follower(threading.Thread):
             if has < self._sent:  # it lost what it had been sent
                 self._rows, self._pending = Rows(self._metrics), []
             self._sent, self._must_open = has, False
-        if not self._pending:
+        is_left_over = bool(self._pending)  # of an attempt that failed; what has been written since comes behind it
+        if not is_left_over:
             self._pending = self._rows.read(MOST_ROWS, whole)
-        there_may_be_more = len(self._pending) >= MOST_ROWS
+        there_may_be_more = is_left_over or len(self._pending) >= MOST_ROWS
         rows = [row for row in self._pending if row.step > self._sent]
         if rows:
             self.logger.add(rows)

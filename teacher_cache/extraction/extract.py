@@ -224,13 +224,10 @@ def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device)
     DECODE_AHEAD batches are decoded in a thread while the caller works.
     """
 
-    from ..kernels.loops import start_threads
-
     def decode(rows: np.ndarray) -> torch.Tensor:
         images = torch.from_numpy(crops.read(rows))
         return images.pin_memory() if device.type == "cuda" else images
 
-    start_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:
         pending = deque(ahead.submit(decode, rows) for rows in batches[:DECODE_AHEAD])
         try:

@@ -346,14 +346,6 @@ def advise(ranges, by_pread):
     return n_refused
 
 
-def start_threads() -> None:
-    """Start the threads of the parallel loops from this thread, which outlives them.
-
-    On one processor a process whose pool of TBB was begun by a thread that has ended never ends (numba 0.68.1).
-    """
-    numba.get_num_threads()
-
-
 def use_threads(n_threads: int) -> None:
     """Let the parallel loops of this thread use `n_threads` (at most what the machine has)."""
     numba.set_num_threads(max(1, min(n_threads, numba.config.NUMBA_NUM_THREADS)))
