@@ -61,22 +61,20 @@ def main(against: Path | None, cache: Path | None, preset: str, tiny: bool, roun
     peaks: dict[str, list[int]] = {}
     with measure.scratch_folder(scratch) as folder:
         numbers, runs = itertools.count(), {}
-        for (what, command), (side, (python, root)) in itertools.product(list(COMMANDS.items())[tiny * 2 :], sides.items()):
+        asked = [(what, command, side) for what, command in list(COMMANDS.items())[tiny * 2 :] for side in sides]
+        for what, command, side in asked + [(LIBRARIES, IMPORTS, "here")] * (not tiny):
 
-            def run(key=f"{what}, {side}", command=command, python=python, root=root) -> int:
+            def run(key=f"{what}, {side}", side=side, command=command) -> int:
                 filled = [word.format(cache=cache.absolute(), preset=preset, out=folder / str(next(numbers))) for word in command]
-                peaks.setdefault(key, []).append(peak_of(python, root, filled))
+                peaks.setdefault(key, []).append(peak_of(*sides[side], filled))
                 return 1
 
             runs[f"{what}, {side}"] = run
-        if not tiny:
-            runs[f"{LIBRARIES}, here"] = lambda: peak_of(*sides["here"], list(IMPORTS)) and 1
         found = measure.take_turns(runs, rounds)
-    asked = {name.partition(",")[0] for name in runs}
     claims = [
         measure.claim(f"{what}: before / here, seconds", found.over(f"{what}, here", f"{what}, before"), goal)
         for what, goal in GOALS.items()
-        if what in asked
+        if f"{what}, here" in runs
     ]
     claims += [
         measure.claim(f"{what}: MB in memory", [peak * 1024 / 1e6 for peak in peaks[f"{what}, here"][1:]], 100, at_most=True)
@@ -87,7 +85,7 @@ def main(against: Path | None, cache: Path | None, preset: str, tiny: bool, roun
         claims.append(measure.claim(f"train for a step: before / {LIBRARIES}, seconds", at_best, None))
     figures = {
         name: {"unit": "s", "median": 1 / rate["median"], "lowest": 1 / rate["highest"], "highest": 1 / rate["lowest"],
-               "peak_mb": round(max(peaks.get(name, [0])) * 1024 / 1e6)}
+               "peak_mb": round(max(peaks[name]) * 1024 / 1e6)}
         for name, rate in found.figures().items()
     }  # fmt: skip
     other = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=against, capture_output=True, text=True).stdout.strip()
