@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from click.testing import CliRunner
 from teacher_cache.cache import Cache
 from teacher_cache.checking.verify import verify
 from teacher_cache.cli.main import main
+from teacher_cache.errors import NoSpaceError
 from teacher_cache.extraction.make import TargetRequest
 from teacher_cache.extraction.planning import CropRequest
 from teacher_cache.files.claims import ClaimHeldError
@@ -76,17 +78,22 @@ def test_what_does_not_come_back_is_handed_out_again():
 
 
 def test_the_piece_that_fails_is_left_and_no_other():
-    """Of a block that fails the first piece that is missing is to blame: behind three failures it is left, and the rest made."""
+    """Of a block that fails the first piece that is missing is to blame: it comes last and alone, and is left behind three failures.
+
+    The rest is made before it is tried again: a worker that fails on whatever it gets uses up no piece's tries.
+    """
     disk = Disk(*((0, shard) for shard in range(12)))
-    for _ in range(dealing.TRIES):
-        block = disk.take()
-        disk.missing -= {(0, 0)}
-        assert (0, 1) in block.pieces() or block.first > 0
-        block = Block(0, 0, 3)
-        disk.dealer.failed(block, "it is broken")
-    assert disk.dealer.left == {(0, 1): "it is broken"}
-    while block := disk.take():
+    assert disk.take() == Block(0, 0, 3)
+    disk.missing -= {(0, 0)}
+    disk.dealer.failed(Block(0, 0, 3), "it is broken")
+    while (0, 1) not in (block := disk.take()).pieces():
         disk.missing -= {*block.pieces()}
+    assert disk.missing == {(0, 1)}
+    for _ in range(dealing.TRIES - 1):
+        assert disk.dealer.left == {} and block == Block(0, 1, 2)
+        disk.dealer.failed(block, "it is broken")
+        block = disk.take()
+    assert disk.dealer.left == {(0, 1): "it is broken"} and block is None
     assert not disk.dealer.refresh() and disk.missing == {(0, 1)}
 
 
@@ -150,9 +157,9 @@ def test_a_worker_leaves_to_others_what_they_hold(made, begun):
             pass
 
 
-@pytest.mark.parametrize("what", ["weights", "hash", "file system", "software"])
-def test_a_node_that_does_not_fit_is_refused(made, begun, tmp_path, what):
-    """Weights that are missing or others, another file system, other software: one sentence, and nothing is written."""
+@pytest.mark.parametrize("what", ["weights", "hash", "file system", "software", "library"])
+def test_a_node_that_does_not_fit_is_refused(made, begun, tmp_path, monkeypatch, what):
+    """Weights that are missing or others, another file system, other software or none: one sentence, and nothing is written."""
     plan_maker = extractor(made, begun)
     plan_maker.start()
     plan, witness = plan_maker.plan(), begun / "cache.json"
@@ -164,6 +171,9 @@ def test_a_node_that_does_not_fit_is_refused(made, begun, tmp_path, what):
         plan, said = replace(plan, weights_sha256="0" * 64), "Copy the same weights to every node."
     elif what == "file system":
         witness, said = tmp_path / "elsewhere", "Every node has to see one file system under one path."
+    elif what == "library":
+        said = "No module named 'timm'"
+        monkeypatch.setattr("teacher_cache.teachers.load_teacher", raising(ModuleNotFoundError(said)))
     else:
         plan, said = replace(plan, software={**plan.software, "torch": "1.0"}), "torch"
     receipt = worker.make(1, 0, 4, plan, witness)
@@ -177,19 +187,43 @@ def test_a_failure_is_on_record(made, begun, monkeypatch):
     worker.start()
     plan = worker.plan()
     assert worker.make(1, 0, 1, plan, begun / "cache.json").outcome == "made"
-    monkeypatch.setattr("teacher_cache.extraction.extract.BackgroundWriter.put", broken)
+    monkeypatch.setattr("teacher_cache.extraction.extract.BackgroundWriter.put", raising(OSError(5, "the disk is broken")))
     store = begun / "view-001/demo.zarr"
     with claimed_range(store_claims(store), 24, 24, "The store"):  # as the driver holds it
         assert worker.make(1, 1, 3, plan, begun / "cache.json").outcome == "failed"
         assert [(f.shard, f.error) for f in failures.read(store)] == [(1, "OSError: [Errno 5] the disk is broken")]
 
 
-def broken(*_):
-    raise OSError(5, "the disk is broken")
+def raising(error: Exception):
+    def raises(*_, **__):
+        raise error
+
+    return raises
 
 
-def test_a_cutter_writes_the_parts_of_a_crop_stage(image_folder, tmp_path):
-    """Parts are the same whoever cuts them, and a worker that does not see the claim of the driver cuts none."""
+@pytest.mark.parametrize(
+    ("error", "outcomes", "said"),
+    [
+        (RuntimeError("illegal memory access"), ["failed", "failed", "refused"], "3 shards in a row failed here that had not failed"),
+        (MemoryError(), ["refused"], "MemoryError"),
+    ],
+)
+def test_a_machine_that_breaks(made, begun, monkeypatch, error, outcomes, said):
+    """A worker that fails on three fresh shards in a row, or has no memory, is the node's fault: it is given no more."""
+    worker = extractor(made, begun)
+    worker.start()
+    plan, store = worker.plan(), begun / "view-001/demo.zarr"
+    with claimed_range(store_claims(store), 24, 24, "The store"):
+        monkeypatch.setattr("teacher_cache.extraction.extract.BackgroundWriter.put", raising(error))
+        receipts = [worker.make(1, shard, shard + 1, plan, begun / "cache.json") for shard in range(len(outcomes))]
+        assert [receipt.outcome for receipt in receipts] == outcomes and said in receipts[-1].words
+        assert [(f.shard, f.counts) for f in failures.read(store)] == [(n, len(outcomes) > 1) for n in range(len(outcomes))]
+        monkeypatch.undo()
+        assert extractor(made, begun).make(1, 0, 3, plan, begun / "cache.json").outcome == "made" and failures.read(store) == []
+
+
+def test_a_cutter_writes_the_parts_of_a_crop_stage(image_folder, tmp_path, monkeypatch):
+    """Parts are the same whoever cuts them; a worker that does not see the claim of the driver cuts none, a full disk stops all."""
     from teacher_cache.extraction.cropping import make_crops, plan_job
     from teacher_cache.format.crop_plan import CropPlan
 
@@ -201,6 +235,15 @@ def test_a_cutter_writes_the_parts_of_a_crop_stage(image_folder, tmp_path):
         assert cutter.start() == cutter.make(0, 0, job.work.n_parts) == Receipt(cutter.who)
         assert "file system" in Cutter(job, tmp_path / "no.claim").make(0, 0, 1).words
 
+    def cut_on_a_full_disk(job):
+        monkeypatch.setattr("teacher_cache.extraction.parts.WorkFolder.commit", raising(OSError(errno.ENOSPC, "full")))
+        receipt = Cutter(job, tmp_path / "c/crops.claim").make(0, 0, job.work.n_parts)
+        monkeypatch.undo()
+        assert receipt.outcome == "stop" and f"The disk of {tmp_path / 'c'} is full. Finished crops are kept" in receipt.words
+        raise NoSpaceError(receipt.words)
+
+    with pytest.raises(NoSpaceError):
+        make_crops(job(), cut_all=cut_on_a_full_disk)
     by_workers = make_crops(job(), cut_all=cut_all).path.rename(tmp_path / "workers")
     assert differences(make_crops(job()).path, by_workers) == []
 

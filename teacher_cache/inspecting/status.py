@@ -72,7 +72,7 @@ class Watcher:
         claims = [seen for claim in claims_in(store_claims(path)) for seen in self._observer.look(claim)]
         workers = [{**_worker(*seen), "shards": _extent(seen[0], store.spec.n_shards)} for seen in claims]
         missing, failed = store.unfinished(), failures.read(path)
-        counted = {shard: [f for f in failed if f.shard == shard and f.counts] for shard in {f.shard for f in failed}}
+        counted = failures.by_shard(failed)
         look = Look(tuple(missing), tuple(range(*worker["shards"]) for worker in workers), counted)
         n_missing_rows = sum(len(store.spec.rows_of(shard)) for shard in missing)
         rate = sum(worker["rate"] or 0.0 for worker in workers)
@@ -81,7 +81,7 @@ class Watcher:
             "made": store.spec.n_shards - len(missing), "in_work": len(look.in_work), "free": len(look.free),
             "rows": store.spec.n_rows, "rows_made": store.spec.n_rows - n_missing_rows, "rate": rate,
             "left_s": _left_s(n_missing_rows, rate), "claimed_by": beginning, "workers": workers,
-            "failed": [_failed(last, counted[last.shard], look) for last in {f.shard: f for f in failed}.values()],
+            "failed": [_failed(last, len(counted.get(last.shard, ())), look) for last in {f.shard: f for f in failed}.values()],
             "left": [[run.start, run.stop] for run in runs(look.left)],
         }  # fmt: skip
 
@@ -107,8 +107,8 @@ def _rate(told: dict) -> float | None:
     return rate if 0 < rate < float("inf") else None
 
 
-def _failed(last: failures.Failure, counted: list[failures.Failure], look: Look) -> dict:
-    return {"shards": [last.shard, last.shard + 1], "times": len(counted), "tries": TRIES, "is_left": last.shard in look.left,
+def _failed(last: failures.Failure, times: int, look: Look) -> dict:
+    return {"shards": [last.shard, last.shard + 1], "times": times, "tries": TRIES, "is_left": last.shard in look.left,
             "error": _line(last.error), "host": _line(last.host), "pid": last.pid, "at": _line(last.at)}  # fmt: skip
 
 

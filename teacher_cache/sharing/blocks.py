@@ -11,8 +11,7 @@ by whoever comes next, and then left.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +63,7 @@ class Look:
         taken = {*self.left, *self.in_work}
         return [shard for shard in self.missing if shard not in taken]
 
-    def next_block(self, n_own: int = 0, avoid: set[int] | frozenset[int] = frozenset()) -> range | None:
+    def next_block(self, avoid: Container[int] = ()) -> range | None:
         """The block that is next: a run of free shards; one alone if it has failed before. avoid: these come last."""
         free = self.free
         if not free:
@@ -83,13 +82,13 @@ class Blocks:
     """The shards of `store` that are still to be made, a block at a time. A context manager.
 
     look, holders: how things stood when `next` was asked last, and who works on the store beside this process, in words.
-    failed: the shard that its block failed on, and how often that has failed by now; None if it did not.
+    failed: what failed in its block, and how often that shard has by now; None if nothing did.
     """
 
     def __init__(self, store: Store):
         self.store = store
         self.look, self.holders = Look((), (), {}), list[str]()
-        self.failed: tuple[int, int] | None = None
+        self.failed: tuple[Failure, int] | None = None
         self._claims = RangeClaims(store_claims(store.path), f"The store {store.path}")
         self._own: OwnRange | None = None
         self._failed_here: set[int] = set()
@@ -123,7 +122,9 @@ class Blocks:
                 yield shards
                 failures.forget(self.store.path, shards)
             except Exception as error:
-                self._note_failure(shards, error)
+                self.failed = failures.blame(self.store, shards, error)
+                if self.failed is not None and self.failed[0].counts:
+                    self._failed_here.add(self.failed[0].shard)
                 raise
             finally:
                 self._own = None
@@ -140,12 +141,9 @@ class Blocks:
 
     def _see(self, held: list[Found]) -> Look:
         """What is missing is read behind the claims: who has let go since then had finished before."""
-        missing, failed = self.store.unfinished(), dict[int, list[Failure]]()
-        for failure in failures.read(self.store.path):
-            if failure.counts:
-                failed.setdefault(failure.shard, []).append(failure)
+        missing, failed = tuple(self.store.unfinished()), failures.by_shard(failures.read(self.store.path))
         self.holders = [found.who for found in held]
-        self.look = Look(tuple(missing), tuple(range(*extent_of(found.path)) for found in held), failed)
+        self.look = Look(missing, tuple(range(*extent_of(found.path)) for found in held), failed)
         return self.look
 
     def _choose(self, held: list[Found], dead: list[Found]) -> range | None:
@@ -157,15 +155,6 @@ class Blocks:
                 died = Failure(shard, error, found.holder["host"], found.holder["pid"], utc_now())
                 failures.record(self.store.path, died)
         return self._see(held).next_block(avoid=self._failed_here)
-
-    def _note_failure(self, shards: range, error: Exception) -> None:
-        with contextlib.suppress(Exception):  # nothing may hide `error`; a store that is gone has no failures
-            shard = next(shard for shard in self.store.unfinished() if shard in shards)
-            failure = Failure.of(shard, error)
-            if failure.counts:
-                self._failed_here.add(shard)
-            failures.record(self.store.path, failure)
-            self.failed = shard, len(self.look.failed.get(shard, ())) + 1
 
 
 def runs(numbers: Sequence[int]) -> list[range]:

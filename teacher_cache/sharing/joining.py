@@ -17,7 +17,6 @@ from ..cache import Cache, View
 from ..errors import ShardsLeftError
 from ..files import claims
 from ..format.layout import CROPS_CLAIM
-from ..store.failures import is_of_a_shard
 from ..terminal.progress import Progress, note, progress, waiting
 from .blocks import TRIES, Blocks, runs
 
@@ -137,11 +136,10 @@ class _Worker:
 
     def _failed(self, shared: _Shared, error: Exception) -> None:
         """Raise `error` unless other shards are worth trying."""
-        if not is_of_a_shard(error) or shared.blocks.failed is None:
+        if shared.blocks.failed is None or not shared.blocks.failed[0].counts:
             raise error
-        shard, n_failures = shared.blocks.failed
-        store = shared.filling.path
-        note(f"{store}: shard {shard} failed ({n_failures} of {TRIES} times): {error}")
+        failure, n_failures = shared.blocks.failed
+        note(f"{shared.filling.path}: shard {failure.shard} failed ({n_failures} of {TRIES} times): {error}")
         self.n_fresh_failures += n_failures == 1
         if self.n_fresh_failures == FRESH_FAILURES:
             note(f"{FRESH_FAILURES} shards in a row failed here that had not failed before: it is this machine, or all are bad.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from ..files.claims import ClaimHeldError
 from ..files.range_claims import claimed_range
 from ..format.layout import store_claims
 from ..store import failures
-from ..store.failures import Failure
-from ..store.store import Store
 from ..terminal.progress import Progress, told_to
 
 MOST_CHARACTERS = 500
@@ -121,7 +118,7 @@ class Extractor(_Worker):
                     if missing:
                         filling.make(missing, Progress(what, 0, "crops"), claim.report)
                 except Exception as error:
-                    _note_failure(filling.store, own, error)
+                    failures.blame(filling.store, own, error)
                     raise
                 failures.forget(filling.path, own)
                 if not filling.store.unfinished():
@@ -203,14 +200,6 @@ def _require_software(plan: Plan) -> None:
     if differing := [f"{name} {here.get(name)} (elsewhere {plan.software[name]})" for name in plan.software
                      if here.get(name) != plan.software[name]]:  # fmt: skip
         raise MismatchError(f"This node has other software, on which bytes may depend: {', '.join(differing)}. Install the same.")
-
-
-def _note_failure(store: Store, own: range, error: Exception) -> None:
-    """Leave a record of what failed, the first shard that is not finished. Nothing may hide `error`."""
-    with suppress(Exception):
-        failure = Failure.of(next(shard for shard in store.unfinished() if shard in own), error)
-        if failure.counts:
-            failures.record(store.path, failure)
 
 
 def _cut(text: str) -> str:

@@ -16,13 +16,18 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ClaimLostError, MismatchError, NoSpaceError, NotInCacheError
 from ..files.claim_file import new_token
 from ..files.durable import read_plain
 from ..format.layout import FAILED_SUFFIX, FAILURES, store_claims
+
+if TYPE_CHECKING:
+    from .store import Store
 
 MOST_TEXT = 2000
 """Characters of an error that are kept."""
@@ -46,9 +51,13 @@ class Failure:
     @classmethod
     def of(cls, shard: int, error: BaseException) -> Failure:
         """`error`, as it happened in this process just now."""
-        text = str(error) if isinstance(error, Exception) and type(error).__module__.startswith("teacher_cache") else ""
-        text = text or f"{type(error).__name__}: {error}".removesuffix(": ")
-        return cls(shard, text[:MOST_TEXT], socket.gethostname(), os.getpid(), utc_now(), is_of_a_shard(error))
+        return cls(shard, in_words(error)[:MOST_TEXT], socket.gethostname(), os.getpid(), utc_now(), is_of_a_shard(error))
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says; of one that is not this package's, with its kind."""
+    text = str(error) if isinstance(error, Exception) and type(error).__module__.startswith("teacher_cache") else ""
+    return text or f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def utc_now() -> str:
@@ -71,6 +80,29 @@ def record(store: Path, failure: Failure) -> None:
         open(store_claims(store) / f"{failure.shard:06d}.{new_token()}{FAILED_SUFFIX}", "x") as file,
     ):
         file.write(json.dumps(asdict(failure)))
+
+
+def blame(store: Store, shards: range, error: Exception) -> tuple[Failure, int] | None:
+    """Record `error` against the first of `shards` that is not finished: they are made in order. Nothing here may hide `error`.
+
+    Returns the failure, and for how many times that shard has failed by that; None if there is none to blame, or no store any more.
+    """
+    with contextlib.suppress(Exception):
+        for shard in store.unfinished():
+            if shard in shards:
+                failure, n_before = Failure.of(shard, error), len(by_shard(read(store.path)).get(shard, ()))
+                record(store.path, failure)
+                return failure, n_before + 1
+    return None
+
+
+def by_shard(found: Iterable[Failure]) -> dict[int, list[Failure]]:
+    """Shard -> those of its failures that count, in their order."""
+    counted: dict[int, list[Failure]] = {}
+    for failure in found:
+        if failure.counts:
+            counted.setdefault(failure.shard, []).append(failure)
+    return counted
 
 
 def read(store: Path) -> list[Failure]:
