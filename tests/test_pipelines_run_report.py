@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -237,10 +238,9 @@ def test_what_is_wrong_is_said(made, shared_cache, tmp_path, arguments, code, me
     assert message in said and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_in_a_browser(browser, page, width, theme):
-    """On a phone and on a desk, light and dark: nothing is asked of the network, nothing sticks out, every picture has words."""
+@contextmanager
+def opened(browser, page, width: int, theme: str):
+    """A tab with the page: nothing is asked of the network, nothing sticks out, headings are in order."""
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
     asked, complaints = [], []
     tab.on("request", lambda request: asked.append(request.url))
@@ -248,15 +248,23 @@ def test_in_a_browser(browser, page, width, theme):
     tab.goto(page.as_uri())
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and complaints == []
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth && i.alt)")
-    assert tab.evaluate("[...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label'))")
-    dark = tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v < 64)")
-    assert dark == (theme == "dark")
-    tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.className") == "skip"
     levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    yield tab
     tab.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_in_a_browser(browser, page, width, theme):
+    """On a phone and on a desk, light and dark: nothing is asked of the network, nothing sticks out, every picture has words."""
+    with opened(browser, page, width, theme) as tab:
+        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth && i.alt)")
+        assert tab.evaluate("[...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label'))")
+        dark = tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v < 64)")
+        assert dark == (theme == "dark")
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.className") == "skip"
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "page"])

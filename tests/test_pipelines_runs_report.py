@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_pipelines_run_report import N_STEPS, make_run, run
+from test_pipelines_run_report import N_STEPS, make_run, opened, run
 
 from pipelines.pages.of_run.comparison import LOOKS, differing, names_of
 from pipelines.pages.of_run.curves import STYLES
@@ -115,6 +116,24 @@ def test_what_differs(runs, page):
     assert "batch_size" not in rows and "crops" not in rows
 
 
+@pytest.mark.parametrize(
+    "fields, name, told",
+    [
+        ({"dtype": "int4"}, "targets", ["fake, weights {}, int8", "fake, weights {}, int4"]),
+        ({"shared_sha256": "ab" * 32}, "quantiser, head and probe of the targets", ["", "abababababab"]),
+        ({"live": "fake", "raw": True}, "targets", ["fake, weights {}, int8", "fake, weights {}, run live, not whitened"]),
+    ],
+)
+def test_targets_that_differ(runs, fields, name, told):
+    """Runs that learned from other targets of the same teacher, of other bits, another quantiser or not whitened, differ."""
+    facts = read_run(runs[0])
+    identity = facts.description["identity"]
+    (teacher,) = identity["teachers"]
+    other = {**identity, "teachers": [{**teacher, **fields}]}
+    pair = [facts, replace(facts, description={**facts.description, "identity": other})]
+    assert differing(pair) == [[name, *(words.format(teacher["weights_sha256"][:12]) for words in told)]]
+
+
 def test_curves_lie_on_each_other(page):
     """Each run has a line in the charts of what it has, named in words; different losses are not to be compared."""
     labels = re.findall(r'aria-label="([^"]+) by epoch: ([^"]+)"', page.read_text())
@@ -161,6 +180,16 @@ def test_evaluations_of_one_run(runs, records, tmp_path):
     assert [one["results"]["20"]["mean"] for one in told["evaluations"]] == [0.5, 0.25, 0.99]
     several = json.loads(run(*runs, "--json").stdout)["runs"]
     assert [len(one["probes"]) for one in several] == [2, 2, 0] and [one["config"]["seed"] for one in several] == [0, 7, 0]
+
+
+def test_a_checkpoint_that_cannot_be_read(runs, tmp_path):
+    """A page of a run whose newest checkpoint is damaged has its evaluations, known by their place, and a note says so."""
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    (folder / CHECKPOINT).write_bytes(b"damaged")
+    (folder / "evaluations.jsonl").write_text(json.dumps(record("a", 0.5, checkpoint=str(folder / CHECKPOINT))) + "\n")
+    said = run(folder, "-o", tmp_path / "a.html").stderr
+    assert re.search(r"note     run: evaluations are known to be of it by their place alone. .*" + CHECKPOINT, said)
+    assert tables((tmp_path / "a.html").read_text())["knn by the book; val images-v (9)"] == [["run, step 12", "cls", "50.0%"]]
 
 
 def test_a_run_without_steps_is_told(runs, tmp_path):
@@ -218,19 +247,11 @@ def test_the_page_is_one_file(page):
 def test_in_a_browser(browser, page, width, theme):
     """On a phone and on a desk, light and dark: nothing is asked of the network, nothing sticks out, every chart has words,
     tables that are wide scroll by keyboard, and headings are in order."""
-    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-    asked, complaints = [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.goto(page.as_uri())
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and complaints == []
-    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert tab.evaluate("[...document.querySelectorAll('svg.chart')].every(s => s.getAttribute('aria-label'))")
-    assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))")
-    strokes = tab.evaluate("[...document.querySelectorAll('.swatch path')].map(p => getComputedStyle(p).stroke)")
-    assert len(strokes) == 3 == len(set(strokes)) and "none" not in strokes
-    dashes = tab.evaluate("[...document.querySelectorAll('.swatch path')].map(p => p.getAttribute('stroke-dasharray'))")
-    assert len(set(dashes)) == 3  # told apart without colour, too
-    levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
-    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
-    tab.close()
+    with opened(browser, page, width, theme) as tab:
+        assert tab.evaluate("[...document.querySelectorAll('svg.chart')].every(s => s.getAttribute('aria-label'))")
+        scrolled = "[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))"
+        assert tab.evaluate(scrolled)
+        strokes = tab.evaluate("[...document.querySelectorAll('.swatch path')].map(p => getComputedStyle(p).stroke)")
+        assert len(strokes) == 3 == len(set(strokes)) and "none" not in strokes
+        dashes = tab.evaluate("[...document.querySelectorAll('.swatch path')].map(p => p.getAttribute('stroke-dasharray'))")
+        assert len(set(dashes)) == 3  # told apart without colour, too

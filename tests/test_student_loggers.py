@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -10,22 +11,26 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from fakes import write_images
 from forks import fork
+from rich.console import Console
 from student_fakes import TEACHER, FakeSource, tiny_config
 
 from student import ConfigError, Student
 from student.cli.train import train
 from student.files.checkpoint import checkpoints
+from student.files.logs import read_line
 from student.loggers import LOGGERS, follow, loggers_of
 from student.loggers.follow import Followers, RunToLog
 from student.loggers.rows import Rows, values_of
 from student.loggers.to_csv import ToCsv
 from student.run.probing import Probe
+from student.run.progress import StepDisplay
 from student.run.trainer import Trainer
 
 CONFIG = tiny_config()
@@ -170,6 +175,44 @@ def test_a_logger_that_fails_for_a_while(name, tmp_path):
     require_all_once(name, tmp_path / "run")
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """Loggers look and try again at once."""
+    monkeypatch.setattr(follow, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(follow, "RETRY_S", 0.04)
+
+
+def test_a_log_that_cannot_be_read_for_a_while(soon, tmp_path, monkeypatch):
+    """Steps that were read before reading failed are sent when it works again."""
+    make_trainer(tmp_path / "run").fit(max_steps=5)
+    failed = []
+
+    def stale(line):
+        if b'"step": 3,' in line and not failed:
+            failed.append(line)
+            raise OSError("stale file handle")
+        return read_line(line)
+
+    monkeypatch.setattr("student.loggers.rows.read_line", stale)
+    trainer = make_trainer(tmp_path / "run", "csv", before=lambda step, index: time.sleep(0.05))
+    assert trainer.fit() == 10 and failed and trainer.followers.unsent == []
+    require_all_once("csv", tmp_path / "run")
+
+
+def test_a_line_that_says_nothing(tmp_path):
+    """A line of metrics.jsonl that has a step and nothing else keeps no logger from the others."""
+    make_trainer(tmp_path / "run").fit()
+    told = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for damaged in ('{"step": 3}\n', '{"step": 3, "epoch": 0.6, "probe": 7}\n'):
+        assert '"step": 3,' in told[3]
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join([*told[:3], damaged, *told[4:]]))
+        trainer = make_trainer(tmp_path / "run", "csv")
+        trainer.fit()
+        assert trainer.followers.unsent == []
+        held = {step for step, _, _ in of_csv(tmp_path / "run")}
+        assert held == set(range(11)) - {3}
+
+
 def be_killed(out: str, name: str, at: int, environment: dict[str, str]) -> None:
     """In a process of its own: train, and die of kill -9 in the data of a step."""
     os.environ.pop("WANDB_SERVICE", None)  # of another process
@@ -258,6 +301,26 @@ def test_a_logger_that_stays_broken(tmp_path, monkeypatch, hangs):
     assert [line.get("loss") for line in lines(tmp_path / "run")] == [line.get("loss") for line in lines(tmp_path / "plain")]
 
 
+def test_an_error_without_words(tmp_path, monkeypatch):
+    """A logger whose error is white space is told by the kind of its error, and not taken to have all."""
+
+    def add(logger, rows):
+        raise ConnectionError(" \n ")
+
+    monkeypatch.setattr(Broken, "add", add)
+    trainer = make_trainer(tmp_path / "run", kinds=[Broken])
+    assert trainer.fit() == 10
+    (sentence,) = trainer.followers.unsent
+    assert sentence.startswith("broken: ConnectionError; it has no step.")
+
+
+def test_one_that_fails_when_training_has_ended(tmp_path):
+    """What is said then is no promise that it is tried again."""
+    said = []
+    make_trainer(tmp_path / "run", kinds=[Broken], said=said).fit()
+    assert said == ["log      broken: nowhere", "broken: the server is gone."]
+
+
 def test_one_that_cannot_be_opened(tmp_path, monkeypatch):
     """A logger that cannot be opened is refused before the first step; those opened before are closed, and the run is let go."""
     closed = []
@@ -274,6 +337,30 @@ def test_one_that_cannot_be_opened(tmp_path, monkeypatch):
         make_trainer(tmp_path / "run", kinds=[Sound, Shut]).fit()
     assert closed == ["failed"] and lines(tmp_path / "run") == [] and not (tmp_path / "run" / "trainer.lock").exists()
     assert make_trainer(tmp_path / "run").fit() == 10
+
+
+def test_tensorboard_lets_go_of_a_file_that_failed(tmp_path):
+    """Opened again behind an error, it writes one file in one thread, not one more each time."""
+    pytest.importorskip("tensorboard")
+    (kind,) = loggers_of(["tensorboard"])
+    before = set(threading.enumerate())
+    logger = kind(RunToLog(tmp_path, CONFIG, {}, 0))
+    for _ in range(3):
+        logger.open()
+    assert len(set(threading.enumerate()) - before) == 1
+    logger.close("finished")
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:////nowhere/at/all.db"])
+def test_mlflow_without_its_database(tmp_path, monkeypatch, uri):
+    """A file that is no database, or one that is nowhere, is one sentence before training."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (kind,) = loggers_of(["mlflow"])
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(ConfigError, match="MLflow cannot be logged to at sqlite://.*Mend that"):
+        kind(RunToLog(tmp_path, CONFIG, {}, 0)).open()
 
 
 def test_rows_of_a_file_that_grows(tmp_path):
@@ -331,6 +418,42 @@ def test_from_the_command(shared_cache, tmp_path, monkeypatch):
     result = command(shared_cache, tmp_path / "run2", "--log", "csv", code=1)
     assert f"{tmp_path / 'run2'}: finished." in result.stderr and len(lines(tmp_path / "run2")) == 6
     assert "Error: csv: the server is gone; it has no step. The run is whole; the same command sends the rest." in result.stderr
+
+
+def test_interrupted_with_a_logger_that_lacks_something(shared_cache, tmp_path, monkeypatch):
+    """Behind Ctrl-C, too, what a logger lacks is said."""
+    monkeypatch.setattr(ToCsv, "add", lambda logger, rows: Broken.add(Broken(None), rows))
+    take_step = Trainer._take_step
+
+    def interrupted(trainer, *given):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return take_step(trainer, *given)
+
+    monkeypatch.setattr(Trainer, "_take_step", interrupted)
+    result = command(shared_cache, tmp_path / "run", "--log", "csv", code=130)
+    assert (
+        "Interrupted. Step 2 is saved; the same command goes on from there.\n"
+        "csv: the server is gone; it has no step. The run is whole; the same command sends the rest." in result.stderr
+    )
+
+
+def test_the_terminal_behind_a_run_that_was_done(tmp_path, monkeypatch):
+    """A finished run that only sends what a logger lacks takes its bar from the terminal again, and shows the cursor."""
+    make_trainer(tmp_path / "run").fit()
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("student.run.trainer.StepDisplay", partial(StepDisplay, console=console))
+    make_trainer(tmp_path / "run", "csv").fit()
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    told = console.file.getvalue()
+    assert told.count(hidden) == told.count(shown) == 1 and told.index(hidden) < told.index(shown)
+
+
+def test_a_logger_is_known_before_images_are_read(shared_cache, tmp_path, monkeypatch):
+    """A name that is wrong is said before a probe's images are read, which takes its time."""
+    monkeypatch.setattr("student.cli.train.probe_of", lambda *given: pytest.fail("images are read"))
+    result = command(shared_cache, tmp_path / "run", "--probe", "knn:small", "--log", "cvs", code=2)
+    assert "There is no logger 'cvs'" in result.stderr
 
 
 def test_what_is_wrong_is_said_before_training(shared_cache, tmp_path, monkeypatch):

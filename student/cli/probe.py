@@ -13,6 +13,8 @@ SIDES = ("train", "val")
 
 def probe_of(words: str, every: int, image_size: int, device: str):
     """The student.run.probing.Probe of `knn:DIR`, its images read. Raises UsageError, with the option, for what cannot be one."""
+    import numpy as np
+
     from pipelines.feed.labelled import LabelledImages
 
     from ..evals.probe import MOST_BYTES, Kept, KNNProbe
@@ -37,14 +39,11 @@ def probe_of(words: str, every: int, image_size: int, device: str):
                 f"{len(train) + len(val):,} images of {image_size} px are {human(n_bytes)} in memory, at most "
                 f"{human(MOST_BYTES)} are kept. Give fewer: a few thousand tell enough."
             )
-        sides = [_kept(images, Kept) for images in (train, val)]
+        sides = [
+            Kept(np.concatenate(list(images.pixels())), np.array(images.labels), images.mean, images.std)
+            for images in (train, val)
+        ]
     except (BadInputError, MismatchError, UsageError) as error:
         raise UsageError(f"--probe {words}: {error}") from error
     about = {**told_of_both(train, val, n_classes), "image_size": image_size, "decoder": val.decoder}
     return Probe(KNNProbe(*sides, about, device=device), every)
-
-
-def _kept(images, kind):
-    import numpy as np
-
-    return kind(np.concatenate(list(images.pixels())), np.array(images.labels), images.mean, images.std)

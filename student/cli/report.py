@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from teacher_cache.errors import UsageError
+from teacher_cache.errors import TeacherCacheError, UsageError
 from teacher_cache.terminal.command import one_line_errors, say
 from teacher_cache.words import human, quoted
 
@@ -89,15 +89,21 @@ def _require_fitting_options(runs: tuple[Path, ...], cache: Path | None, n_crops
 
 
 def _weights_of(facts: list, names: list[str]) -> dict[str, str]:
-    """Weights of the newest checkpoint of each run, as records have them, averaged ones too -> name of the run."""
+    """Weights of the newest checkpoint of each run, as records have them, averaged ones too -> name of the run.
+
+    A checkpoint that cannot be read, or is gone because its run goes on, is said and left out.
+    """
     from .evaluating.subjects import Resolver
 
     found = {}
     for run, name in zip(facts, names, strict=True):
         for checkpoint in list(run.checkpoints)[-1:]:
-            for averaged in (False, True) if run.config.optim.ema else (False,):
-                resolver = Resolver(averaged=averaged, whats=(str(checkpoint),))
-                found.setdefault(resolver.subject(str(checkpoint)).weights, name)
+            try:
+                for averaged in (False, True) if run.config.optim.ema else (False,):
+                    resolver = Resolver(averaged=averaged, whats=(str(checkpoint),))
+                    found.setdefault(resolver.subject(str(checkpoint)).weights, name)
+            except (StudentError, TeacherCacheError, FileNotFoundError) as error:
+                say(f"note     {name}: evaluations are known to be of it by their place alone. {error}")
     return found
 
 

@@ -146,21 +146,21 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
             reading = {"reader": reader or "mmap", "check": check or "first"}
             options = {"changes": requests, "micro_batch": micro_batch, "checkpoint_every": checkpoint_every,
                        "keep_checkpoints": keep_checkpoints, "compiled": compiled}  # fmt: skip
-            if probe and rank() == 0:
-                options["probe"] = probe_of(probe, probe_every or 1, config.backbone.image_size, device)
             if loggers and rank() == 0:
                 options["followers"] = followers_of(loggers)
+            if probe and rank() == 0:
+                options["probe"] = probe_of(probe, probe_every or 1, config.backbone.image_size, device)
             run.trainer = _trainer(config, opened, lesson, out, data, reading, mismatches, options, init)
             _tell(*(f"note     {line}" for line in kept))
             try:
                 steps = run.trainer.fit(max_steps)
             except Exception as error:
-                _tell(*getattr(error, "__notes__", ()), *(run.trainer.followers.unsent if run.trainer.followers else ()))
+                _tell(*getattr(error, "__notes__", ()), *run.unsent)
                 raise
             done = "finished" if steps >= run.trainer.total_steps else f"stopped at step {steps:,} of {run.trainer.total_steps:,}"
             _tell(f"{out}: {done}.")
-            if run.trainer.followers and run.trainer.followers.unsent:
-                raise RunError("\n".join(run.trainer.followers.unsent))
+            if run.unsent:
+                raise RunError("\n".join(run.unsent))
 
 
 def _changes_and_views(
@@ -215,12 +215,19 @@ class _Run:
 
     trainer = None
 
+    @property
+    def unsent(self) -> list[str]:
+        """Of loggers that lack something behind the end of training, a sentence each."""
+        return self.trainer.followers.unsent if self.trainer and self.trainer.followers else []
+
     def on_interrupt(self) -> str:
         if self.trainer is None:
             return "Nothing was changed; the same command starts again."
         if self.trainer.saved_step == 0:
-            return "No step is saved yet; the same command starts again."
-        return f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
+            saved = "No step is saved yet; the same command starts again."
+        else:
+            saved = f"Step {self.trainer.saved_step:,} is saved; the same command goes on from there."
+        return "\n".join([saved, *self.unsent])
 
 
 def _mismatch_text(cache: Cache, chosen, mismatches: list[str]) -> str:

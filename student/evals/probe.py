@@ -52,7 +52,5 @@ class KNNProbe:
         asked = KNNEvaluator(self.train, self.val, self.knn.n_neighbours, self.knn.temperature, self.device)
         values = {name.removeprefix("knn/"): value for name, value in asked.run(encoder)}
         readout = next(iter(values)).split("/")[0]
-        main = f"{readout}/{self.knn.main}"
-        if main not in values:  # fewer images than neighbours
-            main = [name for name in values if name.startswith(f"{readout}/")][-1]
+        main = f"{readout}/{min(int(self.knn.main), len(self.train.labels))}"  # neighbours, as KNN.score counts them
         return {"name": self.knn.name, "protocol": self.knn.protocol, "main": main, "values": values, **self.about}

@@ -116,15 +116,16 @@ class RunDirectory:
             write_whole(self.path / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
         return is_new
 
-    def open_logs(self, step: int) -> int | None:
-        """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off.
-
-        Gives the last step that the log has a probe of; None without one.
-        """
+    def open_logs(self, step: int) -> None:
+        """Start logging behind `step`; lines of later steps, which a resumed run will take again, are cut off."""
         if not self._is_held:
             raise RunError(f"This trainer has let go of {self.path}. Make another one to go on.")
         self._logs = StepLogs(self.path, step)
-        return self._logs.probed
+
+    @property
+    def probed(self) -> int | None:
+        """The last step that the log has a probe of; None without one, and before the log is open."""
+        return self._logs.probed if self._logs else None
 
     def write(self, report: StepReport) -> None:
         """Log one step. RunError if another trainer has taken the run over."""

@@ -8,6 +8,7 @@ alone: a run that was killed and takes steps again sends none of them twice.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import threading
 import time
@@ -145,9 +146,7 @@ class _Follower(threading.Thread):
         super().__init__(name=f"logger {logger.name}", daemon=True)
         self.logger, self._metrics, self._say = logger, metrics, say
         self._rows, self._sent = Rows(metrics), sent
-        self._pending: list[Row] = []
-        self._error, self._must_open = "", False
-        self._retry_at = 0.0
+        self._error, self._retry_at = "", 0.0
         self._ending = threading.Event()
         self._ended: Ended = "stopped"
         self._whole = False
@@ -178,29 +177,26 @@ class _Follower(threading.Thread):
     def _send_some(self, whole: bool) -> bool:
         """Send at most MOST_ROWS; whether there may be more."""
         require_held(self._metrics)  # what another trainer writes is sent by that one
-        if self._must_open:
+        if self._error:
             has = self.logger.open()
             if has < self._sent:  # it lost what it had been sent
-                self._rows, self._pending = Rows(self._metrics), []
-            self._sent, self._must_open = has, False
-        is_left_over = bool(self._pending)  # of an attempt that failed; what has been written since comes behind it
-        if not is_left_over:
-            self._pending = self._rows.read(MOST_ROWS, whole)
-        there_may_be_more = is_left_over or len(self._pending) >= MOST_ROWS
-        rows = [row for row in self._pending if row.step > self._sent]
-        if rows:
-            self.logger.add(rows)
-            self._sent = rows[-1].step
-        self._pending, self._error = [], ""
-        return there_may_be_more
+                self._rows = Rows(self._metrics)
+            self._sent = has
+        reading = copy.copy(self._rows)  # what is read counts as read when the logger has it
+        rows = reading.read(MOST_ROWS, whole)
+        if new := [row for row in rows if row.step > self._sent]:
+            self.logger.add(new)
+            self._sent = new[-1].step
+        self._rows, self._error = reading, ""
+        return len(rows) >= MOST_ROWS
 
     def _try(self, work: Callable[[], bool | None]) -> bool:
         try:
             return bool(work())
         except Exception as error:  # noqa: BLE001  (whatever a logger raises, the run goes on)
-            text = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             if not self._error:
-                self._say(f"{self.logger.name}: {text}. Training goes on; it is tried again every {RETRY_S:.0f} s.")
-            self._error, self._must_open = text, True
-            self._retry_at = time.monotonic() + RETRY_S
+                again = "" if self._ending.is_set() else f" Training goes on; it is tried again every {RETRY_S:.0f} s."
+                self._say(f"{self.logger.name}: {text}.{again}")
+            self._error, self._retry_at = text, time.monotonic() + RETRY_S
             return False

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..files.logs import LONGEST_LINE, read_line
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One step, by the names that loggers use."""
 
     step: int
     epoch: float
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float]
 
 
 def values_of(line: dict) -> dict[str, float]:
@@ -27,8 +27,17 @@ def values_of(line: dict) -> dict[str, float]:
     return values | {f"train/{name.replace('/', '_')}": value for name, value in line["parts"].items()}
 
 
+def _row_of(line: bytes) -> Row | None:
+    """What one line says of its step; None if it is no line of ours."""
+    try:
+        found = read_line(line)
+        return found and Row(found["step"], found["epoch"], values_of(found))
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
 class Rows:
-    """Reads `metrics` on and on while it grows."""
+    """Reads `metrics` on and on while it grows. A copy reads on by itself."""
 
     def __init__(self, metrics: Path):
         self._metrics, self._offset = metrics, 0
@@ -45,12 +54,13 @@ class Rows:
                 if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     break  # it is being written
                 self._offset += len(line)
-                if (found := read_line(line)) is None:
+                if (row := _row_of(line)) is None:
                     continue
-                if self._held is None or found["step"] != self._held.step:
+                if self._held and self._held.step == row.step:
+                    self._held = replace(self._held, values=self._held.values | row.values)
+                else:
                     rows += [self._held] if self._held else []
-                    self._held = Row(found["step"], found["epoch"])
-                self._held.values |= values_of(found)
+                    self._held = row
         if whole and len(rows) < most and self._held:
             rows.append(self._held)
             self._held = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from ..files.run_files import aside, publish, require_own
@@ -53,4 +52,4 @@ class ToCsv:
         """Nothing is open."""
 
     def where(self) -> str:
-        return str(Path(self._path))
+        return str(self._path)

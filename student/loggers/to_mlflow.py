@@ -12,10 +12,9 @@ from typing import ClassVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 
 from ..config import as_overrides
-from ..errors import ConfigError
+from ..errors import ConfigError, StudentError
 from .follow import Ended, Kept, RunToLog
 from .rows import Row
 
@@ -51,9 +50,12 @@ class ToMLflow:
             names = self._client.get_run(self._id).data.metrics
             self._client.update_run(self._id, status="RUNNING")
             self._has = {name: max(one.step for one in self._client.get_metric_history(self._id, name)) for name in names}
-        except MlflowException as error:
+        except StudentError:  # of what is kept in the run
+            raise
+        except Exception as error:  # noqa: BLE001  (of its service, of the network, of its database)
             raise ConfigError(
-                f"MLflow cannot be logged to at {self._uri}: {error} Mend that (MLFLOW_TRACKING_URI), or leave mlflow out."
+                f"MLflow cannot be logged to at {self._uri} ({type(error).__name__}: {error}). Mend that (MLFLOW_TRACKING_URI), "
+                "or leave mlflow out."
             ) from error
         return min(self._has.values(), default=-1)
 

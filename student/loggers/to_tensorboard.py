@@ -5,6 +5,7 @@ What follows a resume is written behind a mark (purge_step) by which TensorBoard
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -34,8 +35,11 @@ class ToTensorBoard:
     def open(self) -> int:
         require_own(self._folder)
         has = int(self._kept.read().get("step", -1))
-        if self._writer is None:  # else it goes on behind an error, and what it has is of this run's own steps
+        if self._writer is None:
             has = min(has, self._run.step - 1)
+        else:  # it goes on behind an error, and what it has is of this run's own steps
+            with contextlib.suppress(OSError):
+                self._writer.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=has + 1, flush_secs=3600)  # `add` flushes
         self._writer.flush()
         return has

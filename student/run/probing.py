@@ -7,8 +7,7 @@ an interruption or a kill left out is asked when the run goes on, before its nex
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +30,9 @@ class Probe:
     def ask(self, encoder: nn.Module, device: torch.device) -> dict:
         """ProbeReport.probe of the encoder on `device`. No random number of torch's generators is used up."""
         began = time.perf_counter()
-        with _generators_kept(device):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             found = self.measure(encoder)
         return found | {"seconds": round(time.perf_counter() - began, 3)}
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def sentence(epoch: float, found: dict) -> str:

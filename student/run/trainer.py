@@ -104,7 +104,6 @@ class Trainer:
         self.log_every = log_every
         self.on_step = on_step
         self.probe = probe if rank() == 0 else None
-        self._probed: int | None = None
         self.followers = followers if rank() == 0 else None
 
         self.state = StepState()
@@ -139,7 +138,8 @@ class Trainer:
                     if stopped:  # by a signal to another process; one to this process has been delivered
                         raise KeyboardInterrupt
             elif self.probe or self.followers:  # interrupted behind its last step, or a logger lacks something
-                self._open_logs(StepDisplay(self.step, self.step, self.log_every))
+                with contextlib.closing(StepDisplay(self.step, self.step, self.log_every)) as display:
+                    self._open_logs(display)
             ended = "finished" if self.step >= self.total_steps else "stopped"
         except KeyboardInterrupt:
             ended = "stopped"
@@ -182,14 +182,14 @@ class Trainer:
     def _open_logs(self, display: StepDisplay | None) -> None:
         """Open the logs behind the last step, and ask the probe that is still missing there."""
         if self.directory:
-            self._probed = self.directory.open_logs(self.step)
+            self.directory.open_logs(self.step)
         if self.followers:
             self.followers.open(RunToLog(self.directory.path, self.config, self.source.identity, self.step))
         self._ask_probe(display)
 
     def _probe_is_missing(self) -> bool:
         """Whether the probe of the weights of this step is due, and the log does not have it."""
-        if self.probe is None or self._probed == self.step:
+        if self.probe is None or self.directory.probed == self.step:
             return False
         return self.probe.is_due(self.step, self.source.steps_per_epoch, self.total_steps)
 
@@ -198,7 +198,6 @@ class Trainer:
         if self._probe_is_missing():
             found, epoch = self.probe.ask(self.student.backbone, self.device), self.step / self.source.steps_per_epoch
             self.directory.write_probe(ProbeReport(self.step, epoch, found))
-            self._probed = self.step
             display.say(sentence(epoch, found))
 
     def _take_step(self, batches: Iterator[Batch], signals: Sequence[int]) -> tuple[StepReport, bool]:

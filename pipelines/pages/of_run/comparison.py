@@ -11,7 +11,7 @@ from student.config import as_overrides
 from teacher_cache.estimating.verdict import hours
 
 from ..page import render
-from .curves import STYLES, by_protocol, line_chart, probe_caption, probe_line, thinned
+from .curves import STYLES, by_protocol, curve, line_chart, probe_caption, probe_line
 from .evaluations import Evaluations
 from .run_facts import RunFacts
 
@@ -54,13 +54,14 @@ def differing(runs: Sequence[RunFacts]) -> list[list[str]]:
 
 def _settings(run: RunFacts) -> dict[str, str]:
     """Everything that a run was begun with, its data, and what was changed under way."""
-    identity, init = run.description["identity"], run.description.get("init")
-    teachers = identity.get("teachers", [])
+    identity = run.description["identity"]
+    constants = (str(one.get("shared_sha256", ""))[:12] for one in identity.get("teachers", []))
     data = {
         "crops": str(identity.get("crops_id"))[:12],
         "views": str(len(identity.get("views", []))),
-        "targets": "; ".join(f"{one.get('store') or one.get('live')} {one.get('weights_sha256', '')[:12]}" for one in teachers),
-        "begun from": f"{init.get('from')}, {str(init.get('sha256'))[:12]}" if isinstance(init, dict) else "random weights",
+        "targets": "; ".join(run.teachers),
+        "quantiser, head and probe of the targets": "; ".join(constants),
+        "begun from": run.begun_from or "random weights",
         "changed under way": "; ".join(map(str, run.changes)),
         "accepted mismatch": "; ".join(map(str, identity.get("accepted_mismatch") or [])),
     }
@@ -94,25 +95,18 @@ def _curves(runs: Sequence[RunFacts], names: Sequence[str]) -> list[tuple[Markup
     logged = [(i, name, run) for i, (name, run) in enumerate(zip(names, runs, strict=True)) if run.n_steps]
 
     def drawn(key: str, of, caption: str, **options) -> list[tuple[Markup, str]]:
-        found = [(i, name, of(run)) for i, name, run in logged]
-        lines = [(i, (name, *line)) for i, name, line in found if line is not None]
-        if not lines:
-            return []
-        return [line_chart(key, [line for _, line in lines], caption, styles=[LOOKS[i] for i, _ in lines], **options)]
+        """of: run -> (epochs, values), None where it has none."""
+        lines = {i: (name, *line) for i, name, run in logged if (line := of(run)) is not None}
+        return [line_chart(key, list(lines.values()), caption, styles=[LOOKS[i] for i in lines], **options)] if lines else []
 
-    def of_steps(values, part=slice(None)):
-        return lambda run: (thinned(run.steps["epoch"][part]), thinned(values(run)[part]))
-
-    charts = drawn("loss", of_steps(lambda run: run.steps["loss"]), "The loss that each run minimises")
+    charts = drawn("loss", lambda run: curve(run, run.steps["loss"]), "The loss that each run minimises")
     parts = Counter(name for _, _, run in logged for name in run.parts if "/" not in name)
     for number, part in enumerate(name for name, n in parts.items() if n > 1):
-        of = of_steps(lambda run, part=part: run.parts[part])
-        having = lambda run, part=part, of=of: of(run) if part in run.parts else None  # noqa: E731
-        charts += drawn(f"part-{number}", having, f"Loss {part}, without its weight")
+        of = lambda run, part=part: curve(run, run.parts[part]) if part in run.parts else None  # noqa: E731
+        charts += drawn(f"part-{number}", of, f"Loss {part}, without its weight")
     charts += _probes(logged)
-    charts += drawn("rate", of_steps(lambda run: run.steps["lr"]), "Learning rate")
-    settled = lambda run: of_steps(lambda run: run.steps["images_per_s"], run.settled)(run)  # noqa: E731
-    charts += drawn("speed", settled, "Crops a second", floor=0.0)
+    charts += drawn("rate", lambda run: curve(run, run.steps["lr"]), "Learning rate")
+    charts += drawn("speed", lambda run: curve(run, run.steps["images_per_s"], run.settled), "Crops a second", floor=0.0)
     return charts
 
 

@@ -37,10 +37,9 @@ def curves(run: RunFacts) -> list[tuple[Markup, str]]:
         drawn.append(_lines(run, "details", details, "What the objectives say beside their loss"))
     drawn += probe_charts(run)
     drawn.append(_lines(run, "rate", {"learning rate": run.steps["lr"]}, "Learning rate"))
-    settled = {name: values[run.settled] for name, values in run.steps.items()}
-    drawn.append(_lines(run, "speed", {"images/s": settled["images_per_s"]}, "Crops a second", settled["epoch"], floor=0.0))
-    wait = {"waiting, %": 100 * settled["wait_share"]}
-    drawn.append(_lines(run, "wait", wait, "Share of a step's time that it waited for data, %", settled["epoch"], floor=0.0))
+    drawn.append(_lines(run, "speed", {"images/s": run.steps["images_per_s"]}, "Crops a second", run.settled, floor=0.0))
+    wait = {"waiting, %": 100 * run.steps["wait_share"]}
+    drawn.append(_lines(run, "wait", wait, "Share of a step's time that it waited for data, %", run.settled, floor=0.0))
     return drawn
 
 
@@ -78,9 +77,15 @@ def probe_caption(probe: dict) -> str:
     return f"Probe: {probe['name']} with {main} neighbours, % of {val} images right by the votes of {train}"
 
 
-def _lines(run: RunFacts, name: str, lines: dict[str, np.ndarray], caption: str, epochs=None, floor=None) -> tuple[Markup, str]:
-    epochs = thinned(run.steps["epoch"] if epochs is None else epochs)
-    return line_chart(name, [(label, epochs, thinned(values)) for label, values in lines.items()], caption, floor)
+def curve(run: RunFacts, values: np.ndarray, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, values), thinned, of what each step of `run` says, or of a part of the steps."""
+    return thinned(run.steps["epoch"][part]), thinned(values[part])
+
+
+def _lines(
+    run: RunFacts, name: str, lines: dict[str, np.ndarray], caption: str, part: slice = slice(None), floor: float | None = None
+) -> tuple[Markup, str]:
+    return line_chart(name, [(label, *curve(run, values, part)) for label, values in lines.items()], caption, floor)
 
 
 def line_chart(

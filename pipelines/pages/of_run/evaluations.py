@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from student.evals.records import cell, columns, groups, read, title
+from student.files.checkpoint import CHECKPOINT
 
 from .run_facts import RunFacts
 
@@ -43,7 +43,7 @@ class Evaluations:
         return made
 
     def _name(self, record: dict) -> str:
-        run, step = self.run_of(record), re.search(r"([0-9]{8,})\.safetensors$", str(record.get("checkpoint") or ""))
+        run, step = self.run_of(record), CHECKPOINT.fullmatch(Path(str(record.get("checkpoint") or "")).name)
         if run is None:
             return f"{record['what']} ({record['about']})" if record.get("about") else str(record["what"])
         averaged = ", averaged" if "averaged" in str(record.get("about")) else ""

@@ -57,6 +57,17 @@ class RunFacts:
         return total_epochs(self.config, self.changes)
 
     @property
+    def begun_from(self) -> str | None:
+        """The weights that the encoder began with, in words; None for random ones."""
+        init = self.description.get("init")
+        return f"{init.get('from')}, sha256 {str(init.get('sha256'))[:12]}" if isinstance(init, dict) else None
+
+    @property
+    def teachers(self) -> list[str]:
+        """The targets of each teacher, in words."""
+        return [_targets(one) for one in self.description["identity"].get("teachers", [])]
+
+    @property
     def seconds(self) -> np.ndarray:
         """What each step took."""
         return self.config.batch_size / self.steps["images_per_s"]
@@ -109,6 +120,13 @@ def read_run(path: Path) -> RunFacts:
         with contextlib.suppress(FileNotFoundError):  # a run that goes on removes its old ones
             sizes[checkpoint] = checkpoint.stat().st_size
     return RunFacts(Path(path), config, description, changes, steps, parts, tuple(probes), n_torn, sizes)
+
+
+def _targets(identity: dict) -> str:
+    weights = f"weights {identity['weights_sha256'][:12]}"
+    if "live" in identity:
+        return f"{identity['live']}, {weights}, run live" + (", not whitened" if identity.get("raw") else "")
+    return f"{identity['store']}, {weights}, {identity['dtype']}"
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], list[dict], int]:

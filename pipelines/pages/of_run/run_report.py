@@ -51,9 +51,8 @@ def _state(run: RunFacts) -> list[tuple[str, str | None]]:
     if not run.n_steps:
         return [("steps", "none logged yet")]
     done = "finished" if run.n_steps == run.total_steps else f"{run.n_steps / run.total_steps:.0%} of {run.total_steps:,}"
-    init = run.description.get("init")
     return [
-        ("begun from", f"{init.get('from')}, sha256 {str(init.get('sha256'))[:12]}" if isinstance(init, dict) else None),
+        ("begun from", run.begun_from),
         ("changed under way", "; ".join(map(str, run.changes)) or None),
         ("steps", f"{run.n_steps:,}, {done}"),
         ("epoch", f"{run.steps['epoch'][-1]:.4g} of {run.epochs}"),
@@ -88,13 +87,12 @@ def _waiting(run: RunFacts) -> tuple[str, str, str] | None:
 
 def _data(run: RunFacts) -> list[tuple[str, str | None]]:
     identity = run.description["identity"]
-    teachers = [_teacher(one) for one in identity.get("teachers", [])]
     mismatch = identity.get("accepted_mismatch")
     return [
         ("crops", identity.get("crops_id")),
         ("views", str(len(identity.get("views", [])))),
         ("pixels", _pixels(run.description.get("pixels"))),
-        ("teachers", "; ".join(teachers) or "none"),
+        ("teachers", "; ".join(run.teachers) or "none"),
         ("accepted mismatch", "; ".join(mismatch) if mismatch else None),
         ("cache", run.description.get("data_from")),
     ]
@@ -104,13 +102,6 @@ def _pixels(pixels) -> str | None:
     if not isinstance(pixels, dict):
         return None
     return f"RGB in 0..1, less {pixels.get('mean')}, divided by {pixels.get('std')}"
-
-
-def _teacher(identity: dict) -> str:
-    weights = f"weights {identity['weights_sha256'][:12]}"
-    if "live" in identity:
-        return f"{identity['live']}, {weights}, run live"
-    return f"{identity['store']}, {weights}, {identity['dtype']}"
 
 
 def _shown(pictures: Pictures | None) -> list[dict]:
