@@ -20,10 +20,12 @@ from pipelines.study.__main__ import study
 from pipelines.study.augment import random_crops
 from pipelines.study.cells import CURVE, Cell
 from pipelines.study.cli import teaching
+from pipelines.study.cli.making import cache_with
 from pipelines.study.pretrain import Pretraining, nt_xent, pretrain
-from pipelines.study.subset import Subset, drawn_of_each, lay_out, unpack
-from student.errors import RunMismatchError
+from pipelines.study.subset import Subset, drawn_of_each, fingerprints, lay_out, unpack
+from student.errors import RunError, RunMismatchError
 from teacher_cache.errors import MismatchError, UsageError
+from teacher_cache.extraction.parts import WorkFolder
 from teacher_cache.teachers import load_teacher
 
 SHORT = Pretraining("self", epochs=2, batch_size=4)
@@ -61,6 +63,15 @@ def test_a_teacher_goes_on_to_the_bit(data, taught, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
     assert (facts["learned_from"], facts["held_out"]) == (15, 1) and not (tmp_path / "training.pt").exists()
     assert pretrain(SHORT, data / "train", tmp_path) == facts
+
+
+def test_a_damaged_training_is_refused(data, tmp_path):
+    """What is left of the state of a training that was stopped, cut short, is refused in a sentence that names it."""
+    pretrain(SHORT, data / "train", tmp_path, most_steps=3)
+    path = next(tmp_path.glob("training.*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=f"{path.name} is damaged"):
+        pretrain(SHORT, data / "train", tmp_path)
 
 
 def test_the_teacher_is_one(taught):
@@ -110,20 +121,66 @@ def test_images_are_laid_out_once(data, tmp_path):
         for split in ("train", "test"):
             archive.add(data / split, split)
     found = unpack(tmp_path / "a.tar.gz", tmp_path / "out")
-    chosen = lay_out(found, tmp_path / "out" / "images", Subset(8, 4))
+    prints = fingerprints(data)
+    chosen = lay_out(found, tmp_path / "out" / "images", Subset(8, 4), prints)
     assert [len(list((chosen / split / name).iterdir())) for split in ("train", "test") for name in ("dark", "bright")] == [
         4,
         4,
         2,
         2,
     ]
-    assert lay_out(data, chosen, Subset(8, 4)) == chosen
+    assert lay_out(data, chosen, Subset(8, 4), prints) == chosen
     with pytest.raises(MismatchError, match="holds other images"):
-        lay_out(data, chosen, Subset(10, 4))
+        lay_out(data, chosen, Subset(10, 4), prints)
     with pytest.raises(UsageError, match="it has no train/"):
         unpack(data / "train", tmp_path / "out")
     with pytest.raises(UsageError, match="give an archive, or a folder"):
         unpack(Path(__file__), tmp_path / "out")
+
+
+def test_all_images_are_all(data, tmp_path):
+    """0 images are those that there are, however many each class has."""
+    shutil.copytree(data, tmp_path / "d")
+    (tmp_path / "d" / "train" / "bright" / "003.png").unlink()
+    chosen = lay_out(tmp_path / "d", tmp_path / "images", Subset(0, 0), fingerprints(tmp_path / "d"))
+    assert [len(list((chosen / "train" / name).iterdir())) for name in ("dark", "bright")] == [8, 7]
+
+
+def test_archives_are_whole_and_those_of_the_study(data, tmp_path):
+    """An archive that is cut short is refused in a sentence, and so is another one than a study was begun with."""
+    for name, splits in (("a", ("train", "test")), ("b", ("test", "train"))):
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+            for split, called in zip(splits, ("train", "test"), strict=True):
+                archive.add(data / split, called)
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "a.tar.gz").read_bytes()[:-3000])
+    assert "cut.tar.gz: it cannot be unpacked" in run("run", "--data", tmp_path / "cut.tar.gz", "--out", tmp_path / "out", code=2)
+    folder = unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert unpack(tmp_path / "a.tar.gz", tmp_path / "out") == folder and (folder / "train").is_dir()
+    with pytest.raises(MismatchError, match="unpacked from another archive"):
+        unpack(tmp_path / "b.tar.gz", tmp_path / "out")
+
+
+def test_a_scale_that_cannot_be_drawn_begins_no_study(data, tmp_path, monkeypatch):
+    """More images than there are are refused, and the same folder takes fewer."""
+    monkeypatch.setattr("pipelines.study.__main__.cells_of", lambda group, seeds: [])
+    where = ("run", "--data", data, "--out", tmp_path / "out", *SIZE)
+    assert "Ask for fewer" in run(*where, "--images", "100", code=2)
+    run(*where)
+
+
+def test_crops_that_were_interrupted_are_gone_on_with(data, tmp_path, monkeypatch):
+    """A cache without all its crops is gone on with, and its seconds are said not to be the whole."""
+    folder = tmp_path / "caches" / "crops"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkFolder, "commit", interrupted)
+        cache_with(folder, data / "train", 2, None, None, "cpu")
+    assert any(folder.iterdir())
+    cache, cost = cache_with(folder, data / "train", 2, None, None, "cpu")
+    assert len(cache.views()) == 2 and (cost["views"], cost["whole"]) == (2, False)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +271,11 @@ def test_raw_targets_are_another_lesson(made, data, monkeypatch):
 
 
 def test_the_tables_command(made):
-    """The page and the plot are made from the records alone."""
+    """The page and the plot are made from the records alone, each aside and whole."""
     out, _ = made
+    for name in ("tables.md", "study.png"):
+        (out / name).write_text("before")
+        (out / f"{name}.kept").hardlink_to(out / name)
     assert run("tables", "--out", out).strip() == str(out / "tables.md")
+    assert all((out / f"{name}.kept").read_text() == "before" for name in ("tables.md", "study.png"))
     assert "### Missing cells" in (out / "tables.md").read_text() and (out / "study.png").stat().st_size > 1000

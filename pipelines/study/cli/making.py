@@ -10,6 +10,7 @@ from teacher_cache.cache import Cache
 from teacher_cache.extraction.make import make_cache
 from teacher_cache.files.durable import make_folder, write_whole
 from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.layout import CACHE_JSON
 from teacher_cache.inspecting.inspect import describe
 
 PLAN = CropPlan(size=32, scale=(0.4, 1.0))
@@ -28,7 +29,7 @@ def cache_with(folder: Path, images: Path, views: int, code: str | None, weights
     covered = sum(call["views"] for call in calls if call["seconds"] is not None)
     if covered < views:
         again = bool(calls) and calls[-1]["seconds"] is None
-        there = len(Cache(folder).views()) if folder.exists() and any(folder.iterdir()) else 0
+        there = len(Cache(folder).views()) if (folder / CACHE_JSON).exists() else 0
         wanted = max(views, there)
         call = {"views": wanted - covered, "seconds": None, "whole": not again}
         calls = [*calls[: len(calls) - again], call]
