@@ -25,12 +25,12 @@ from teacher_cache.crops.beton import CropReader
 from teacher_cache.encoding.encode import quantise_on_host, take_tokens
 from teacher_cache.encoding.fit import FIT_ROWS, HELD_ROWS, Sample, least_rows
 from teacher_cache.encoding.klt_encode import TransformEncoder
-from teacher_cache.encoding.klt_fit import fit_transform
+from teacher_cache.encoding.klt_fit import fit_transform, round_trip
 from teacher_cache.extraction.planning import ExtractPlan
 from teacher_cache.format.crop_plan import CropPlan
 from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, token_errors
-from teacher_cache.format.spec import ARRAY_NAME, StoreSpec, TeacherSpec
-from teacher_cache.format.transform import decode, token_bytes
+from teacher_cache.format.spec import StoreSpec, TeacherSpec
+from teacher_cache.format.transform import token_bytes
 from teacher_cache.teachers import load_teacher
 
 from . import made_up, measure, target_rivals
@@ -90,12 +90,7 @@ def by_product(tokens: Tokens, dtype: str, teacher: TeacherSpec):
     transform = fit_transform(tokens.sample, spec, statistics)
     encode = TransformEncoder(spec, transform, statistics, torch.device("cpu"))
 
-    def read_back(true: np.ndarray) -> np.ndarray:
-        codes = {array: code[0].numpy() for array, code in encode(torch.from_numpy(true)[None]).items()}
-        needed = [spec.read_with(layer) for layer in spec.layers]
-        return np.stack([decode([codes[ARRAY_NAME.format(n)] for n in read], read, transform) for read in needed])
-
-    return 8 * token_bytes(dtype, teacher.dim) / teacher.dim, read_back
+    return 8 * token_bytes(dtype, teacher.dim) / teacher.dim, lambda true: round_trip(true, encode, transform)
 
 
 def all_codes(tokens: Tokens, teacher: TeacherSpec, tiny: bool) -> Iterator[tuple]:

@@ -19,7 +19,7 @@ from fakes import FakeTeacher
 from teacher_cache.cache import Cache
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import BadInputError, MismatchError, NoSpaceError, NotInCacheError, UsageError
-from teacher_cache.extraction import extract
+from teacher_cache.extraction import extract, filling
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
 from teacher_cache.extraction.probe import probe_image
 from teacher_cache.files import claims
@@ -441,7 +441,7 @@ def test_an_array_that_starts_at_once(crops, teacher, undisturbed, monkeypatch, 
     what one makes, the quantiser is fitted once, and the store is completed once."""
     monkeypatch.setattr(claims, "POLL_S", 0.01)
     n_waiting, fitted, folded = threading.Semaphore(0), [], []
-    fit, fold, real_waiting = extract._fit, extract.fold, extract.waiting
+    fit, fold, real_waiting = extract._fit, filling.fold, extract.waiting
 
     def fit_when_all_wait(*arguments):
         fitted.append(1)
@@ -460,7 +460,7 @@ def test_an_array_that_starts_at_once(crops, teacher, undisturbed, monkeypatch, 
         return wait
 
     monkeypatch.setattr(extract, "_fit", fit_when_all_wait)
-    monkeypatch.setattr(extract, "fold", lambda store: folded.append(store.is_complete) or fold(store))
+    monkeypatch.setattr(filling, "fold", lambda store: folded.append(store.is_complete) or fold(store))
     monkeypatch.setattr(extract, "waiting", counted_waiting)
 
     def work(first: int) -> int:

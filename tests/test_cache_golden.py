@@ -9,10 +9,12 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import struct
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +300,16 @@ def require_the_teachers_tokens(golden: Path, last: list) -> None:
     np.testing.assert_allclose(whitened(golden / "view-000/plain.zarr", 6, ROW)[[0, TOKEN], :6], last, atol=0.05)
     mixed = whitened(golden / "view-000/mixed.zarr", 6, ROW)[[0, TOKEN], :6]  # in bf16, which the fake tells by an offset
     np.testing.assert_allclose(mixed - Bf16Teacher.OFFSET, last, atol=0.002)
+
+
+def rewrite(golden: Path, make_cache: Callable[[Path], Path], numbers_of: Callable[[Path], dict]) -> None:
+    """Make a golden cache, and what a reader has to find in it, anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_cache(Path(folder))
+        shutil.rmtree(golden, ignore_errors=True)
+        shutil.copytree(made, golden)
+    golden.with_suffix(".json").write_text(json.dumps(numbers_of(golden), indent=1) + "\n")
+    print(f"{golden}: {sum(map(len, files_of(golden).values())):,} bytes")
 
 
 def changed(old: dict[str, bytes], new: dict[str, bytes], *names: str) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from test_cache_golden import (
     picked,
     require_the_teachers_tokens,
     require_written_again,
+    rewrite,
     software,
     stored_row,
     stores_that_read_alike,
@@ -324,16 +324,7 @@ def test_an_old_store_of_another_teacher_is_refused(tmp_path):
     assert extract_view(cache.view(0), name, teacher, plan_of(store))
 
 
-def rewrite() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_cache(Path(folder))
-        shutil.rmtree(GOLDEN, ignore_errors=True)
-        shutil.copytree(made, GOLDEN)
-    NUMBERS.write_text(json.dumps(numbers_of(GOLDEN), indent=1) + "\n")
-    print(f"{GOLDEN}: {sum(map(len, files_of(GOLDEN).values())):,} bytes")
-
-
 if __name__ == "__main__":
     if sys.argv[1:] != ["--rewrite"]:
         sys.exit(__doc__)
-    rewrite()
+    rewrite(GOLDEN, make_cache, numbers_of)

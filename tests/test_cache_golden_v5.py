@@ -9,9 +9,7 @@ format gets a new version and a golden cache of its own beside these.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from test_cache_golden import (
     files_of,
     picked,
     require_written_again,
+    rewrite,
     software,
     stored_row,
     stores_that_read_alike,
@@ -174,16 +173,7 @@ def test_the_same_images_and_teacher_give_the_same_cache(tmp_path, numbers):
         assert errors[:2] == pytest.approx(errors[2:], rel=0.05) and max(errors) < 0.08
 
 
-def rewrite() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_cache(Path(folder))
-        shutil.rmtree(GOLDEN, ignore_errors=True)
-        shutil.copytree(made, GOLDEN)
-    NUMBERS.write_text(json.dumps(numbers_of(GOLDEN), indent=1) + "\n")
-    print(f"{GOLDEN}: {sum(map(len, files_of(GOLDEN).values())):,} bytes")
-
-
 if __name__ == "__main__":
     if sys.argv[1:] != ["--rewrite"]:
         sys.exit(__doc__)
-    rewrite()
+    rewrite(GOLDEN, make_cache, numbers_of)

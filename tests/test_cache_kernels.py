@@ -77,16 +77,23 @@ def test_without_a_folder_of_its_own(tmp_path, home, what):
     assert hits == 0 and len(said.splitlines()) == 1 and str(folder) in said and "XDG_CACHE_HOME" in said
 
 
-def test_a_process_with_one_processor_ends():
-    """Where crops were decoded in a thread that has ended, on one processor, the process ends all the same."""
-    code = (
-        "import os, threading; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import numpy as np; from teacher_cache.kernels import loops\n"
-        "none = [np.zeros(0, kind) for kind in ('uint64', 'uint64', 'uint32')]\n"
-        "arguments = (np.zeros(0, 'int64'), np.zeros((0, 8, 8, 3), 'uint8'), np.uint64(0), *none, True, np.zeros(0, 'int64'))\n"
-        "thread = threading.Thread(target=loops.decode_rows, args=arguments); thread.start(); thread.join()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
+ON_ONE_PROCESSOR = """
+import os, threading; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy as np; from teacher_cache.kernels import loops
+none = [np.zeros(0, kind) for kind in ("uint64", "uint64", "uint32")]
+def decode():
+    loops.decode_rows(np.zeros(0, "int64"), np.zeros((0, 8, 8, 3), "uint8"), np.uint64(0), *none, True, np.zeros(0, "int64"))
+"""
+
+
+@pytest.mark.parametrize("code", [
+    "thread = threading.Thread(target=decode); thread.start(); thread.join()",
+    "decode(); child = os.fork(); child or (decode(), os._exit(0)); raise SystemExit(os.waitpid(child, 0)[1])",
+], ids=["thread", "fork"])  # fmt: skip
+def test_a_process_with_one_processor_ends(code):
+    """Where crops were decoded in a thread that has ended, or are decoded by a process that was forked from one that has decoded
+    some, on one processor, the process ends all the same, and well."""
+    process = subprocess.Popen([sys.executable, "-c", ON_ONE_PROCESSOR + code])
     try:
         assert process.wait(timeout=120) == 0
     finally:

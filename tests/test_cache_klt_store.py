@@ -26,6 +26,7 @@ from teacher_cache.extraction.extract import extract_view
 from teacher_cache.extraction.planning import ExtractPlan, plan_targets
 from teacher_cache.extraction.recode import recode
 from teacher_cache.files.durable import read_sealed, seal, sha256_file
+from teacher_cache.format.layout import store_claim, store_claims
 from teacher_cache.format.spec import StoreSpec
 from teacher_cache.store.manifest import Manifest, extract_command, manifest_of
 from teacher_cache.store.reader import StoreReader
@@ -254,6 +255,31 @@ def test_recoded(cache, made):
     assert code == 0 and "Nothing to do" in output and contents(cache.path) == before
     code, output = said("inspect", cache.path)
     assert "block 4 with the codes of 6, 5" in output and "made from  the store int8, int8" in output and "6 CLS" in output
+
+
+def test_claims_of_the_dead_go_away(cache):
+    """What a recoding left that was killed when it had completed a store goes away when the command is run again."""
+    recode(cache, "int8", "klt:4", "small")
+    before, store = contents(cache.path), cache.view(1).store_path("small")
+    store_claim(store).touch()
+    store_claims(store).mkdir()
+    (store_claims(store) / "000000-000004.claim").touch()
+    code, output = said("recode", cache.path, "--store", "int8", "--dtype", "klt:4", "--name", "small")
+    assert code == 0 and "Nothing to do" in output and contents(cache.path) == before and not store_claims(store).exists()
+
+
+def test_a_store_that_goes_away_meanwhile(cache, monkeypatch):
+    """It is said what went away, and what to do."""
+    path = cache.view(0).store_path("new")
+    write_commit = Store.write_commit
+
+    def write_and_lose(store, *arguments):
+        write_commit(store, *arguments)
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(Store, "write_commit", write_and_lose)
+    with pytest.raises(NotInCacheError, match="new.zarr was deleted or moved while"):
+        recode(cache, "int8", "klt:4", "new")
 
 
 def test_recoding_goes_on(cache, monkeypatch):

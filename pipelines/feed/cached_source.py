@@ -16,12 +16,11 @@ from teacher_cache.cache import Cache, View
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.errors import NotInCacheError
 from teacher_cache.files.durable import canonical_json
-from teacher_cache.format.spec import ARRAY_NAME
 from teacher_cache.store.manifest import extract_command
 from teacher_cache.store.reader import StoreReader
 
 from .crop_source import CropSource
-from .dequantise import TransformDecoder, dequantise
+from .dequantise import PlainDecoder, TransformDecoder
 from .loader import RawBatch
 from .record import Field
 from .teacher_values import block_numbers, teacher_head
@@ -53,14 +52,10 @@ class StoredTargets:
             "dtype": self.spec.dtype,
         }
         self.head = teacher_head(store.head, device)
-        self._decode = (
-            TransformDecoder(self.spec, store.transform, self.layers, device)
-            if self.spec.is_transformed and self.layers
-            else None
-        )
-        statistics = [store.statistics[layer] for layer in self.layers] if self.spec.has_scales else []
-        stacked = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in statistics])).to(device)  # noqa: E731
-        self._centre, self._spread = (stacked("centre"), stacked("spread")) if statistics else (None, None)  # [L, D]
+        if self.spec.is_transformed:
+            self._decode = TransformDecoder(self.spec, store.transform, self.layers, device)
+        else:
+            self._decode = PlainDecoder(self.spec, store.statistics, self.layers, device)
 
     @property
     def arrays(self) -> list[str]:
@@ -88,22 +83,13 @@ class StoredTargets:
         attention = view("attention").clone() if self.needs.attention else None
         if self.spec.visible:
             index = view("index").long()
-        shape = (len(record), len(self.layers), n_tokens or self.spec.n_tokens(self.teacher), self.teacher.dim)
-        if self._decode is not None:
-            n_rows, n_layers, *of_layer = shape
-            tokens = record.new_empty((n_layers, n_rows, *of_layer), dtype=torch.float32)
-            self._decode(view, tokens)
-            return Targets(tokens.transpose(0, 1), self.needs.layers, self.teacher.has_cls, attention, self.head, index)
-        tokens = record.new_empty(shape, dtype=torch.float32)
-        scale = view("scale") if self.layers and self.spec.has_scales else None  # [B, layers of the store, T, G]
-        for i, layer in enumerate(self.layers):
-            stored = view(ARRAY_NAME.format(layer))
-            if scale is None:
-                tokens[:, i] = stored
-            else:
-                dequantise(stored, scale[:, self.spec.layers.index(layer)], self._centre[i], self._spread[i], self.spec.group,
-                           out=tokens[:, i])  # fmt: skip
-        return Targets(tokens, self.needs.layers, self.teacher.has_cls, attention, self.head, index)
+        shape = (n_tokens or self.spec.n_tokens(self.teacher), self.teacher.dim)
+        if self.spec.is_transformed:  # a layer is one product, and lies in one piece
+            tokens = record.new_empty((len(self.layers), len(record), *shape), dtype=torch.float32)
+        else:
+            tokens = record.new_empty((len(record), len(self.layers), *shape), dtype=torch.float32).transpose(0, 1)
+        self._decode(view, tokens)
+        return Targets(tokens.transpose(0, 1), self.needs.layers, self.teacher.has_cls, attention, self.head, index)
 
 
 class CachedSource(CropSource):

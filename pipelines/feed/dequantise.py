@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teacher_cache.format.quantize import ChannelStatistics
 from teacher_cache.format.spec import ARRAY_NAME, StoreSpec
 from teacher_cache.format.transform import ESCAPED, LayerCode, Transform, starts_of
 
@@ -30,6 +31,30 @@ def dequantise(stored: Tensor, scale: Tensor, centre: Tensor, spread: Tensor, gr
     else:
         standardised = levels * scale.float().repeat_interleave(group, dim=-1)[..., :dim]
     return torch.addcmul(centre, standardised, spread, out=out)
+
+
+class PlainDecoder:
+    """`dequantise` for whole stores: the rows of an int8, int4 or float16 store -> float32 tokens of some of its layers.
+
+    statistics: per layer of the store. layers: block numbers.
+    """
+
+    def __init__(self, spec: StoreSpec, statistics: dict[int, ChannelStatistics], layers: Sequence[int], device: torch.device):
+        self.spec, self.layers = spec, layers
+        self.statistics = [
+            [torch.tensor(values, device=device) for values in (statistics[layer].centre, statistics[layer].spread)]
+            for layer in (layers if spec.has_scales else ())
+        ]
+
+    def __call__(self, stored: Callable[[str], Tensor], out: Tensor) -> None:
+        """Fill `out`, float32 [L, B, T, D]. stored: the rows of an array by its name, as StoreSpec.row_shape has them."""
+        scale = stored("scale") if self.statistics else None  # [B, layers of the store, T, G]
+        for i, layer in enumerate(self.layers):
+            if scale is None:
+                out[i] = stored(ARRAY_NAME.format(layer))
+            else:
+                of_layer = scale[:, self.spec.layers.index(layer)]
+                dequantise(stored(ARRAY_NAME.format(layer)), of_layer, *self.statistics[i], self.spec.group, out=out[i])
 
 
 class TransformDecoder:

@@ -46,6 +46,8 @@ class Order:
         starts = shuffled(starts, draws.random_raw(len(starts)))
         begin, wanted = 0, []
         for i in range(0, len(starts), self.window_blocks):
+            if begin >= last:
+                break
             blocks = [np.arange(start, min(start + self.block_rows, self.n_rows)) for start in starts[i : i + self.window_blocks]]
             window = np.concatenate(blocks)
             keys, end = draws.random_raw(len(window)), begin + len(window)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..files.claims import taking_over
+from ..format.dtypes import DEFAULT_KLT
 from ..terminal.command import one_line_errors, say
 from ..words import quoted
 from .options import CACHE, KEPT, REPAIR, TAKE_OVER, Dtype
@@ -16,7 +17,7 @@ from .repair import repair_and_say
 @click.command()
 @CACHE
 @click.option("--store", required=True, help="The store that is read: int8, int4 or float16, complete.")
-@click.option("--dtype", type=Dtype(), default="klt:3.2", show_default=True, help="klt:BITS, bits a value on average, 1 to 6.")
+@click.option("--dtype", type=Dtype(), default=DEFAULT_KLT, show_default=True, help="klt:BITS, bits a value on average, 1 to 6.")
 @click.option("--name", required=True, help="Of the new store.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @REPAIR

@@ -48,21 +48,24 @@ class Encoder:
             arrays["index"] = race(attention, rows, self.view, spec.visible)  # int32 [B, K]
             places = token_places(arrays["index"], tokens.shape[2] - attention.shape[1])
             tokens = take_tokens(tokens, places)  # [B, L, T, D]
-        if self.transform is not None:
-            arrays |= self.transform(tokens)
-        scales = []
-        for i, layer in enumerate(spec.layers if self.transform is None else ()):
-            if spec.has_scales:
-                stored, scale = quantise(tokens[:, i], *self.statistics[layer], spec.dtype, spec.group)
+        arrays |= self._by_channel(tokens) if self.transform is None else self.transform(tokens)
+        if spec.attention:
+            arrays["attention"] = attention
+        return to_host(arrays)
+
+    def _by_channel(self, tokens: Tensor) -> dict[str, Tensor]:
+        """tokens/NN and scale of a store of another dtype, from tokens [B, L, T, D]."""
+        arrays, scales = {}, []
+        for i, layer in enumerate(self.spec.layers):
+            if self.spec.has_scales:
+                stored, scale = quantise(tokens[:, i], *self.statistics[layer], self.spec.dtype, self.spec.group)
                 scales.append(scale)
             else:
                 stored = tokens[:, i].half()
             arrays[ARRAY_NAME.format(layer)] = stored
         if scales:
             arrays["scale"] = torch.stack(scales, 1)  # [B, L, T, G]
-        if spec.attention:
-            arrays["attention"] = attention
-        return to_host(arrays)
+        return arrays
 
 
 def race(attention: Tensor | np.ndarray, rows: np.ndarray, view: int, n_first: int) -> Tensor:

@@ -171,10 +171,14 @@ def fit(sample: Sample, spec: StoreSpec) -> Fitted:
         if spec.has_statistics:
             statistics[layer] = channel
         errors = _errors(tokens, channel, spec)
-        median, p99 = (float(np.quantile(errors, q)) for q in (0.5, 0.99))
-        fidelity.append(LayerFidelity(layer, median, p99, float(errors.max()), len(errors)))
+        fidelity.append(LayerFidelity(layer, *figures(errors), len(errors)))
         del tokens  # before the next layer comes
     return Fitted(statistics, tuple(fidelity))
+
+
+def figures(errors: np.ndarray) -> tuple[float, float, float]:
+    """Median, p99 and worst: what LayerFidelity has of errors."""
+    return float(np.quantile(errors, 0.5)), float(np.quantile(errors, 0.99)), float(errors.max())
 
 
 def _errors(tokens: np.ndarray, channel: ChannelStatistics, spec: StoreSpec) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import special
 from ..format.quantize import ChannelStatistics, token_errors
 from ..format.spec import ARRAY_NAME, LayerFidelity, StoreSpec
 from ..format.transform import DISTORTION, ESCAPED, MOST_BITS, N_SCALES, LayerCode, Transform, decode, token_bytes
-from .fit import Fitted, Sample
+from .fit import Fitted, Sample, figures
 from .klt_encode import TransformEncoder
 
 BLOCK_VALUES = 1 << 24
@@ -42,22 +42,21 @@ def fit_klt(sample: Sample, spec: StoreSpec) -> Fitted:
     for start in range(sample.n_fitted, sample.shape[0], n_rows * sample.n_drawn):
         of = slice(start, min(start + n_rows * sample.n_drawn, sample.shape[0]))
         true = np.stack([sample.tokens(place, of) for place in range(sample.n_layers)])  # [L, n, D]
-        stored = encode(torch.from_numpy(true)[None])
-        for place, layer in enumerate(spec.layers):
-            layers = spec.read_with(layer)
-            codes = [stored[ARRAY_NAME.format(needed)][0].numpy() for needed in layers]
-            read = decode(codes, layers, transform)
-            errors[layer].append(token_errors(true[place], read, statistics[layer]).reshape(-1, sample.n_drawn))
+        for layer, tokens, read in zip(spec.layers, true, round_trip(true, encode, transform), strict=True):
+            errors[layer].append(token_errors(tokens, read, statistics[layer]).reshape(-1, sample.n_drawn))
     fidelity = tuple(_fidelity(layer, np.concatenate(errors[layer]), sample.has_cls) for layer in spec.layers)
     return Fitted(statistics, fidelity, transform)
 
 
+def round_trip(tokens: np.ndarray, encode: TransformEncoder, transform: Transform) -> np.ndarray:
+    """Tokens of the layers of a store, float32 [L, n, D], coded and read back, [L, n, D]."""
+    stored = {array: codes[0].numpy() for array, codes in encode(torch.from_numpy(tokens)[None]).items()}
+    needed = [encode.spec.read_with(layer) for layer in encode.spec.layers]
+    return np.stack([decode([stored[ARRAY_NAME.format(layer)] for layer in layers], layers, transform) for layers in needed])
+
+
 def _fidelity(layer: int, errors: np.ndarray, has_cls: bool) -> LayerFidelity:
     """Of errors [rows, tokens], the first of a row being that of CLS if there is one."""
-
-    def figures(of: np.ndarray) -> tuple[float, float, float]:
-        return float(np.quantile(of, 0.5)), float(np.quantile(of, 0.99)), float(of.max())
-
     patches = errors[:, int(has_cls) :]
     return LayerFidelity(layer, *figures(patches), patches.size, figures(errors[:, 0]) if has_cls else None)
 

@@ -25,20 +25,19 @@ from ..cache import View
 from ..crops.beton import CropReader
 from ..encoding.encode import Encoder, race, take_tokens, token_places
 from ..encoding.fit import Fitted, Sample, fit
-from ..errors import BadInputError, ClaimLostError, NotInCacheError
-from ..files.claims import claimed, is_claimed_or_left
+from ..errors import BadInputError, NotInCacheError
 from ..files.range_claims import claimed_range
 from ..files.space import full_disk_explained
-from ..format.layout import PROBE, store_claim, store_claims
+from ..format.layout import PROBE, store_claims
 from ..format.spec import StoreSpec, comparable, new_version
-from ..store import failures, writer
-from ..store.folding import fold, is_folded
+from ..store import writer
 from ..store.manifest import Manifest, create_store
 from ..store.nonfinite import NO_ROWS, finite_output, require_few, rerun
 from ..store.store import Store, is_begun
 from ..terminal.progress import Progress, note, progress, waiting
 from ..words import human
 from .background import BackgroundWriter
+from .filling import begin_once, complete, counted, cut, is_done, loss_explained
 from .planning import ExtractPlan, in_words_of, own_shards, require_like, spec_differences, target_differences
 from .probe import probe_output, require_same_probe
 from .record import changes, made_with, software
@@ -119,19 +118,20 @@ class Filling:
     @property
     def is_done(self) -> bool:
         """Whether the store is complete, and no claims of the dead are left to be cleared away."""
-        is_claimed = any(map(is_claimed_or_left, (store_claim(self.path), store_claims(self.path))))
-        return is_begun(self.path) and is_folded(self.path) and not is_claimed
+        return is_done(self.path)
 
     @contextmanager
     def losses_explained(self, own: range) -> Iterator[None]:
         """Say of a disk that is full, or a store that goes away meanwhile, what that means. own: the shards of this process."""
-        with full_disk_explained(self.path, lambda: _kept(self._job, own)), _loss_explained(self.path):
+        with full_disk_explained(self.path, lambda: _kept(self._job, own)), loss_explained(self.path):
             yield
 
     def begin(self) -> None:
         """Begin the store unless it was begun, perhaps by another process that is at it."""
         with full_disk_explained(self.path, lambda: _kept(self._job, range(self.spec.n_shards))):
-            self._is_checked = _begin_once(self._job, self._crops, self._wait)
+            job, crops = self._job, self._crops
+            same = partial(job.require_same, view=job.view)
+            self._is_checked = begin_once(job.path, partial(_begin, job, crops), same, self._wait)
 
     @cached_property
     def _crops(self) -> CropReader:
@@ -151,50 +151,11 @@ class Filling:
             require_same_probe(self.store, teacher)
             _note_changes(self.store, teacher, plan)
             self._is_checked = True
-
-        def count(n: int) -> None:
-            advance(n)
-            report(advance.n_new / advance.seconds)
-
-        _extract_shards(view, self.store, shards, self._crops, teacher, plan.batch_size, advance, count)
+        _extract_shards(view, self.store, shards, self._crops, teacher, plan.batch_size, advance, counted(advance, report))
 
     def complete(self) -> bool:
         """Declare the store complete if no shard is missing; returns whether it was not before and is now."""
-        with claimed(store_claim(self.path), f"The store {self.path}", self._wait):
-            self.store.require_unchanged()
-            if self.store.missing_shards():
-                return False
-            was_complete = self.store.is_complete
-            fold(self.store)
-            failures.forget(self.path)
-            return not was_complete
-
-
-def _begin_once(job: _Job, crops: CropReader, wait: Callable | None) -> bool:
-    """Begin the store unless it was begun, perhaps by another process that is at it; returns whether this one did."""
-    if is_begun(job.path):
-        return False
-    with claimed(store_claim(job.path), f"The store {job.path}", wait):
-        if is_begun(job.path):
-            job.require_same(Store.open(job.path), job.view)
-            return False
-        _begin(job, crops)
-        return True
-
-
-@contextmanager
-def _loss_explained(path: Path) -> Iterator[None]:
-    """Say so if a store goes away under the hands of its writer."""
-    try:
-        yield
-    except (OSError, NotInCacheError, ClaimLostError) as error:
-        gone = next((folder for folder in (path.parent.parent, path.parent, path) if not folder.exists()), None)
-        if gone is None:
-            raise
-        raise NotInCacheError(
-            f"{gone} was deleted or moved while the teacher's targets were being written to it. Put it back, or begin it anew; "
-            "then run the same command again."
-        ) from error
+        return complete(self.store, self._wait)
 
 
 def _note_changes(store: Store, teacher, plan: ExtractPlan) -> None:
@@ -211,11 +172,6 @@ def require_same_targets(view: View, name: str, teacher, plan: ExtractPlan) -> N
     path = view.store_path(name)
     if is_begun(path):
         _Job.of(view, name, teacher, plan).require_same(Store.open(path), view)
-
-
-def _cut(rows: range, batch_size: int) -> list[np.ndarray]:
-    """Row numbers, `batch_size` at a time."""
-    return [np.arange(i, min(i + batch_size, rows.stop)) for i in range(rows.start, rows.stop, batch_size)]
 
 
 def _decoded(crops: CropReader, batches: list[np.ndarray], device: torch.device) -> Iterator[torch.Tensor]:
@@ -263,7 +219,7 @@ def _extract_shards(view: View, store: Store, shards: list[int], crops: CropRead
     count: called with the number of rows behind each batch that was written.
     """
     begun = _Begun(view, store, teacher)
-    batches = [(shard, rows) for shard in shards for rows in _cut(store.spec.rows_of(shard), batch_size)]
+    batches = [(shard, rows) for shard in shards for rows in cut(store.spec.rows_of(shard), batch_size)]
     begin = time.monotonic()
     with BackgroundWriter(store, count) as out:
         decoded = _decoded(crops, [rows for _, rows in batches], teacher.device)
@@ -409,7 +365,7 @@ def _fit(view: View, teacher, crops: CropReader, spec: StoreSpec, plan: ExtractP
     with Sample(view.path, spec, teacher.spec) as sample:
         n_rows = sample.size.all_rows
         with progress("fitting the quantiser", n_rows, "crops") as advance:
-            batches = _cut(range(n_rows), plan.batch_size)
+            batches = cut(range(n_rows), plan.batch_size)
             for rows, images in zip(batches, _decoded(crops, batches, teacher.device), strict=True):
                 output, fp32_rows = finite_output(teacher, images.to(teacher.device), rows, spec.layers, _names(view))
                 n_fp32 += len(fp32_rows)

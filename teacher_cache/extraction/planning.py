@@ -13,7 +13,7 @@ from ..cache import Cache
 from ..errors import MismatchError, UsageError
 from ..format import layout
 from ..format.crop_plan import CropPlan
-from ..format.dtypes import dtype_of
+from ..format.dtypes import dtype_of, klt_bits
 from ..format.quantize import GROUPS
 from ..format.spec import StoreSpec, TeacherSpec, array_names
 from ..format.transform import layers_together
@@ -126,8 +126,7 @@ class ExtractPlan:
                 f"--tokens visible:{self.visible}: {teacher.name} has {teacher.n_patches} patches. Give fewer, or --tokens all."
             )
         names = array_names(layers, self.dtype, attention, self.visible)
-        is_transformed = self.dtype not in (*GROUPS, "float16")
-        group = layers_together(teacher.dim) if is_transformed else GROUPS.get(self.dtype, 0)
+        group = GROUPS.get(self.dtype, 0) if klt_bits(self.dtype) is None else layers_together(teacher.dim)
         return StoreSpec(
             n_rows=n_rows, shard_rows=min(self.shard_rows, n_rows), layers=layers, dtype=self.dtype,
             group=group, attention=attention, codecs=tuple((name, "none") for name in names), visible=self.visible,

@@ -4,7 +4,7 @@ against it. Interrupted, it goes on, shard by shard, as an extraction does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +17,12 @@ from ..encoding.encode import to_host
 from ..encoding.fit import Fitted, Sample, fit, fit_bytes
 from ..encoding.klt_encode import TransformEncoder
 from ..errors import MismatchError, NotInCacheError, UsageError
-from ..files.claims import claimed
 from ..files.range_claims import claimed_range
 from ..files.space import free_bytes, full_disk_explained, require_space
-from ..format.dtypes import dtype_of
-from ..format.layout import PROBE, store_claim, store_claims, store_file_name
+from ..format.dtypes import dtype_of, klt_bits
+from ..format.layout import PROBE, store_claims, store_file_name
 from ..format.spec import MadeWith, StoreSpec, array_names, new_version
 from ..format.transform import layers_together
-from ..store.folding import fold, is_folded
 from ..store.manifest import create_store, extract_command
 from ..store.reader import StoreReader
 from ..store.store import Store, is_begun
@@ -32,6 +30,7 @@ from ..store.writer import missing_bytes
 from ..terminal.progress import note, progress
 from ..words import human
 from .background import BackgroundWriter
+from .filling import begin_once, complete, counted, cut, is_done, loss_explained
 from .planning import cleaned_name
 from .record import software
 
@@ -53,7 +52,8 @@ def recode(cache: Cache, source: str, dtype: str, name: str, device: str = "auto
         raise NotInCacheError(f"View 0 of {cache.path} has no store {source}; it has {_names(cache)}.")
     jobs = [_Job(view, source, dtype, name, torch.device(device)) for view in views]
     for job in jobs:
-        job.require_same()
+        if is_begun(job.path):
+            job.require_same(Store.open(job.path))
     needed = sum(missing_bytes(job.path, job.spec, job.reader.teacher) for job in jobs)
     needed = needed if is_begun(jobs[0].path) else max(needed, fit_bytes(jobs[0].spec, jobs[0].reader.teacher))
     note(f"targets  {len(jobs)} view{'s' * (len(jobs) > 1)} of {source} as {dtype}: {human(needed)} to write, "
@@ -81,7 +81,7 @@ class _Job:
             raise NotInCacheError(f"{self.reader.path} is not complete. Finish it: {command}")
         if spec.is_transformed:
             raise UsageError(f"{self.reader.path} is {spec.dtype} already: recode an int8 or float16 store.")
-        if not dtype.startswith("klt:"):
+        if klt_bits(dtype) is None:
             raise UsageError(f"--dtype {dtype}: recode makes klt:BITS. For another dtype, extract again.")
         if manifest.format_version < 3:
             raise UsageError(
@@ -94,33 +94,30 @@ class _Job:
         )  # fmt: skip
         self.source = {"name": source, "dtype": spec.dtype, "sha256": self.reader.store.sha256}
 
-    def require_same(self) -> None:
-        """Raise MismatchError if a store is there that was made otherwise."""
-        if not is_begun(self.path):
-            return
-        found = Store.open(self.path).manifest
-        if (found.store.dtype, found.source) != (self.spec.dtype, self.source):
-            made_from = f"the store {found.source['name']}" if found.source else "the teacher"
+    def require_same(self, found: Store) -> None:
+        """Raise MismatchError if a store that is there was made otherwise."""
+        manifest = found.manifest
+        if (manifest.store.dtype, manifest.source) != (self.spec.dtype, self.source):
+            made_from = f"the store {manifest.source['name']}" if manifest.source else "the teacher"
             raise MismatchError(
-                f"{self.path} was made otherwise: {found.store.dtype} from {made_from}; asked for is {self.spec.dtype} from the "
+                f"{self.path} was made otherwise: {manifest.store.dtype} from {made_from}; asked for is {self.spec.dtype} from the "
                 f"store {self.source['name']} as it is now. Give another --name, or remove that store."
             )
 
     def run(self) -> bool:
         """Make what is missing; returns whether anything was."""
-        if is_begun(self.path) and is_folded(self.path):
+        if is_done(self.path):
             return False
-        what = f"The store {self.path}"
         with full_disk_explained(self.path, lambda: "Finished shards are kept. Make room and run the same command again."):
-            with claimed(store_claim(self.path), what):
-                if not is_begun(self.path):
-                    self._begin()
-            with claimed_range(store_claims(self.path), 0, self.spec.n_shards, what):
+            begin_once(self.path, self._begin, self.require_same, None)
+            with (
+                loss_explained(self.path),
+                claimed_range(store_claims(self.path), 0, self.spec.n_shards, f"The store {self.path}") as claim,
+            ):
                 store = Store.open(self.path)
-                self._fill(store, store.missing_shards())
-            with claimed(store_claim(self.path), what):
-                fold(store)
-        return True
+                if missing := store.missing_shards():
+                    self._fill(store, missing, claim.report)
+                return complete(store, None) or bool(missing)
 
     def _begin(self) -> None:
         reader, first = self.reader, self.view.cache.view(0).store_path(self.name)
@@ -140,7 +137,7 @@ class _Job:
         with Sample(self.view.path, self.spec, self.reader.teacher) as sample:
             n_rows = sample.size.all_rows
             with progress("fitting the transform", n_rows, "crops") as advance:
-                for rows in _batches(range(n_rows)):
+                for rows in cut(range(n_rows), BATCH):
                     drawn = sample.draw(len(rows))[:, None, :, None]
                     sample.add(np.take_along_axis(self._tokens(rows), drawn, axis=2))
                     advance(len(rows))
@@ -150,23 +147,18 @@ class _Job:
         """float32 [B, L, T, D], as the source has them."""
         return np.stack([self.reader.tokens(rows, layer) for layer in self.spec.layers], 1)
 
-    def _fill(self, store: Store, shards: list[int]) -> None:
+    def _fill(self, store: Store, shards: list[int], report: Callable[[float], None]) -> None:
         encode = TransformEncoder(store.spec, store.transform(), store.statistics(), self.device)
         in_fp32, copied = self.reader.store.read_fp32_rows(), [a for a in ("attention", "index") if a in store.spec.array_names]
         n_rows, n_missing = store.spec.n_rows, sum(len(store.spec.rows_of(shard)) for shard in shards)
         what = f"view {self.view.number}: {self.name}"
-        with progress(what, n_rows, "crops", n_rows - n_missing) as advance, BackgroundWriter(store, advance) as out:
+        with progress(what, n_rows, "crops", n_rows - n_missing) as advance, BackgroundWriter(store, counted(advance, report)) as out:
             for shard in shards:
                 of_shard = store.spec.rows_of(shard)
-                for rows in _batches(of_shard):
+                for rows in cut(of_shard, BATCH):
                     arrays = to_host(encode(torch.from_numpy(self._tokens(rows)).to(self.device)))()
                     arrays |= {array: self.reader.read(array, rows) for array in copied}
                     out.put(shard, arrays, rows[-1] == of_shard[-1], in_fp32[np.isin(in_fp32, rows)])
-
-
-def _batches(rows: range) -> Iterator[np.ndarray]:
-    for start in range(rows.start, rows.stop, BATCH):
-        yield np.arange(start, min(start + BATCH, rows.stop))
 
 
 def tell(path: Path) -> list[str]:
