@@ -100,8 +100,8 @@ class _Job:
         if (manifest.store.dtype, manifest.source) != (self.spec.dtype, self.source):
             made_from = f"the store {manifest.source['name']}" if manifest.source else "the teacher"
             raise MismatchError(
-                f"{self.path} was made otherwise: {manifest.store.dtype} from {made_from}; asked for is {self.spec.dtype} from the "
-                f"store {self.source['name']} as it is now. Give another --name, or remove that store."
+                f"{self.path} was made otherwise: {manifest.store.dtype} from {made_from}; asked for is {self.spec.dtype} from "
+                f"the store {self.source['name']} as it is now. Give another --name, or remove that store."
             )
 
     def run(self) -> bool:
@@ -152,7 +152,10 @@ class _Job:
         in_fp32, copied = self.reader.store.read_fp32_rows(), [a for a in ("attention", "index") if a in store.spec.array_names]
         n_rows, n_missing = store.spec.n_rows, sum(len(store.spec.rows_of(shard)) for shard in shards)
         what = f"view {self.view.number}: {self.name}"
-        with progress(what, n_rows, "crops", n_rows - n_missing) as advance, BackgroundWriter(store, counted(advance, report)) as out:
+        with (
+            progress(what, n_rows, "crops", n_rows - n_missing) as advance,
+            BackgroundWriter(store, counted(advance, report)) as out,
+        ):
             for shard in shards:
                 of_shard = store.spec.rows_of(shard)
                 for rows in cut(of_shard, BATCH):

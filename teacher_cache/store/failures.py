@@ -85,7 +85,7 @@ def record(store: Path, failure: Failure) -> None:
 def blame(store: Store, shards: range, error: Exception) -> tuple[Failure, int] | None:
     """Record `error` against the first of `shards` that is not finished: they are made in order. Nothing here may hide `error`.
 
-    Returns the failure, and for how many times that shard has failed by that; None if there is none to blame, or no store any more.
+    Returns the failure, and for how many times that shard has failed by that; None if there is none to blame, or no store.
     """
     with contextlib.suppress(Exception):
         for shard in store.unfinished():
