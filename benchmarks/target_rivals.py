@@ -95,8 +95,12 @@ def product(fitted: Tensor, n_channels: int, bits: int) -> Rival:
         return (centred / scale).unflatten(-1, (-1, n_channels)).transpose(1, 2), scale
 
     def nearest(points: Tensor, words: Tensor) -> Tensor:
-        blocks = points.split(BLOCK_TOKENS, -2)
-        return torch.cat([(words.square().sum(-1)[..., None, :] - 2 * each @ words.mT).argmin(-1) for each in blocks], -1)
+        found = torch.empty(points.shape[:-1], dtype=torch.long)
+        for place in np.ndindex(*points.shape[:2]):  # a codebook, and points whose distances stay in the processor's cache
+            book, lengths = words[place].T, words[place].square().sum(-1)
+            for out, block in zip(found[place].split(BLOCK_TOKENS), points[place].split(BLOCK_TOKENS), strict=True):
+                torch.argmin(torch.addmm(lengths, block, book, alpha=-2), -1, out=out)
+        return found
 
     points = split(fitted)[0]
     first = torch.randperm(points.shape[2], generator=torch.Generator().manual_seed(0))[: 2**bits]

@@ -257,8 +257,11 @@ def test_without_ray(made, monkeypatch):
     result = CliRunner().invoke(main, ["extract", "--engine", "ray", "--teacher", "demo", str(made / "one")])
     assert result.exit_code == 2
     assert result.stderr.endswith("extract needs ray, which is not installed: pip install 'teacher-cache[ray,teachers]'\n")
-    result = CliRunner().invoke(main, ["extract", "--engine", "ray", "--teacher", "demo", "--shards", "0:1", str(made / "one")])
-    assert result.exit_code == 2 and "--shards is for processes that one starts oneself" in result.stderr
+    for option, value in (("--shards", "0:1"), ("--workers", "2")):
+        result = CliRunner().invoke(main, ["extract", "--engine", "ray", "--teacher", "demo", option, value, str(made / "one")])
+        assert result.exit_code == 2 and f"{option} is for processes that one starts oneself" in result.stderr
+    result = CliRunner().invoke(main, ["extract", "--address", "local", "--teacher", "demo", str(made / "one")])
+    assert result.exit_code == 2 and "--address is of a Ray cluster. Give --engine ray with it, or leave it out." in result.stderr
 
 
 # --- on clusters -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import click
 
 from student.errors import StudentError
 from teacher_cache.errors import TeacherCacheError, UsageError
+from teacher_cache.files.durable import write_whole
 from teacher_cache.terminal.command import one_line_errors, say
 
 from . import records
@@ -99,7 +100,7 @@ def tables(out: Path, page: Path | None):
         page = page or out / "tables.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         picture = page.with_name("study.png")
-        page.write_text(page_of(found, picture.name if draw(found, picture) else None))
+        write_whole(page, page_of(found, picture.name if draw(found, picture) else None).encode())
         click.echo(page)
 
 
@@ -114,11 +115,13 @@ def _study(data: Path, out: Path, scale: Scale, device: str):
     from teacher_cache.device import pick_device
 
     from .cli.running import Study
-    from .subset import SPLITS, Subset, fingerprint, lay_out, unpack
+    from .subset import Subset, fingerprints, lay_out, unpack
 
     folder = unpack(data, out)
-    about = records.begin(out, scale, {split: fingerprint(folder / split) for split in SPLITS})
-    images = lay_out(folder, out / "images", Subset(scale.n_train, scale.n_test))
+    prints = fingerprints(folder)
+    records.require_same(out, scale, prints)
+    images = lay_out(folder, out / "images", Subset(scale.n_train, scale.n_test), prints)
+    about = records.begin(out, scale, prints)
     return Study(out, images, folder / "train", scale, about, pick_device(device, "fp32")[0])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from teacher_cache.files.durable import write_whole
 
 from .cells import CODES, CURVE, Cell
 from .tables import Found, bytes_an_image, curve
@@ -18,7 +21,7 @@ LINES = {
 
 
 def draw(records: dict[str, dict], path: Path) -> bool:
-    """Write the plot to `path`, a PNG or SVG; False, and nothing is written, where no point of the curve is on record."""
+    """Write the plot to `path`, a PNG; False, and nothing is written, where no point of the curve is on record."""
     found = Found(records)
     cells = curve(found)
     if not cells:
@@ -41,5 +44,7 @@ def draw(records: dict[str, dict], path: Path) -> bool:
         axes.grid(axis="y", lw=0.4)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
+    write_whole(path, drawn.getvalue())
     return True

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
-from student.errors import RunMismatchError
+from student.errors import RunError, RunMismatchError
 from student.evals import knn_accuracy
 from student.evals.schedule import rate_at
 from student.seeds import position_seed
@@ -164,7 +164,8 @@ def pretrain(
 
     out: folder; the weights become `out`/teacher.safetensors, the facts `out`/teacher.json. about: what else is to be kept of it.
     progress: told (steps done, all steps, mean loss since it was told last, seconds in all). most_steps: stop there.
-    Raises RunMismatchError where `out` holds another training, UsageError for images that cannot be learned from.
+    Raises RunMismatchError where `out` holds another training, RunError where what is left of one is damaged, UsageError for
+    images that cannot be learned from.
     """
     facts_path = out / "teacher.json"
     identity = {"plan": asdict(plan), "images": fingerprint(train)}
@@ -215,7 +216,10 @@ class _Run:
         self.steps, self.step, self.seconds, self.losses = plan.epochs * self.steps_per_epoch, 0, 0.0, []
         self.state_path = out / "training.pt"
         if self.state_path.exists():
-            state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+            try:
+                state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+            except Exception as error:  # of zip, of pickle, of torch
+                raise RunError(f"{self.state_path} is damaged ({error}). Delete it: the training starts anew.") from error
             _require_same(out, state["identity"], identity)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -39,10 +39,10 @@ class Scale:
             raise UsageError("n_train and n_test must not be negative, and finetune_share must be in 0..1.")
 
 
-def begin(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
-    """Write what the study in `folder` is, or compare; returns it.
+def require_same(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
+    """What a study of these is; MismatchError that names what differs if `folder` holds another.
 
-    images: split -> fingerprint of all images that were given. Raises MismatchError that names what differs.
+    images: split -> fingerprint of all images that were given.
     """
     wanted = {"format": FORMAT, "scale": asdict(scale), "images": images}
     path = folder / STUDY
@@ -56,8 +56,14 @@ def begin(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
                 "was begun with, which are in study.json, or another --out."
             )
         return found
+    return wanted
+
+
+def begin(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
+    """`require_same`, and write it down."""
+    wanted = require_same(folder, scale, images)
     make_folder(folder)
-    write_whole(path, json.dumps(wanted, indent=1, sort_keys=True).encode())
+    write_whole(folder / STUDY, json.dumps(wanted, indent=1, sort_keys=True).encode())
     return wanted
 
 

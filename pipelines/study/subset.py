@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 import tarfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import numpy as np
 from student.seeds import position_seed
 from teacher_cache.crops.images import scan
 from teacher_cache.errors import MismatchError, UsageError
-from teacher_cache.files.durable import ASIDE, canonical_json, sync_folder
+from teacher_cache.files.durable import ASIDE, canonical_json, sha256_file, sync_folder
 
 from ..feed.labelled import LabelledImages
 
 DONE = "subset.json"
 """Says what was drawn; its presence means that all of it is there."""
+ARCHIVE = "archive.sha256"
+"""Beside train/ and test/ of an archive: of which."""
 SPLITS = ("train", "test")
 
 
@@ -29,6 +33,11 @@ class Subset:
     n_train: int = 5000
     n_test: int = 2000
     seed: int = 0
+
+
+def fingerprints(data: Path) -> dict[str, str]:
+    """Split -> `fingerprint` of its images."""
+    return {split: fingerprint(data / split) for split in SPLITS}
 
 
 def fingerprint(folder: Path) -> str:
@@ -57,20 +66,30 @@ def drawn_of_each(labels: np.ndarray, n: int, seed: int, purpose: str) -> np.nda
 def unpack(data: Path, into: Path) -> Path:
     """The folder with train/ and test/ that `data` is, or that it is unpacked to, once, if it is an archive.
 
-    UsageError for anything else.
+    UsageError for anything else and for a damaged archive, MismatchError if another one was unpacked there.
     """
     if data.is_dir():
         folder = data
     elif data.is_file() and tarfile.is_tarfile(data):
-        folder = into / "unpacked"
+        folder, sha256 = into / "unpacked", sha256_file(data)
         if not folder.exists():
             aside = into / f"unpacked{ASIDE}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            with tarfile.open(data) as archive:
-                archive.extractall(aside, filter="data")
+            try:
+                with tarfile.open(data) as archive:
+                    archive.extractall(aside, filter="data")
+            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+                shutil.rmtree(aside)
+                raise UsageError(f"--data {data}: it cannot be unpacked ({error}). Copy it anew.") from error
+            (aside / ARCHIVE).write_text(sha256)
             aside.rename(folder)
             sync_folder(into)
+        elif (found := (folder / ARCHIVE).read_text()) != sha256:
+            raise MismatchError(
+                f"{folder} was unpacked from another archive, of sha256 {found[:12]}; {data} has {sha256[:12]}. Give that one, "
+                "or another --out."
+            )
     else:
         raise UsageError(
             f"--data {data}: give an archive, or a folder, of images as train/CLASS/NAME.jpg and test/CLASS/NAME.jpg."
@@ -82,18 +101,19 @@ def unpack(data: Path, into: Path) -> Path:
     return folder
 
 
-def lay_out(data: Path, folder: Path, subset: Subset) -> Path:
+def lay_out(data: Path, folder: Path, subset: Subset, prints: dict[str, str]) -> Path:
     """Copy the drawn images of `data` to train/ and test/ below `folder`, and return it; one that is complete stays as it is.
 
-    data: as `unpack` gives it. Raises MismatchError where `folder` holds other images than would be drawn.
+    data: as `unpack` gives it, and prints: its `fingerprints`. Raises MismatchError where `folder` holds other images than would
+    be drawn, UsageError where fewer are there.
     """
     claim: dict[str, object] = asdict(subset)
     wanted = {}
     for split, n in (("train", subset.n_train), ("test", subset.n_test)):
         images = scan(data / split).images
-        rows = drawn_of_each(images.labels, n or len(images.names), subset.seed, split)
+        rows = drawn_of_each(images.labels, n, subset.seed, split) if n else range(len(images.names))
         wanted[split] = [images.names[row] for row in rows]
-        claim[split] = fingerprint(data / split)
+        claim[split] = prints[split]
     done = folder / DONE
     if done.is_file():
         if (found := json.loads(done.read_text())) != claim:

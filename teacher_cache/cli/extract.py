@@ -99,13 +99,15 @@ def extract(cache: Path, teacher: str, weights, name, layers, dtype, visible: in
             from ..sharing.ray_core import extract_on_ray
 
             own = {"--join": join, "--shards": shards, "--repair": repair, "--take-over": take_over,
-                   "torchrun": process.world_size > 1}  # fmt: skip
+                   "--workers": workers is not None, "torchrun": process.world_size > 1}  # fmt: skip
             for given in (name for name, is_given in own.items() if is_given):
                 raise UsageError(f"{given} is for processes that one starts oneself. Leave it out, or leave out --engine ray.")
             is_new = extract_on_ray(cache, CropRequest(**with_preset(crop_options)), request, address, skip_bad, dry_run)
             if not dry_run:
                 _say_done(cache, teacher, is_new)
             return
+        if address != "auto":
+            raise UsageError("--address is of a Ray cluster. Give --engine ray with it, or leave it out.")
         if repair:
             refuse_beside_repair(cache, dry_run, shards)
             repair_and_say(cache, crop_options["images"], request.store_name)

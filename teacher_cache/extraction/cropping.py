@@ -329,8 +329,9 @@ def _take_back_mended(job: CropJob) -> None:
 
 
 def cut_part(job: CropJob, part: int, views: list[int]) -> None:
-    """Cut and commit a part of these views. Made twice it is the same, whoever makes it."""
-    job.work.commit(part, views, _cut_part(job, part, views, map))
+    """Cut and commit a part of these views. Made twice it is the same, whoever makes it. NoSpaceError on a full disk."""
+    with full_disk_explained(job.cache_dir, lambda: _kept(job)):
+        job.work.commit(part, views, _cut_part(job, part, views, map))
 
 
 def _cut_part(job: CropJob, part: int, views: list[int], each: Callable) -> list[list[tuple[np.void, bytes]] | str]:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from ..errors import UsageError
 
 
+def share_processors(n_processes: int) -> None:
+    """Have numba take as many threads as there are processors for each of `n_processes` here. Call it before numba is there."""
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
+
+
 @dataclass(frozen=True)
 class Process:
     """One of `world_size` processes that torchrun started, `local_world_size` of them on this machine."""
@@ -35,7 +40,7 @@ class Process:
         if process.world_size > 1 and repair:
             raise UsageError("--repair is for one process. Run it without torchrun.")
         if process.local_world_size > 1:
-            os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // process.local_world_size)))
+            share_processors(process.local_world_size)
         return process
 
     def require_own_device(self, device: str) -> None:

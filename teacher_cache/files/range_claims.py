@@ -62,12 +62,21 @@ def claimed_range(folder: Path, first: int, last: int, what: str) -> Iterator[Ow
         refuse(found, patience)
         claims.sleep(claims.POLL_S)
     try:
-        own.keep_moving()
-        with guard.registered(own):
+        with _held(own):
             yield own
     finally:
-        own.let_go()
         _tidy(folder, what)
+
+
+@contextmanager
+def _held(own: OwnRange) -> Iterator[None]:
+    """Hold what was placed while the block runs."""
+    try:
+        own.keep_moving()
+        with guard.registered(own):
+            yield
+    finally:
+        own.let_go()
 
 
 def _tidy(folder: Path, what: str) -> None:
@@ -114,12 +123,8 @@ class RangeClaims:
         if chosen is None:
             yield None
             return
-        try:
-            own.keep_moving()
-            with guard.registered(own):
-                yield own
-        finally:
-            own.let_go()
+        with _held(own):
+            yield own
 
     def look(self) -> tuple[list[Found], list[Found]]:
         """The claims of those that may live, and of the dead; nothing is written.
@@ -155,8 +160,7 @@ class OwnRange(Own):
         super().require(self._successor)
 
     def _successor(self) -> str | None:
-        others = (path for path in self.path.parent.glob("*.claim") if _overlaps(path, self.first, self.last))
-        return named_in(sorted(others))
+        return named_in([path for path in claims_in(self.path.parent) if _overlaps(path, self.first, self.last)])
 
 
 def _place_range(folder: Path, first: int, last: int, what: str, rate: float = 0.0) -> OwnRange:
@@ -180,7 +184,7 @@ def _overlaps(path: Path, first: int, last: int) -> bool:
 def _overlapping(folder: Path, first: int, last: int, patience: Patience) -> Found | None:
     """A claim that overlaps first:last and is not dead; those of the dead are removed, overlapping or not."""
     obstacle = None
-    for path in sorted(folder.glob("*.claim")):
+    for path in claims_in(folder):
         with refusal_explained(folder.parent):
             found = patience.look(path)
             if found is None:

@@ -31,14 +31,17 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 log = logging.getLogger(__name__)
+IS_PARALLEL = config.NUMBA_NUM_THREADS > 1
+"""Whether parallel loops are. On one processor a pool is of no use, and TBB's, begun by a thread that has ended, keeps its
+process from ever ending (numba 0.68.1)."""
 _SOURCES = sorted(Path(pointers.__file__).parent.glob("*.py"))
 
 
-def kernel(**options) -> Callable[[Callable], Callable]:
+def kernel(parallel: bool = False) -> Callable[[Callable], Callable]:
     """numba.njit without the GIL, with its machine code kept. The function and what it calls are of this folder alone."""
 
     def decorate(function: Callable) -> Callable:
-        compiled = njit(nogil=True, **options)(function)
+        compiled = njit(nogil=True, parallel=parallel and IS_PARALLEL)(function)
         _keep(compiled, function)
         return compiled
 
@@ -98,7 +101,7 @@ def _own_folder(folder: Path) -> None:
 
 def _version() -> str:
     """What the machine code depends on beyond what numba compares (Python, processor, signature): all sources, not one alone."""
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(f"{numba.__version__} {IS_PARALLEL}".encode())
     for path in _SOURCES:
         digest.update(path.read_bytes() + str(path.stat().st_mtime_ns).encode())
     return digest.hexdigest()[:16]

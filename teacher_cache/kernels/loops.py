@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from ..format.shards import CLOSED, EMPTY_SLOT
 from .codes import BAD_CRC, BAD_JPEG, BAD_SIZE, CUT_SHORT, MISSING, NOT_OPEN, OK
-from .compiled import kernel
+from .compiled import IS_PARALLEL, kernel
 from .crc_instruction import crc_instruction
 from .outside import fadvise, imdecode, madvise, memcpy, pread
 
@@ -348,4 +348,5 @@ def advise(ranges, by_pread):
 
 def use_threads(n_threads: int) -> None:
     """Let the parallel loops of this thread use `n_threads` (at most what the machine has)."""
-    numba.set_num_threads(max(1, min(n_threads, numba.config.NUMBA_NUM_THREADS)))
+    if IS_PARALLEL:
+        numba.set_num_threads(max(1, min(n_threads, numba.config.NUMBA_NUM_THREADS)))

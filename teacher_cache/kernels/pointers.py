@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 
-# two live loaders abort under "workqueue"; on one processor a process whose pool of TBB a thread began never ends (numba 0.68.1)
-os.environ.setdefault("NUMBA_THREADING_LAYER", "omp" if len(os.sched_getaffinity(0)) == 1 else "threadsafe")  # tbb or omp
+os.environ.setdefault("NUMBA_THREADING_LAYER", "threadsafe")  # tbb or omp: two live loaders abort under "workqueue"
 
 from llvmlite import ir  # noqa: E402
 from numba import types  # noqa: E402

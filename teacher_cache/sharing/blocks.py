@@ -28,6 +28,9 @@ from ..store.store import Store
 
 TRIES = 3
 """Failures of one shard behind which it is left."""
+FRESH_FAILURES = 3
+"""So many shards that nobody has failed on before, failing here one after the other, are this machine's fault and not theirs."""
+THIS_MACHINE = f"{FRESH_FAILURES} shards in a row failed here that had not failed before: it is this machine, or all are bad."
 MOST_SHARDS = 32
 """Of a block: what waits, when a node dies, until its claim is dead."""
 SHARE = 2
@@ -71,11 +74,8 @@ class Look:
         first = next((shard for shard in free if shard not in avoid), free[0])
         if first in self.failed:
             return range(first, first + 1)
-        n_most = max(1, min(MOST_SHARDS, -(-len(free) // (SHARE * (len(self.held) + 1)))))
-        last, may_have = first + 1, set(free) - self.failed.keys()
-        while last in may_have and last - first < n_most:
-            last += 1
-        return range(first, last)
+        n_most = min(MOST_SHARDS, -(-len(free) // (SHARE * (len(self.held) + 1))))
+        return run_from(first, set(free) - self.failed.keys(), n_most)
 
 
 class Blocks:
@@ -155,6 +155,14 @@ class Blocks:
                 died = Failure(shard, error, found.holder["host"], found.holder["pid"], utc_now())
                 failures.record(self.store.path, died)
         return self._see(held).next_block(avoid=self._failed_here)
+
+
+def run_from(first: int, free: Container[int], n_most: int) -> range:
+    """`first`, and the numbers behind it that are free too: at most `n_most` together."""
+    last = first + 1
+    while last in free and last - first < n_most:
+        last += 1
+    return range(first, last)
 
 
 def runs(numbers: Sequence[int]) -> list[range]:

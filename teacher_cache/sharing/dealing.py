@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from .blocks import TRIES
+from .blocks import TRIES, run_from
 
 MOST = 16
 """Pieces of a block."""
@@ -36,13 +36,13 @@ class Block(NamedTuple):
 
 
 class Dealer:
-    """Deals the pieces that are missing in blocks.
+    """Deals the pieces that are missing in blocks; one that has failed comes last, alone.
 
     look: gives the pieces that are missing on the disk, ascending. left: piece -> why it was given up.
     """
 
-    def __init__(self, look: Callable[[], Iterable[Piece]], most: int = MOST, now: Callable[[], float] = time.monotonic):
-        self.look, self.most, self.now = look, most, now
+    def __init__(self, look: Callable[[], Iterable[Piece]], now: Callable[[], float] = time.monotonic):
+        self.look, self.now = look, now
         self.missing = list(look())
         self.left: dict[Piece, str] = {}
         self._out: dict[Piece, float] = {}
@@ -59,13 +59,12 @@ class Dealer:
         wanted = [piece for piece in self.missing if piece not in self.left]
         fresh = [piece for piece in wanted if piece not in self._out]
         late = [piece for piece in wanted if self.now() - self._out.get(piece, self.now()) >= AGAIN_S]
-        among = fresh or late[:1]
+        among = [piece for piece in fresh if piece not in self._failures] or (fresh or late)[:1]
         if not among:
             return None
         group, first = among[0]
-        most = max(1, min(self.most, len(fresh) // (SPLIT * n_workers)))
-        n_pieces = next((n for n in range(1, most) if among[n : n + 1] != [(group, first + n)]), most)
-        block = Block(group, first, first + n_pieces)
+        run = run_from(first, {number for of, number in among if of == group}, min(MOST, len(fresh) // (SPLIT * n_workers)))
+        block = Block(group, run.start, run.stop)
         self._given.update(block.pieces())
         self.came_back(block)
         return block

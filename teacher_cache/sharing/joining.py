@@ -18,7 +18,7 @@ from ..errors import ShardsLeftError
 from ..files import claims
 from ..format.layout import CROPS_CLAIM
 from ..terminal.progress import Progress, note, progress, waiting
-from .blocks import TRIES, Blocks, runs
+from .blocks import FRESH_FAILURES, THIS_MACHINE, TRIES, Blocks, runs
 
 if TYPE_CHECKING:
     from ..extraction.extract import Filling
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 LOOK_SHARE, MOST_PAUSE_S = 0.05, 10.0
 """Of its time that a process without work spends looking for some, at most; but it looks every so many seconds."""
-FRESH_FAILURES = 3
-"""So many shards that nobody has failed on before, failing here one after the other, are this machine's fault and not theirs."""
 
 
 @dataclass
@@ -142,7 +140,7 @@ class _Worker:
         note(f"{shared.filling.path}: shard {failure.shard} failed ({n_failures} of {TRIES} times): {error}")
         self.n_fresh_failures += n_failures == 1
         if self.n_fresh_failures == FRESH_FAILURES:
-            note(f"{FRESH_FAILURES} shards in a row failed here that had not failed before: it is this machine, or all are bad.")
+            note(THIS_MACHINE)
             raise error
 
 

@@ -13,17 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cache import Cache
-from ..errors import ClaimLostError, MismatchError, NoSpaceError, NotInCacheError, TeacherCacheError, UsageError
+from ..errors import ClaimLostError, MismatchError, NoSpaceError, NotInCacheError, UsageError
 from ..extraction.cropping import CropJob, cut_part
 from ..extraction.make import TargetRequest, plan_cache
 from ..extraction.planning import CropRequest, in_words_of
-from ..extraction.ranks import Process
+from ..extraction.ranks import Process, share_processors
 from ..extraction.record import software
 from ..files.claims import ClaimHeldError
 from ..files.range_claims import claimed_range
 from ..format.layout import store_claims
 from ..store import failures
+from ..store.failures import Failure, in_words, is_of_a_shard
 from ..terminal.progress import Progress, told_to
+from .blocks import FRESH_FAILURES, THIS_MACHINE
 
 MOST_CHARACTERS = 500
 """Of the words of a receipt, and of its lines together."""
@@ -63,10 +65,11 @@ class _Worker:
 
     def __init__(self, n_beside: int = 1):
         self.who = f"process {os.getpid()} on {socket.gethostname()}"
-        os.environ.setdefault("NUMBA_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_beside)))
+        share_processors(n_beside)
 
     def _receipt(self, start: Callable[[], None], work: Callable[[], None] = lambda: None) -> Receipt:
-        """Do both, and say how it ended. What does not fit is the node's fault, a full disk everybody's, all else the piece's."""
+        """Do both, and say how it ended, whatever happens. A full disk is everybody's fault; what any piece would meet here, and
+        all that happens in `start`, the node's; the rest the piece's."""
         lines: list[str] = []
         outcome, words, is_started = "made", "", False
         with told_to(lines.append, None):
@@ -78,9 +81,9 @@ class _Worker:
                 outcome, words = "held", str(error)
             except (NoSpaceError, NotInCacheError) as error:
                 outcome, words = "stop", str(error)
-            except (TeacherCacheError, OSError) as error:
-                outcome = "failed" if is_started and not isinstance(error, UsageError) else "refused"
-                words = str(error)
+            except Exception as error:
+                is_of_piece = is_started and is_of_a_shard(error) and not isinstance(error, UsageError)
+                outcome, words = "failed" if is_of_piece else "refused", in_words(error)
         return Receipt(self.who, outcome, _cut(words), tuple(_cut("\n".join(lines)).splitlines()))
 
 
@@ -92,6 +95,7 @@ class Extractor(_Worker):
         self.path, self.crops, self.request = path, crops, request
         self._work = None
         self._fillings: dict = {}
+        self._n_fresh_failures = 0
 
     def start(self, plan: Plan | None = None, witness: Path | None = None) -> Receipt:
         """Load the teacher. plan, witness: as for `make`; None: there is none yet."""
@@ -117,14 +121,21 @@ class Extractor(_Worker):
                 try:
                     if missing:
                         filling.make(missing, Progress(what, 0, "crops"), claim.report)
+                        self._n_fresh_failures = 0
                 except Exception as error:
-                    failures.blame(filling.store, own, error)
+                    self._require_sound(failures.blame(filling.store, own, error), error)
                     raise
                 failures.forget(filling.path, own)
                 if not filling.store.unfinished():
                     filling.complete()
 
         return self._receipt(lambda: self._start(plan, witness), work)
+
+    def _require_sound(self, failed: tuple[Failure, int] | None, error: Exception) -> None:
+        """Raise MismatchError if so many shards have failed here that it is not theirs."""
+        self._n_fresh_failures += failed is not None and failed[0].counts and failed[1] == 1
+        if self._n_fresh_failures >= FRESH_FAILURES:
+            raise MismatchError(f"{THIS_MACHINE} {in_words(error)}") from error
 
     def _filling(self, view: int):
         """The store of a view, begun; what filling it needs is opened and compared once."""
