@@ -2,6 +2,8 @@
 .PHONY: help demo demo-all test test-all bench soak check clean
 
 READY := .venv/.ready
+# tests start hundreds of processes, which find what they import compiled
+unexport PYTHONDONTWRITEBYTECODE
 
 $(READY): setup.cfg pyproject.toml constraints.txt scripts/setup.sh scripts/pythons.sh
 	@bash scripts/setup.sh
