@@ -90,10 +90,11 @@ def decode():
     "thread = threading.Thread(target=decode); thread.start(); thread.join()",
     "decode(); child = os.fork(); child or (decode(), os._exit(0)); raise SystemExit(os.waitpid(child, 0)[1])",
 ], ids=["thread", "fork"])  # fmt: skip
-def test_a_process_with_one_processor_ends(code):
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_process_with_one_processor_ends(code, threads):
     """Where crops were decoded in a thread that has ended, or are decoded by a process that was forked from one that has decoded
     some, on one processor, the process ends all the same, and well."""
-    process = subprocess.Popen([sys.executable, "-c", ON_ONE_PROCESSOR + code])
+    process = subprocess.Popen([sys.executable, "-c", ON_ONE_PROCESSOR + code], env={**os.environ, "NUMBA_NUM_THREADS": threads})
     try:
         assert process.wait(timeout=120) == 0
     finally:

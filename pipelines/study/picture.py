@@ -21,7 +21,7 @@ LINES = {
 
 
 def draw(records: dict[str, dict], path: Path) -> bool:
-    """Write the plot to `path`, a PNG; False, and nothing is written, where no point of the curve is on record."""
+    """Write the plot to `path`, a PNG or SVG; False, and nothing is written, where no point of the curve is on record."""
     found = Found(records)
     cells = curve(found)
     if not cells:
@@ -45,6 +45,6 @@ def draw(records: dict[str, dict], path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=130)
+    figure.savefig(drawn, format=path.suffix[1:], dpi=130)
     write_whole(path, drawn.getvalue())
     return True

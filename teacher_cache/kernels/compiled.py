@@ -31,7 +31,7 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 log = logging.getLogger(__name__)
-IS_PARALLEL = config.NUMBA_NUM_THREADS > 1
+IS_PARALLEL = min(config.NUMBA_NUM_THREADS, len(os.sched_getaffinity(0))) > 1
 """Whether parallel loops are. On one processor a pool is of no use, and TBB's, begun by a thread that has ended, keeps its
 process from ever ending (numba 0.68.1)."""
 _SOURCES = sorted(Path(pointers.__file__).parent.glob("*.py"))
