@@ -1,7 +1,8 @@
 """Processes that join (`extract --join`) against one alone: how near n come to n times one, whether one that is added in mid-run
 helps at once, and what the claim of a block costs.
 
-A compute-bound teacher on random weights; each process has one core and one thread, for decoding, teacher and disk together. The
+What the machine lets two processes do together is measured beside it: `apart` are two that fill a cache each and know nothing of
+each other. A compute-bound teacher on random weights; each process has one core and one thread, for decoding, teacher and disk together. The
 processes wait with everything loaded, the store is begun and its quantiser fitted; timed is from the word to join until the store
 is complete, with claims, commits and the last blocks, for which all but one wait.
 """
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -47,7 +49,6 @@ for line in sys.stdin:
     plan = ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows)
     join_views([Cache(Path(line.strip())).view(0)], name, teacher, plan)
     print("done", flush=True)
-os._exit(0)  # on one processor numba's pool of TBB waits for ever at the end
 """
 NAMED_SHARD = 2048
 """Rows of a shard by default: what the cost of a claim is compared with."""
@@ -100,6 +101,17 @@ def timed(workers: Workers, cache: Path, name: str, n_at_once: int) -> float:
     return store.spec.n_rows / seconds
 
 
+def timed_apart(workers: Workers, caches: Sequence[Path], name: str) -> float:
+    """Crops a second of one process for each of `caches`, together."""
+    stores, begin = [Cache(cache).view(0).store(name) for cache in caches], time.perf_counter()
+    for number, cache in enumerate(caches):
+        workers.join(number, cache)
+    seconds = max(map(until_complete, stores)) - begin
+    for number in range(len(caches)):
+        workers.wait(number)
+    return sum(store.spec.n_rows for store in stores) / seconds
+
+
 def added(workers: Workers, store: Store, cache: Path, n_before: int) -> float:
     """The rate behind the moment at which a process is added to `n_before` over that before it, over what it should be."""
     begin = time.perf_counter()
@@ -140,30 +152,32 @@ def main(teacher: str | None, crops: int | None, tiny: bool, rounds: int, scratc
     n_rows, shard_rows = crops or (24 if tiny else 480), 2 if tiny else 8
     loaded = load_teacher(name, None if name == "demo" else "random:0", None, "cpu", "fp32")
     size = loaded.spec.image_size
-    alone, joined, helps, claims = [], [], [], []
+    alone, joined, apart, helps, claims = [], [], [], [], []
     with measure.scratch_folder(scratch) as folder:
         begun = made_up.make_cache(folder / "begun", n_rows, size, plan=CropPlan(size=size, scale=(0.2, 1.0))).path
         plan = ExtractPlan("last", shard_rows=shard_rows, batch_size=shard_rows)
         Filling(Cache(begun).view(0), name, loaded, plan, wait=None).begin()
 
-        def fresh() -> Path:
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            return shutil.copytree(begun, folder / "run")
+        def fresh(called: str = "run") -> Path:
+            shutil.rmtree(folder / called, ignore_errors=True)
+            return shutil.copytree(begun, folder / called)
 
         with Workers(name, cores, shard_rows) as workers:
             timed(workers, fresh(), name, len(cores))  # each compiles its loops
             for _ in range(min(rounds, MOST_ROUNDS)):
                 alone.append(timed(workers, fresh(), name, 1))
                 joined.append(timed(workers, fresh(), name, 2))
+                apart.append(timed_apart(workers, [fresh("run"), fresh("other")], name))
                 cache = fresh()
                 store = Cache(cache).view(0).store(name)
                 claims.append(claim_seconds(store))
                 helps.append(added(workers, store, cache, len(cores) - 1))
-    found = measure.Rounds({"one process": alone, "two joined": joined})
+    found = measure.Rounds({"one process": alone, "two joined": joined, "two apart": apart})
     measure.report(
         "joining",
         [
             measure.claim("two joined / twice one", found.each(lambda r: r["two joined"] / (2 * r["one process"])), 0.95),
+            measure.claim("two joined / two apart", found.over("two joined", "two apart"), 0.95),
             measure.claim(f"rate with a process added to {len(cores) - 1} in mid-run / in proportion", helps, 0.9),
             measure.claim(f"a claim / {NAMED_SHARD:,} rows by one process",
                           [s * r / NAMED_SHARD for s, r in zip(claims, alone, strict=True)], 0.01, at_most=True),

@@ -99,6 +99,28 @@ def test_codes_are_the_oracles(dtype, group):
         assert steps.max() <= 1 and unpack(codes, code.bits).max() < 2 ** code.bits.max()
 
 
+@pytest.mark.parametrize("dtype", ["klt:1.5", "klt:3.2", "klt:6"])
+def test_compiled_codes_are_those_of_a_gpu(dtype):
+    """The loop that codes on a CPU has the codes of torch's operations, which code on other devices, on edges too."""
+    spec, transform, statistics = fitted(dtype, None)
+    tokens = torch.from_numpy(np.concatenate([residual_stream(200, seed=2), 30 * residual_stream(9, seed=3)], 1))[None]
+    encoder = TransformEncoder(spec, transform, statistics, CPU)
+    codings = [coding for layer in encoder.layers.values() for coding in (layer.by_basis, layer.by_itself)]
+    given = []
+    for coding in codings:
+        edges = torch.cat([run[3][-1:].expand(run[0].stop - run[0].start) for run in coding.runs])
+        given.append(torch.stack([edges, -edges, edges.nextafter(torch.tensor(9.0)), 1e9 * edges, torch.randn(len(edges))])[None])
+    n_bits = next(iter(encoder.layers.values())).n_bits
+    compiled = encoder(tokens), [coding.codes(values, n_bits) for coding, values in zip(codings, given, strict=True)]
+    for coding in codings:
+        coding.tables = None
+    plain = encoder(tokens), [coding.codes(values, n_bits) for coding, values in zip(codings, given, strict=True)]
+    assert all(torch.equal(compiled[0][array], plain[0][array]) for array in plain[0])
+    assert all(
+        torch.equal(a, b) for ours, theirs in zip(compiled[1], plain[1], strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def test_more_bits_are_nearer():
     """Each bit more nearly halves the error, and at 3.2 bits it is what the spectrum of these tokens lets one hope for."""
     tokens = residual_stream(1000, seed=2)

@@ -93,6 +93,7 @@ class _Coding:
             which = np.flatnonzero(bits == n_bits)
             levels = on(transform.levels_of(n_bits))
             self.runs.append((slice(which[0], which[-1] + 1), n_bits, levels, (levels[1:] + levels[:-1]) * 0.5))
+        self.tables = self._tables() if self.runs[0][2].device.type == "cpu" else None
         self.deviations, self.top = on(deviations), on([transform.levels_of(n)[-1] for n in bits])
         self.expected = float((deviations**2 * np.array(DISTORTION)[bits]).sum())
 
@@ -101,8 +102,24 @@ class _Coding:
         beyond = (components.abs() - scale * self.top).clamp_(min=0).mul_(self.deviations)
         return beyond.square_().sum(-1, keepdim=True) + scale.square() * self.expected
 
+    def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """runs, edges, levels, as kernels/coding.py takes them."""
+        runs, first_edge, first_level = [], 0, 0
+        for run, n_bits, levels, edges in self.runs:
+            runs.append((run.start, run.stop, n_bits, first_edge, first_level))
+            first_edge, first_level = first_edge + len(edges), first_level + len(levels)
+        edges, levels = (np.concatenate([run[part].numpy() for run in self.runs]) for part in (3, 2))
+        return np.array(runs, "int64"), edges, levels
+
     def codes(self, values: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
         """Of values [B, T, K] the codes of the nearest levels, packed, uint8 [B, T, n_bits / 8], and these levels [B, T, K]."""
+        if self.tables is not None:
+            from ..kernels.coding import code_values
+
+            stored, nearest = values.new_empty((*values.shape[:-1], n_bits // 8), dtype=torch.uint8), torch.empty_like(values)
+            flat = [tensor.flatten(0, -2).numpy() for tensor in (values.contiguous(), stored, nearest)]
+            code_values(flat[0], *self.tables, *flat[1:])
+            return stored, nearest
         found = [
             (bits, levels, torch.bucketize(values[..., run].contiguous(), edges, out_int32=True))
             for run, bits, levels, edges in self.runs

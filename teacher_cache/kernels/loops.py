@@ -74,7 +74,7 @@ else:
 _WILLNEED = 3  # of madvise and of posix_fadvise
 
 
-STREAMED = 1 << 16
+STREAMED = 1 << 15
 """Bytes of a row from which it is copied past the processor's caches: they are not filled with what nobody reads soon, and memory
 that is written need not be fetched first, which makes a third less traffic."""
 
@@ -114,13 +114,17 @@ if platform.machine() in ("x86_64", "AMD64"):
     @kernel()
     def copy_bytes(target, source, n_bytes, is_read_soon):
         """memcpy; of much that is not read soon, past the processor's caches."""
-        if is_read_soon or n_bytes < np.uint64(STREAMED) or target & np.uint64(15) != np.uint64(0):
+        if is_read_soon or n_bytes < np.uint64(STREAMED):
             memcpy(target, source, n_bytes)
             return
-        done = n_bytes & ~np.uint64(63)
-        for i in range(done >> np.uint64(6)):
-            _stream_64(target + np.uint64(64) * np.uint64(i), source + np.uint64(64) * np.uint64(i))
+        first = (np.uint64(64) - (target & np.uint64(63))) & np.uint64(63)  # to where a line of the cache begins
+        memcpy(target, source, first)
+        n_lines = (n_bytes - first) >> np.uint64(6)
+        for i in range(n_lines):
+            at = first + np.uint64(64) * np.uint64(i)
+            _stream_64(target + at, source + at)
         _store_fence()
+        done = first + np.uint64(64) * n_lines
         memcpy(target + done, source + done, n_bytes - done)
 
 else:
