@@ -2,9 +2,9 @@
 helps at once, and what the claim of a block costs.
 
 What the machine lets two processes do together is measured beside it: `apart` are two that fill a cache each and know nothing of
-each other. A compute-bound teacher on random weights; each process has one core and one thread, for decoding, teacher and disk together. The
-processes wait with everything loaded, the store is begun and its quantiser fitted; timed is from the word to join until the store
-is complete, with claims, commits and the last blocks, for which all but one wait.
+each other. A compute-bound teacher on random weights; each process has one core and one thread, for decoding, teacher and disk
+together. The processes wait with everything loaded, the store is begun and its quantiser fitted; timed is from the word to join
+until the store is complete, with claims, commits and the last blocks, for which all but one wait.
 """
 
 from __future__ import annotations
