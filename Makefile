@@ -20,7 +20,7 @@ test: $(READY) ## the test suite, on all processors
 test-all: ## the test suite on each of Python 3.11, 3.12 and 3.13 that is on PATH, or PYTHONS="..."
 	@bash scripts/test_all.sh
 
-bench: $(READY) ## every benchmark that fits this machine, into bench-out; 12 minutes on 2 quiet CPUs
+bench: $(READY) ## every benchmark that fits this machine, into bench-out; about an hour on 2 quiet CPUs
 	@.venv/bin/python -m benchmarks --out bench-out
 
 soak: $(READY) ## kills, flipped bits, full disks ...: every case at its full count (docs/reliability.md); hours

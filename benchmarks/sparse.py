@@ -13,7 +13,8 @@ from teacher_cache.cache import Cache, CropsIdentity, View, write_cache
 from teacher_cache.crops.beton import CropReader, tables_sha256, write_beton
 from teacher_cache.crops.images import ImageList
 from teacher_cache.files.durable import crc32c, npy_bytes, seal, sha256_file, write_whole
-from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.crop_record import CROP_DTYPE
 from teacher_cache.format.layout import shard_file, view_path
 from teacher_cache.format.shards import HEADER_BYTES, header
 from teacher_cache.format.spec import StoreSpec, TeacherSpec

@@ -30,7 +30,8 @@ from .files.durable import (
     write_whole,
 )
 from .format import layout
-from .format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
+from .format.crop_plan import CROP_FORMATS, CropPlan
+from .format.crop_record import CROP_DTYPE
 from .format.layout import LISTS, SPARE, store_file_name, store_folder, store_name, view_number, view_path
 from .format.spec import CACHE_VERSIONS, MAX_ROWS, from_json
 from .store.manifest import Manifest

@@ -17,7 +17,7 @@ from PIL import Image
 from teacher_cache.crops.beton import MAX_PAGE, MIN_PAGE, CropReader, tables_sha256, write_beton
 from teacher_cache.errors import CacheCorruptError, MismatchError, NotInCacheError
 from teacher_cache.files.durable import crc32c, npy_bytes, read_npy, read_sealed, seal, sha256_file
-from teacher_cache.format.crop_plan import CROP_DTYPE
+from teacher_cache.format.crop_record import CROP_DTYPE
 
 
 @pytest.fixture(scope="module")

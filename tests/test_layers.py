@@ -178,6 +178,7 @@ import sys
 from click.testing import CliRunner
 from student.cli.train import train
 for asked in ["--list"], ["--show"], ["--show", "--rates"]:
+    assert "numpy" not in sys.modules, "words need no numbers"
     assert CliRunner().invoke(train, ["--preset", "maskalign-b16", *asked]).exit_code == 0
 import teacher_cache.inspecting.inspect, teacher_cache.cache, teacher_cache.checking.verify
 assert not {"torch", "zarr", "numba", "ffcv"} & set(sys.modules), "inspect, verify, --list and --show"

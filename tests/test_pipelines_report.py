@@ -27,7 +27,8 @@ from pipelines.pages.of_cache.sample import draw_blocks, gather
 from teacher_cache.cache import Cache
 from teacher_cache.cli.main import main
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.crop_record import CROP_DTYPE
 from teacher_cache.format.quantize import GROUPS, ChannelStatistics, dequantise, token_errors
 from teacher_cache.store.reader import StoreReader
 

@@ -24,7 +24,8 @@ from teacher_cache.cache import Cache
 from teacher_cache.cli.main import main
 from teacher_cache.crops.cutting import cut, draw
 from teacher_cache.extraction.extract import ExtractPlan, extract_view
-from teacher_cache.format.crop_plan import CROP_DTYPE, CropPlan
+from teacher_cache.format.crop_plan import CropPlan
+from teacher_cache.format.crop_record import CROP_DTYPE
 from teacher_cache.store.reader import StoreReader
 
 VIT = TeacherShape("t", (14, 14), 768, 12, True, True, None)

@@ -15,7 +15,8 @@ import numpy as np
 from teacher_cache.crops.beton import CropReader
 from teacher_cache.kernels import batch
 from teacher_cache.kernels.codes import check_crops, check_rows
-from teacher_cache.store.reader import CHECKS, StoreReader
+from teacher_cache.store.choices import CHECKS
+from teacher_cache.store.reader import StoreReader
 
 from .record import Field
 from .with_ffcv import AllocationQuery, Operation

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from teacher_cache.cache import Cache
 from teacher_cache.errors import UnknownNameError
 from teacher_cache.format.layout import store_file_name
 from teacher_cache.words import quoted
+
+if TYPE_CHECKING:
+    from teacher_cache.cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from teacher_cache.cache import Cache
 from teacher_cache.errors import UsageError
 
 IMAGENET = 1_281_167
@@ -44,6 +43,8 @@ def print_preset(preset: str, config, as_json: bool) -> None:
 
 def print_rates(preset: str, config, cache: Path | None, as_json: bool) -> None:
     """What --show --rates prints: step as in metrics.jsonl, epochs done by then, learning rate; a line each."""
+    from teacher_cache.cache import Cache
+
     from ..run.rates import learning_rates
 
     n_images = Cache(cache).n_images if cache else IMAGENET

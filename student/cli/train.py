@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from teacher_cache.cache import Cache
 from teacher_cache.errors import UsageError
 from teacher_cache.files.claims import taking_over
-from teacher_cache.store.reader import CHECKS, READERS
+from teacher_cache.store.choices import CHECKS, READERS
 from teacher_cache.terminal.command import one_line_errors, say
 
 from ..errors import RunError, StudentError
@@ -18,6 +18,9 @@ from .lesson import Lesson, any_store, live_lesson, stored_lesson
 from .options import COMMAND_AT_FAULT, PATH, SETTINGS, pairs_of
 from .probe import probe_of
 from .show import print_preset, print_presets, print_rates
+
+if TYPE_CHECKING:
+    from teacher_cache.cache import Cache
 
 
 @click.command(context_settings=SETTINGS)
@@ -116,6 +119,7 @@ def train(cache, preset, out, overrides, requests, extend_epochs, teachers, view
         if probe_every and not probe:
             raise UsageError("--probe-every goes with --probe knn:DIR.")
 
+        from teacher_cache.cache import Cache
         from teacher_cache.device import pick_device
 
         from ..devices.distributed import processes, rank, world_size

@@ -21,7 +21,7 @@ from ..files.durable import aside_path, inside, make_folder, open_plain, read_np
 from ..files.range_claims import claimed_range
 from ..files.space import full_disk_explained
 from ..format import layout
-from ..format.crop_plan import CROP_DTYPE
+from ..format.crop_record import CROP_DTYPE
 from ..format.layout import CROPS_CLAIM, SPARE, store_claim, store_claims
 from ..store.folding import unfold
 from ..store.spare import is_current, write_spare

@@ -21,7 +21,8 @@ import numpy as np
 from ..errors import CacheCorruptError, MismatchError, NotAllowedError, NotInCacheError
 from ..files.durable import crc32c, create_aside, is_sha256, listed_files, open_plain, publish, read_npy, read_sealed, sha256_file
 from ..format import layout
-from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, LARGEST_SIZE
+from ..format.crop_plan import CROP_FORMATS, LARGEST_SIZE
+from ..format.crop_record import CROP_DTYPE
 from ..kernels import sigbus
 from ..kernels.codes import check_crops
 from ..words import quoted

@@ -13,7 +13,8 @@ from ..crops.images import ImageList
 from ..errors import BadInputError
 from ..extraction.cropping import sample_crop_bytes
 from ..format import layout
-from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
+from ..format.crop_plan import CROP_FORMATS, CropPlan
+from ..format.crop_record import CROP_DTYPE
 from ..format.spec import LayerFidelity, MadeWith, StoreSpec, TeacherSpec, new_version
 from ..store.manifest import Manifest, small_array_shapes, small_files
 from ..store.sizes import store_bytes

@@ -38,7 +38,8 @@ from ..files.durable import (
 )
 from ..files.space import full_disk_explained
 from ..format import layout
-from ..format.crop_plan import CROP_DTYPE, CROP_FORMATS, CropPlan
+from ..format.crop_plan import CROP_FORMATS, CropPlan
+from ..format.crop_record import CROP_DTYPE
 from ..format.layout import CROPS_CLAIM, SPARE, WORK, view_path
 from ..store.spare import write_spare
 from ..terminal.progress import progress

@@ -32,7 +32,7 @@ from ..files.durable import (
     write_whole,
 )
 from ..format import layout
-from ..format.crop_plan import CROP_DTYPE
+from ..format.crop_record import CROP_DTYPE
 from ..format.layout import WORK
 from ..format.spec import MAX_ROWS
 

@@ -18,13 +18,15 @@ import re
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import google_crc32c
-import numpy as np
 
 from ..errors import BadInputError, CacheCorruptError, ClaimLostError, NotAllowedError
 from . import guard
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ASIDE = ".partial"
 """End of the name of a file or folder that is still being written. Nothing reads one; a new writer replaces it."""
@@ -299,6 +301,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def npy_bytes(array: np.ndarray) -> bytes:
     """The .npy file of `array`; object arrays (pickles) are refused."""
+    import numpy as np
+
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -310,6 +314,8 @@ def read_npy(path: Path, dtype, shape: tuple[int, ...] | None = None) -> np.ndar
     Raises CacheCorruptError for any other file, also one whose header promises more or less than the file holds, before memory is
     taken for it; FileNotFoundError for none.
     """
+    import numpy as np
+
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:

@@ -26,12 +26,9 @@ from ..format.spec import ARRAY_NAME, NOT_BY_TOKEN
 from ..format.transform import decode
 from ..kernels.codes import check_rows
 from ..kernels.decompress import decompress
+from .choices import CHECKS, READERS
 from .store import Store
 from .window import ShardWindow
-
-READERS = ("mmap", "pread")
-CHECKS = {"never": 0, "first": 1, "always": 2}
-"""When the CRC-32C of a row is compared: never, the first time this process reads the row, at every read."""
 
 
 class StoreReader:
