@@ -30,7 +30,6 @@ PICTURES = {
     "extraction-klt": ("Extraction of targets coded by a transform, CPU", True),
     "extraction-gpu": ("Extraction and its parts alone, GPU", True),
     "opening": ("Seconds to open and to inspect", True),
-    "fit-memory": ("Peak memory of the quantiser's fit", False),
     "memory": ("Peak anonymous memory of a training run", False),
     "cold-disk": ("The joined loader on a cold and a warm disk", True),
     "student-step": ("Training from the cache and from one resident batch", False),
