@@ -84,7 +84,9 @@ def main(presets, device: str, batch: int | None, dtype: str, tiny: bool, rounds
         return
     where, (name, _) = measure.environment(), pick_device(device, "auto")
     device = torch.device(name)
-    teacher, batch, n_steps = (made_up.SMALL, batch or 8, 2) if tiny else (made_up.VIT_B16, batch or 256, 20 if device.type == "cuda" else 4)
+    teacher, batch, n_steps = (made_up.SMALL, batch or 8, 2) if tiny else (made_up.VIT_B16, batch or 256, 20)
+    if device.type != "cuda":
+        n_steps = min(n_steps, 4)
     claims, figures, conditions = [], {}, [f"{name}, batches of {batch}, {n_steps} steps a round, {dtype} targets"]
     with measure.scratch_folder(scratch, 0 if tiny else 4 * batch * 1_200_000) as folder:
         cache = made_up.make_cache(folder, 4 * batch, teacher.image_size)
