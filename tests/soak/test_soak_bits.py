@@ -83,7 +83,7 @@ def findings_before(cache) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.soak("one flipped bit anywhere below the cache: `verify`", full=1000, short=100)
+@pytest.mark.soak("one flipped bit anywhere below the cache: `verify`", full=1000, short=50)
 def test_verify_finds_it(seed, cache, flipped, findings_before, fell):
     """verify finds one flipped bit, whichever it is, and names the file or what it belongs to."""
     file, _ = flipped
@@ -130,7 +130,7 @@ def sound(cache, readers) -> dict[str, list]:
     return sound
 
 
-@pytest.mark.soak("one flipped bit anywhere below the cache: every batch of both views", full=1000, short=100)
+@pytest.mark.soak("one flipped bit anywhere below the cache: every batch of both views", full=1000, short=50)
 def test_no_wrong_row_is_learned_from(seed, cache, flipped, readers, sound, fell):
     """Batches read from a cache with a flipped bit are those of the sound cache, until an error of ours ends them."""
     file, draw = flipped

@@ -116,7 +116,7 @@ MOMENTS = {
 """What an extraction is doing, and how one sees that from outside."""
 
 
-@pytest.mark.soak("two extractions of one cache", full=10, short=2)
+@pytest.mark.soak("two extractions of one cache", full=10, short=1)
 def test_one_range(seed, start, images, undisturbed, tmp_path, fell):
     """One makes the cache, as if it were alone; the other is refused with 2 and told host and process, or comes after it."""
     cache = tmp_path / "c"
@@ -127,7 +127,7 @@ def test_one_range(seed, start, images, undisturbed, tmp_path, fell):
     assert contents(cache) == contents(undisturbed)
 
 
-@pytest.mark.soak("extractions with --shards on disjoint ranges of a store that is not begun", full=10, short=2)
+@pytest.mark.soak("extractions with --shards on disjoint ranges of a store that is not begun", full=10, short=1)
 def test_disjoint_ranges(seed, start, cropped, undisturbed, tmp_path, fell):
     """All end with 0, also when one of them is killed and started again, and have made the cache that one alone makes."""
     cache, draw = shutil.copytree(cropped, tmp_path / "c"), random.Random(seed)
@@ -151,7 +151,7 @@ def test_disjoint_ranges(seed, start, cropped, undisturbed, tmp_path, fell):
     assert contents(cache) == contents(undisturbed)
 
 
-@pytest.mark.soak("extractions with --join, begun together with the originals", full=10, short=2)
+@pytest.mark.soak("extractions with --join, begun together with the originals", full=10, short=1)
 def test_joining(seed, start, images, undisturbed, tmp_path, fell):
     """Those that are not killed end with 0 and have made the cache that one alone makes, with nothing left beside it."""
     cache, draw = tmp_path / "c", random.Random(seed)
@@ -182,7 +182,7 @@ def undisturbed_run(undisturbed, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.soak("two trainers on one run folder", full=10, short=2)
+@pytest.mark.soak("two trainers on one run folder", full=10, short=1)
 def test_one_run(seed, start, undisturbed, undisturbed_run, tmp_path, fell):
     """One trains, to the bit as if it were alone; the other is refused with 2 and told host and process, or comes after it."""
     run, step = tmp_path / "r", random.Random(seed).randrange(1, STEPS - 1)

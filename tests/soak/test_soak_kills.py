@@ -75,13 +75,13 @@ def die_and_resume(deaths: list[str], seed: int, n: int, undisturbed, image_fold
 N = 1000
 
 
-@pytest.mark.soak("kill at every write, fsync, rename, mkdir, unlink of crop stage and extraction", full=N, short=12)
+@pytest.mark.soak("kill at every write, fsync, rename, mkdir, unlink of crop stage and extraction", full=N, short=8)
 def test_killed(seed, undisturbed, image_folder, tmp_path, fell):
     """Killed at any call that changes the disk, half of a write written: resumed, all files are those of an undisturbed run."""
     die_and_resume(["kill"], seed, N, undisturbed, image_folder, tmp_path, fell)
 
 
-@pytest.mark.soak("power cut at every such call: all that was not fsynced is lost", full=N, short=12)
+@pytest.mark.soak("power cut at every such call: all that was not fsynced is lost", full=N, short=8)
 def test_power_cut(seed, undisturbed, image_folder, tmp_path, fell):
     """The same when the power is cut: unsynced data, names, renames and removals are lost."""
     die_and_resume(["power", "power", "power", "harsh"], seed, N, undisturbed, image_folder, tmp_path, fell)

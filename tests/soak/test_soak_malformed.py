@@ -168,7 +168,7 @@ def vouch(cache: Path, file: Path) -> None:
         owner.write_bytes(seal(value))
 
 
-@pytest.mark.soak("malformed manifest, list or record of a cache, vouched for", full=250, short=8)
+@pytest.mark.soak("malformed manifest, list or record of a cache, vouched for", full=250, short=5)
 def test_cache(seed, cache, image_folder, tmp_path, fell):
     """Whatever the small files of a cache say, commands and readers end with a sentence and take no memory for it."""
     draw, copied = random.Random(seed), shutil.copytree(cache, tmp_path / "c")
@@ -217,7 +217,7 @@ def with_header(data: bytes, change) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-@pytest.mark.soak("malformed weights file", full=150, short=6)
+@pytest.mark.soak("malformed weights file", full=150, short=4)
 def test_weights(seed, weights, image_folder, tmp_path, fell):
     """A damaged weights file is refused in one sentence, or, where the damage hits numbers or nothing, used."""
     draw = random.Random(seed)
@@ -265,7 +265,7 @@ def hostile_setting(config: dict, draw: random.Random) -> str:
     return f"{key}={text}".replace("\0", "").encode("utf8", "replace").decode()
 
 
-@pytest.mark.soak("malformed setting, run description or checkpoint", full=100, short=8)
+@pytest.mark.soak("malformed setting, run description or checkpoint", full=100, short=5)
 def test_run(seed, cache, run, tmp_path, fell):
     """Settings, config.json, metrics.jsonl and checkpoints, whatever is in them: a sentence, and the files stay as they are."""
     draw = random.Random(seed)

@@ -75,7 +75,7 @@ def cut_one(cache: Path, seed: int) -> None:
     print(f"cut to {cut(file, draw)} bytes: {file}", flush=True)
 
 
-@pytest.mark.soak("file cut short in place under an open reader", full=100, short=8)
+@pytest.mark.soak("file cut short in place under an open reader", full=100, short=5)
 def test_cut(seed, cache, fell):
     """mmap ends the process with a sentence that names the file, pread raises one, unless every row is still there."""
     reader = random.Random(f"reader {seed}").choice(("mmap", "mmap", "pread"))
@@ -124,7 +124,7 @@ TRAIN = ("--preset", "mr-mae-b16", "--tiny", "--set", "backbone.image_size=32", 
          "batch_size=8", "--set", "epochs=100000", "--teacher", "fake", "--workers", 1)  # fmt: skip
 
 
-@pytest.mark.soak("file cut short in place under `student-train`", full=6, short=2)
+@pytest.mark.soak("file cut short in place under `student-train`", full=6, short=1)
 def test_training_cut(seed, full, cache, tmp_path, fell):
     """A run whose shard is cut short ends with exit code 1 and a sentence that names it, by map and by pread."""
     reader = ("pread", "mmap")[seed % 6 < 3]

@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory, shared_cache) -> dict[str, tuple[int, dict[str
     return found
 
 
-@pytest.mark.soak("kill or power cut at every call of a removal that changes the disk", full=600, short=9)
+@pytest.mark.soak("kill or power cut at every call of a removal that changes the disk", full=600, short=6)
 def test_removal_dies(seed, undisturbed, shared_cache, tmp_path, fell):
     """Killed, or with the power cut: what stays is untouched, what goes is whole, gone or left over under a name that verify and
     inspect tell; the same command again leaves what an undisturbed one leaves."""

@@ -130,7 +130,7 @@ def expected(sound, image_folder, tmp_path_factory) -> dict[str, bytes]:
     return contents(cache)
 
 
-@pytest.mark.soak("a file cut, deleted, emptied, or two shards exchanged: `verify`, then `--repair`", full=200, short=20)
+@pytest.mark.soak("a file cut, deleted, emptied, or two shards exchanged: `verify`, then `--repair`", full=200, short=10)
 def test_found_and_mended(seed, sound, found_before, expected, image_folder, tmp_path, fell):
     """verify names all that is damaged; the commands that it advises bring every byte back, and make no other shard again."""
     cache, draw = shutil.copytree(sound, tmp_path / "c"), random.Random(seed)

@@ -70,7 +70,7 @@ AIMS = (
 """Moments, none before the first commit."""
 
 
-@pytest.mark.soak("SIGKILL of `teacher-cache extract` behind its first commit, twice in a row", full=10, short=2)
+@pytest.mark.soak("SIGKILL of `teacher-cache extract` behind its first commit, twice in a row", full=10, short=1)
 def test_extract_killed(seed, start, images, undisturbed, tmp_path, fell):
     """Killed twice at different moments and run again, extraction leaves the files of an undisturbed one."""
     cache, draw = tmp_path / "c", random.Random(seed)
