@@ -158,6 +158,10 @@ def test_archives_are_whole_and_those_of_the_study(data, tmp_path):
     assert unpack(tmp_path / "a.tar.gz", tmp_path / "out") == folder and (folder / "train").is_dir()
     with pytest.raises(MismatchError, match="unpacked from another archive"):
         unpack(tmp_path / "b.tar.gz", tmp_path / "out")
+    next(folder.glob("*.sha256")).unlink()
+    with pytest.raises(MismatchError, match="does not say from which archive"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert (folder / "train").is_dir()
 
 
 def test_a_scale_that_cannot_be_drawn_begins_no_study(data, tmp_path, monkeypatch):

@@ -60,10 +60,11 @@ def require_same(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
 
 
 def begin(folder: Path, scale: Scale, images: dict[str, str]) -> dict:
-    """`require_same`, and write it down."""
+    """`require_same`, and write down what was not."""
     wanted = require_same(folder, scale, images)
-    make_folder(folder)
-    write_whole(folder / STUDY, json.dumps(wanted, indent=1, sort_keys=True).encode())
+    if not (folder / STUDY).exists():
+        make_folder(folder)
+        write_whole(folder / STUDY, json.dumps(wanted, indent=1, sort_keys=True).encode())
     return wanted
 
 

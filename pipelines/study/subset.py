@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 import shutil
@@ -79,12 +80,14 @@ def unpack(data: Path, into: Path) -> Path:
             try:
                 with tarfile.open(data) as archive:
                     archive.extractall(aside, filter="data")
-            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
                 shutil.rmtree(aside)
                 raise UsageError(f"--data {data}: it cannot be unpacked ({error}). Copy it anew.") from error
             (aside / ARCHIVE).write_text(sha256)
             aside.rename(folder)
             sync_folder(into)
+        elif not (folder / ARCHIVE).exists():
+            raise MismatchError(f"{folder} does not say from which archive it was unpacked. Move it away, or give another --out.")
         elif (found := (folder / ARCHIVE).read_text()) != sha256:
             raise MismatchError(
                 f"{folder} was unpacked from another archive, of sha256 {found[:12]}; {data} has {sha256[:12]}. Give that one, "
