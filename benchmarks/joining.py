@@ -90,20 +90,9 @@ def until_complete(store: Store) -> float:
     return time.perf_counter()
 
 
-def timed(workers: Workers, cache: Path, name: str, n_at_once: int) -> float:
-    """Crops a second of the first `n_at_once` processes together."""
-    store, begin = Cache(cache).view(0).store(name), time.perf_counter()
-    for number in range(n_at_once):
-        workers.join(number, cache)
-    seconds = until_complete(store) - begin
-    for number in range(n_at_once):
-        workers.wait(number)
-    return store.spec.n_rows / seconds
-
-
-def timed_apart(workers: Workers, caches: Sequence[Path], name: str) -> float:
-    """Crops a second of one process for each of `caches`, together."""
-    stores, begin = [Cache(cache).view(0).store(name) for cache in caches], time.perf_counter()
+def timed(workers: Workers, caches: Sequence[Path], name: str) -> float:
+    """Crops a second of one process for each of `caches`, together; those that are given the same one join."""
+    stores, begin = [Cache(cache).view(0).store(name) for cache in dict.fromkeys(caches)], time.perf_counter()
     for number, cache in enumerate(caches):
         workers.join(number, cache)
     seconds = max(map(until_complete, stores)) - begin
@@ -163,11 +152,11 @@ def main(teacher: str | None, crops: int | None, tiny: bool, rounds: int, scratc
             return shutil.copytree(begun, folder / called)
 
         with Workers(name, cores, shard_rows) as workers:
-            timed(workers, fresh(), name, len(cores))  # each compiles its loops
+            timed(workers, [fresh()] * len(cores), name)  # each compiles its loops
             for _ in range(min(rounds, MOST_ROUNDS)):
-                alone.append(timed(workers, fresh(), name, 1))
-                joined.append(timed(workers, fresh(), name, 2))
-                apart.append(timed_apart(workers, [fresh("run"), fresh("other")], name))
+                alone.append(timed(workers, [fresh()], name))
+                joined.append(timed(workers, [fresh()] * 2, name))
+                apart.append(timed(workers, [fresh(), fresh("other")], name))
                 cache = fresh()
                 store = Cache(cache).view(0).store(name)
                 claims.append(claim_seconds(store))
