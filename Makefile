@@ -15,7 +15,7 @@ demo-all: $(READY) ## the same with a student of each of the seven methods
 	@.venv/bin/python -m pipelines.demo --all
 
 test: $(READY) ## the test suite, on all processors
-	@OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile # who waits leaves its processor
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-all: ## the test suite on each of Python 3.11, 3.12 and 3.13 that is on PATH, or PYTHONS="..."
 	@bash scripts/test_all.sh

@@ -12,7 +12,7 @@ for python in "${pythons[@]}"; do
     number=$(version "$python")
     PYTHON=$python VENV=.venv-$number bash scripts/setup.sh
     echo "== Python $number"
-    OMP_WAIT_POLICY=passive ".venv-$number/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile || failed+=("$number")
+    ".venv-$number/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile || failed+=("$number")
 done
 if ((${#failed[@]})); then
     echo "Failed on Python ${failed[*]}." >&2
